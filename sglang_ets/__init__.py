@@ -1,0 +1,1 @@
+"""PRM-guided tree search inside the SGLang scheduler."""

@@ -1,0 +1,1 @@
+"""Process reward models: formats (pure) and the engine that runs them."""
