@@ -1,1 +1,27 @@
-"""Triton kernels."""
+"""The three Triton kernels of the search, each beside its torch reference; imported as `sglang_ets.kernels`.
+
+One file per kernel: the reference (specification and CPU path), the Triton kernel, the launcher that chooses.
+"""
+
+from __future__ import annotations
+
+if __name__ != "sglang_ets.kernels":
+    raise ImportError(
+        f"this folder is the package sglang_ets.kernels, but it was imported as {__name__!r}: `kernels` is another "
+        "project on PyPI. Install the repository (pip install -e .) and import sglang_ets.kernels."
+    )
+
+from sglang_ets.kernels.dispatch import Backend, choose_backend, describe_backend
+from sglang_ets.kernels.step_pool import step_pool, step_pool_reference
+from sglang_ets.kernels.step_score import Activation, step_score, step_score_reference
+
+__all__ = [
+    "Activation",
+    "Backend",
+    "choose_backend",
+    "describe_backend",
+    "step_pool",
+    "step_pool_reference",
+    "step_score",
+    "step_score_reference",
+]
