@@ -1,0 +1,179 @@
+"""One live search as the engine sees it: which KV, PRM path and requests belong to which node, and its figures."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from sglang_ets.answer import RankedAnswer
+from sglang_ets.config import SearchConfig
+from sglang_ets.kv import Hold, RadixLedger
+from sglang_ets.search import Search
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_ets.children import ChildReq
+    from sglang_ets.prm.engine import PrmPath
+
+ROOT = 0  # node id of the prompt
+
+
+@dataclass
+class Branch:
+    """What the engine keeps for one node: the locks on its KV in both caches and its text so far."""
+
+    token_ids: tuple[int, ...]  # policy model's tokens of the trajectory, without the prompt
+    text: str  # text of the trajectory, without the prompt
+    hold: Hold | None = None
+    prm: PrmPath | None = None
+    num_open_children: int = 0
+    num_unscored_children: int = 0
+
+
+@dataclass(frozen=True)
+class KvSample:
+    """KV held by one search when a level was complete and, after pruning, when the next one began (tokens)."""
+
+    depth: int
+    num_leaves: int
+    held_tokens: int
+    referenced_tokens: int
+    retained_tokens: int | None = None
+
+
+@dataclass
+class LiveSearch:
+    """A search from admission to the end of its last internal request. Owned by the coordinator."""
+
+    req: Req
+    config: SearchConfig
+    search: Search
+    branches: dict[int, Branch] = field(default_factory=dict)
+    children: dict[str, ChildReq] = field(default_factory=dict)
+    awaited: tuple[Literal["select", "answer"], Future[Any]] | None = None
+    kv: list[KvSample] = field(default_factory=list)
+    started_s: float = field(default_factory=time.monotonic)
+    is_answered: bool = False
+    end_reason: str = ""
+    prm_tokens: int = 0
+    num_pressure_releases: int = 0
+    num_fallbacks: int = 0
+    select_blocked_ms: list[float] = field(default_factory=list)
+    solver_reports: list[Any] = field(default_factory=list)
+
+    @property
+    def owner(self) -> str:
+        """Name under which the ledger knows this search."""
+        return str(self.req.rid)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.req.origin_input_ids)
+
+    @property
+    def is_over(self) -> bool:
+        """Answered, and none of its internal requests is left in the engine."""
+        return self.is_answered and not self.children
+
+    def holds(self) -> list[Hold]:
+        """Locks of the trajectories that may still grow, in the order of their nodes."""
+        return [b.hold for _, b in sorted(self.branches.items()) if b.hold is not None and b.hold.locked]
+
+    def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
+        """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""
+        tips = [b for n, b in sorted(self.branches.items()) if n != ROOT and b.num_open_children == 0 and b.hold]
+        held = ledger.unique_tokens(self.holds())
+        referenced = sum(self.prompt_tokens + len(b.token_ids) for b in tips)
+        self.kv.append(KvSample(depth, len(tips), held, referenced))
+
+    def sample_retained(self, ledger: RadixLedger) -> None:
+        """Complete the last record with what is still held after pruning."""
+        if self.kv:
+            last = self.kv[-1]
+            retained = ledger.unique_tokens(self.holds())
+            self.kv[-1] = KvSample(last.depth, last.num_leaves, last.held_tokens, last.referenced_tokens, retained)
+
+
+def result_of(live: LiveSearch, answers: list[RankedAnswer]) -> dict[str, Any]:
+    """What travels back to the API server: ranked results, usage and figures, as plain data."""
+    nodes = [node for node in live.search.tree.nodes if node.id != ROOT]
+    completion_tokens = sum(len(node.token_ids) for node in nodes)
+    returned = answers[: live.config.num_results]
+    result: dict[str, Any] = {
+        "results": [_answer_dict(answer) for answer in returned],
+        "usage": {
+            "prompt_tokens": live.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "answer_tokens": sum(len(answer.token_ids) for answer in returned),
+            "prm_tokens": live.prm_tokens,
+        },
+        "search": _figures(live, nodes),
+    }
+    if live.config.return_tree:
+        result["tree"] = live.search.tree.to_dict()
+    return result
+
+
+def _answer_dict(answer: RankedAnswer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "score": answer.score,
+        "step_scores": list(answer.step_scores),
+        "answer": answer.answer,
+        "votes": answer.votes,
+    }
+
+
+def _figures(live: LiveSearch, nodes: list[Any]) -> dict[str, Any]:
+    config = live.config
+    held = [sample.held_tokens for sample in live.kv] or [0]
+    referenced = [sample.referenced_tokens for sample in live.kv] or [0]
+    retained = [sample.retained_tokens for sample in live.kv if sample.retained_tokens is not None] or [0]
+    return {
+        "id": live.owner,
+        "algorithm": config.algorithm,
+        "width": config.width,
+        "seed": config.seed,
+        "finish_reason": live.end_reason,
+        "levels": len(live.kv),
+        "nodes_made": len(nodes),
+        "nodes_retained": sum(node.state in ("retained", "complete") for node in nodes),
+        "nodes_pruned": sum(node.state == "pruned" for node in nodes),
+        "nodes_failed": sum(node.state == "failed" for node in nodes),
+        "kv_tokens_peak": max(held),
+        "kv_tokens_mean": sum(held) / len(held),
+        "kv_retained_mean": sum(retained) / len(retained),
+        "kv_referenced_peak": max(referenced),
+        "kv_referenced_mean": sum(referenced) / len(referenced),
+        "kv_levels": [
+            {
+                "depth": sample.depth,
+                "leaves": sample.num_leaves,
+                "held": sample.held_tokens,
+                "referenced": sample.referenced_tokens,
+                "retained": sample.retained_tokens,
+            }
+            for sample in live.kv
+        ],
+        "kv_pressure_releases": live.num_pressure_releases,
+        "prm_tokens": live.prm_tokens,
+        "solver": _solver_figures(live),
+        "seconds": time.monotonic() - live.started_s,
+    }
+
+
+def _solver_figures(live: LiveSearch) -> dict[str, Any]:
+    reports = live.solver_reports
+    return {
+        "calls": len(reports),
+        "fallbacks": live.num_fallbacks,
+        "statuses": sorted({str(report.status) for report in reports}),
+        "build_ms": sum(report.build_ms for report in reports),
+        "solve_ms": sum(report.solve_ms for report in reports),
+        "loop_blocked_ms_max": max(live.select_blocked_ms, default=0.0),
+    }

@@ -1,0 +1,22 @@
+"""Builds the coordinator of a scheduler process from the server's flags."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang_ets.coordinator import SearchCoordinator
+from sglang_ets.prm.engine import PrmEngine, PrmSettings
+
+logger = logging.getLogger(__name__)
+
+
+def make_coordinator(scheduler: Any) -> SearchCoordinator:
+    """Load the PRM's weights and make the coordinator. Called once, while the scheduler starts."""
+    flags = scheduler.server_args._ets
+    settings = PrmSettings(
+        model_path=flags["prm_model_path"],
+        format=flags["prm_format"],
+        max_total_tokens=flags["prm_max_total_tokens"],
+    )
+    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings))
