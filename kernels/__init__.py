@@ -12,6 +12,7 @@ if __name__ != "sglang_ets.kernels":
     )
 
 from sglang_ets.kernels.dispatch import Backend, choose_backend, describe_backend
+from sglang_ets.kernels.pairwise_cosine import pairwise_cosine, pairwise_cosine_reference
 from sglang_ets.kernels.step_pool import step_pool, step_pool_reference
 from sglang_ets.kernels.step_score import Activation, step_score, step_score_reference
 
@@ -20,6 +21,8 @@ __all__ = [
     "Backend",
     "choose_backend",
     "describe_backend",
+    "pairwise_cosine",
+    "pairwise_cosine_reference",
     "step_pool",
     "step_pool_reference",
     "step_score",
