@@ -1,5 +1,7 @@
 """Measures the shipped models on held-out test problems; writes REPORT.md and report.json beside this file.
 
+Takes about three minutes on one CPU thread:
+
     python -m bench.testbed.evaluate
 """
 
@@ -51,7 +53,7 @@ def load_problems(path: Path) -> list[Problem]:
 
 
 def vote(texts: Sequence[str], weights: Sequence[float]) -> int | None:
-    """The answer with the largest total weight, the first one sampled among equals; None where no text has an answer."""
+    """The answer of the largest total weight, the first sampled among equals; None where no text has one."""
     totals: dict[int, float] = defaultdict(float)
     for text, weight in zip(texts, weights, strict=True):
         answer = answer_of(text)
@@ -86,7 +88,7 @@ def sampled_rows(policy: LlamaForCausalLM, prm: LlamaForCausalLM, chosen: list[P
 
 
 def verifier_rows(flat: Sequence[tuple[Problem, str]], scores: Sequence[Sequence[float]]) -> list[Row]:
-    """The verifier on steps whose prefix is right: a path's steps up to its first wrong one."""
+    """The verifier on steps whose prefix is right: each trajectory's steps up to its first wrong one."""
     values, labels = [], []
     depths: Counter[int] = Counter()
     for (problem, text), row in zip(flat, scores, strict=True):
@@ -100,7 +102,7 @@ def verifier_rows(flat: Sequence[tuple[Problem, str]], scores: Sequence[Sequence
     return [
         Row("policy, step right given that its prefix is", share, None, len(labels), "steps"),
         Row("PRM, AUC on steps whose prefix is right", area_under_curve(values, labels), None, len(labels), "steps"),
-        Row("policy, first errors that are at the first step", depths[0] / depths.total(), None, depths.total(), "errors"),
+        Row("policy, first errors at the first step", depths[0] / depths.total(), None, depths.total(), "errors"),
     ]
 
 
@@ -111,8 +113,8 @@ def write_report(rows: Sequence[Row], seed: int, seconds: float) -> None:
     lines = [
         "# The testbed's models, measured",
         "",
-        f"Written by `python -m bench.testbed.evaluate` (sampling seed {seed}, one CPU thread, {seconds:.0f} s). The problems are",
-        "the first of `sglang_ets/models/problems.jsonl`, which no training or validation problem equals.",
+        f"Written by `python -m bench.testbed.evaluate` (sampling seed {seed}, one CPU thread, {seconds:.0f} s). The",
+        "problems are the first of `sglang_ets/models/problems.jsonl`, which no training or validation problem equals.",
         "",
         "| | value | standard error | measured on |",
         "|---|---|---|---|",
@@ -122,8 +124,8 @@ def write_report(rows: Sequence[Row], seed: int, seconds: float) -> None:
         lines.append(f"| {row.metric} | {row.value:.3f} | {error} | {row.num_items} {row.items} |")
     lines += [
         "",
-        "The PRM is a longer trained sibling of the policy model and solves more problems than it: a vote weighted by it measures",
-        "the search, not what a PRM of the policy's own strength would give. One training seed.",
+        "The PRM is a longer trained sibling of the policy model and solves more problems than it: a vote weighted by",
+        "it measures the search, not what a PRM of the policy's own strength would give. One training seed.",
         "",
     ]
     (HERE / "REPORT.md").write_text("\n".join(lines))

@@ -20,8 +20,8 @@ BATCH_ROWS = 128
 def step_scores(network: LlamaForCausalLM, rows: Sequence[tuple[Problem, str]]) -> list[list[float]]:
     """For each (problem, solution text): one score in [0, 1] per step.
 
-    A score is the product of the probabilities of the step's tokens after its first "="; the end-of-text token is not counted.
-    A step without the marker is scored over all its tokens.
+    A score is the product of the probabilities of the step's tokens after its first "=", or of all its tokens where it
+    has none; the end-of-text token is not counted.
     """
     scores = []
     for start in range(0, len(rows), BATCH_ROWS):

@@ -76,4 +76,5 @@ def _continue(
 def greedy_accuracy(network: LlamaForCausalLM, chosen: Sequence[Problem]) -> float:
     """The share of problems whose greedy solution ends in the right answer."""
     solutions = sample(network, chosen, num_samples=1, temperature=0.0, seed=0)
-    return sum(answer_of(texts[0]) == problem.answer for texts, problem in zip(solutions, chosen, strict=True)) / len(chosen)
+    right = [answer_of(texts[0]) == problem.answer for texts, problem in zip(solutions, chosen, strict=True)]
+    return sum(right) / len(right)

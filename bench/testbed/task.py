@@ -6,8 +6,8 @@
     here 50-2=48:48+100
     now 48+100=148:The answer is 148
 
-Several orders are right, so trajectories differ; each line begins with one of eight meaningless connectors, so lines that
-mean the same differ in text. Both favour semantic clustering by design. Labels are exact: `step_is_right` computes.
+Several orders are right, so trajectories differ; each line begins with one of eight meaningless connectors, so lines
+that mean the same differ in text. Both favour semantic clustering by design. Labels are exact: see `step_is_right`.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def distinct_problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
 
 
 def solve(problem: Problem, rng: random.Random) -> list[str]:
-    """One right solution as steps: every step but the last ends in a newline; reducible pairs are taken in random order."""
+    """One right solution as steps, reducible pairs taken in random order; every step but the last ends in a newline."""
     expression = parse(problem.expression)
     steps = []
     while isinstance(expression, Operation):
@@ -205,14 +205,14 @@ def _replace(expression: Expression, target: Operation, value: int) -> Expressio
         return value
     if isinstance(expression, int):
         return expression
-    left, right = _replace(expression.left, target, value), _replace(expression.right, target, value)
+    left, right = (_replace(expression.left, target, value), _replace(expression.right, target, value))
     if left is expression.left and right is expression.right:
         return expression
     return Operation(expression.operator, left, right)
 
 
 def step_is_right(problem: Problem, step: str) -> bool:
-    """The exact label: the step is well formed, its equation is true, and what it leaves still has the problem's value."""
+    """The exact label: well formed, a true equation, and what the step leaves still has the problem's value."""
     match = _STEP.fullmatch(step.removesuffix("\n"))
     if match is None or match[1] not in CONNECTORS:
         return False

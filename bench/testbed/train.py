@@ -2,9 +2,9 @@
 
     python -m bench.testbed.train
 
-One trunk is trained at a flat learning rate. A branch is annealed to zero early and becomes the policy model (imperfect on
-purpose: it is the first branch that reaches `POLICY_ACCURACY`); the trunk goes on and, annealed, becomes the `likelihood` PRM.
-All budgets are in solution tokens, so the same seed gives the same schedule on any machine.
+One trunk is trained at a flat learning rate. A branch is annealed to zero early and becomes the policy model (imperfect
+on purpose: it is the first branch that reaches `POLICY_ACCURACY`); the trunk goes on and, annealed, becomes the
+`likelihood` PRM. All budgets are in tokens, so the same seed gives the same schedule on any machine.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ class Trainee:
     def update(self, batches: Batches, rate: float) -> float:
         """One optimiser update at `rate` times the recipe's learning rates; returns the loss in nats a token."""
         token_ids, labels, num_tokens = batches.next()
-        for optimizer, base in zip(
-            self._optimizers, (self._recipe.matrix_rate, self._recipe.other_rate), strict=True
-        ):
+        for optimizer, base in zip(self._optimizers, (self._recipe.matrix_rate, self._recipe.other_rate), strict=True):
             optimizer.param_groups[0]["lr"] = base * rate
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = self.network.model(token_ids[:, :-1], use_cache=False).last_hidden_state
@@ -146,7 +144,8 @@ def ship(network: LlamaForCausalLM, folder: Path) -> None:
     """Writes weights (bfloat16), config and tokenizer as one directory that transformers and sglang load."""
     copied = copy.deepcopy(network).to(torch.bfloat16)
     copied.config.architectures = ["LlamaForCausalLM"]
-    copied.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=True, temperature=1.0)
+    ends = {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    copied.generation_config = GenerationConfig(**ends, do_sample=True, temperature=1.0)
     copied.save_pretrained(folder)
     build_tokenizer(CONTEXT_TOKENS).save_pretrained(folder)
 
