@@ -1,0 +1,165 @@
+"""The radix ledger on a real radix cache (both tree cores) and a real allocator, without a server."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_ets import cpu_shim
+
+cpu_shim.install()
+
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator  # noqa: E402  (needs the stand-in first)
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams  # noqa: E402
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool  # noqa: E402
+from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
+from sglang.srt.mem_cache.unified_cache.components import ComponentType  # noqa: E402
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache  # noqa: E402
+
+from sglang_ets.kv import LedgerImbalance, RadixLedger  # noqa: E402
+
+POOL_TOKENS = 1000
+PROMPT = list(range(100, 110))
+
+
+@dataclass
+class Pool:
+    cache: Any
+    allocator: Any
+    ledger: RadixLedger
+
+    def insert(self, ids: Sequence[int]) -> int:
+        """Put the KV of `ids` into the cache as a finished request would; returns the node where it ends."""
+        key = RadixKey(array("q", ids))
+        self.cache.insert(InsertParams(key=key, value=self.allocator.alloc(len(ids))))  # frees what was cached before
+        return int(self.cache.match_prefix(MatchPrefixParams(key=key)).last_device_node)
+
+    @property
+    def free(self) -> int:
+        return int(self.allocator.available_size())
+
+    def assert_balanced(self) -> None:
+        assert self.ledger.num_holds == 0
+        assert self.cache.protected_size() == 0
+        assert self.free + self.cache.evictable_size() == POOL_TOKENS
+
+
+@pytest.fixture(params=["rust", "python"])
+def pool(request: pytest.FixtureRequest) -> Pool:
+    rows = ReqToTokenPool(size=8, max_context_len=256, device="cpu", enable_memory_saver=False)
+    allocator = TokenToKVPoolAllocator(POOL_TOKENS, torch.float32, "cpu", None, need_sort=False)
+    cache = UnifiedRadixCache(
+        CacheInitParams(
+            disable=False,
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=allocator,
+            page_size=1,
+            tree_components=(ComponentType.FULL,),
+            tree_core_backend=request.param,
+        )
+    )
+    pool = Pool(cache, allocator, RadixLedger(cache, allocator))
+    pool.insert(PROMPT)  # as a search does before its first level, so that a radix node ends with the prompt
+    return pool
+
+
+def test_unique_tokens_count_shared_prefixes_once(pool: Pool) -> None:
+    a = pool.ledger.hold("s", pool.insert([*PROMPT, 1, 2, 3]))
+    b = pool.ledger.hold("s", pool.insert([*PROMPT, 1, 4]))
+    assert pool.ledger.unique_tokens([a]) == 13
+    assert pool.ledger.unique_tokens([a, b]) == 10 + 3 + 1
+    assert pool.ledger.held_tokens("s") == pool.cache.protected_size() == 14
+    assert pool.ledger.held_tokens("other") == 0
+
+
+def test_drop_frees_exactly_the_private_tokens(pool: Pool) -> None:
+    a = pool.ledger.hold("s", pool.insert([*PROMPT, 1, 2, 3]))
+    b = pool.ledger.hold("s", pool.insert([*PROMPT, 1, 4]))
+    before = pool.free
+    assert pool.ledger.drop(a, keep_tokens=len(PROMPT)) == 2
+    assert pool.free == before + 2
+    assert pool.ledger.drop(b, keep_tokens=len(PROMPT)) == 2  # the 4, and the 1 that both shared
+    assert pool.free == before + 4 == POOL_TOKENS - len(PROMPT)
+    pool.assert_balanced()
+
+
+def test_prune_then_abort_frees_once(pool: Pool) -> None:
+    hold = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
+    assert pool.ledger.drop(hold) == 11
+    free = pool.free
+    assert pool.ledger.drop(hold) == 0
+    pool.ledger.release(hold)
+    assert pool.free == free
+    pool.assert_balanced()
+
+
+def test_a_leaf_that_somebody_else_locks_is_never_evicted(pool: Pool) -> None:
+    node = pool.insert([*PROMPT, 1, 2])
+    running = pool.cache.lock(node)
+    hold = pool.ledger.hold("s", node)
+    free = pool.free
+    assert pool.ledger.drop(hold) == 0
+    assert pool.free == free
+    pool.cache.unlock(running)
+    pool.assert_balanced()
+
+
+def test_two_holds_on_one_leaf_free_it_with_the_second(pool: Pool) -> None:
+    ids = [*PROMPT, 1, 2]
+    first, second = (pool.ledger.hold("s", pool.insert(ids)) for _ in range(2))
+    assert pool.ledger.drop(first, len(PROMPT)) == 0
+    assert pool.ledger.drop(second, len(PROMPT)) == 2
+    pool.assert_balanced()
+
+
+def test_an_inner_node_stays_while_a_child_is_cached(pool: Pool) -> None:
+    parent = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
+    child = pool.ledger.hold("s", pool.insert([*PROMPT, 1, 2]))
+    assert pool.ledger.drop(parent, len(PROMPT)) == 0
+    assert pool.ledger.drop(child, len(PROMPT)) == 2
+    pool.assert_balanced()
+
+
+def test_dropping_an_evicted_node_is_harmless(pool: Pool) -> None:
+    hold = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
+    pool.ledger.release(hold)
+    other = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
+    assert pool.ledger.drop(other) == 11
+    assert pool.ledger.drop(hold) == 0
+    assert pool.ledger.unique_tokens([hold, other]) == 0
+    pool.assert_balanced()
+
+
+def test_cost_tree_has_one_node_per_span_and_a_free_prompt(pool: Pool) -> None:
+    holds = [pool.ledger.hold("s", pool.insert([*PROMPT, *step])) for step in ([1, 2, 3], [1, 4], [1, 2, 3], [9, 9])]
+    tree = pool.ledger.cost_tree(holds, keep_tokens=len(PROMPT))
+    assert tree.cost.sum() == pool.ledger.unique_tokens(holds) - len(PROMPT) == 6
+    assert tree.leaf[0] == tree.leaf[2] != tree.leaf[1]
+    assert all(parent < node for node, parent in enumerate(tree.parent))
+
+    def path_cost(leaf: int) -> float:
+        return tree.cost[leaf] + (path_cost(tree.parent[leaf]) if tree.parent[leaf] >= 0 else 0)
+
+    assert [path_cost(leaf) for leaf in tree.leaf] == [3, 2, 3, 2]
+
+
+def test_a_hold_that_lost_its_lock_costs_what_it_would_need_again(pool: Pool) -> None:
+    kept = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
+    lost = pool.ledger.hold("s", pool.insert([*PROMPT, 2, 2]))
+    pool.ledger.release(lost)
+    tree = pool.ledger.cost_tree([lost, kept], len(PROMPT))
+    assert tree.cost[tree.leaf].tolist() == [2, 1]
+
+
+def test_an_owner_that_ends_with_locks_is_a_bug_and_leaves_none(pool: Pool) -> None:
+    pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
+    with pytest.raises(LedgerImbalance, match="1 locks on 11 KV tokens"):
+        pool.ledger.end_owner("s")
+    pool.ledger.end_owner("s")
+    pool.assert_balanced()
