@@ -20,6 +20,8 @@ from bench.testbed.tokenizer import EOS_ID, UNKNOWN_ID, encode
 from bench.testbed.train import MODELS
 
 PROBLEM = Problem("10*5-2+10*10", 148)
+# Prompts of one length share a batch: one quick run of the network for all of them.
+ONE_LENGTH = [problem for problem in task.distinct_problems("test", 400) if len(problem.prompt) == 24]
 
 
 @pytest.fixture(autouse=True)
@@ -138,8 +140,8 @@ def test_shipped_problems_are_the_generators_and_held_out() -> None:
 
 
 def test_sampling_with_a_cache_equals_the_network_run_without_one(policy: LlamaForCausalLM) -> None:
-    # Prompts of one length share a batch, and their solutions end at different times, so rows leave the cache.
-    chosen = [problem for problem in task.distinct_problems("test", 200) if len(problem.prompt) == 24][:8]
+    # Solutions end at different times, so rows leave the cache.
+    chosen = ONE_LENGTH[:8]
     texts = [found[0] for found in sample(policy, chosen, 1, temperature=0.0, seed=0)]
     assert len({len(text) for text in texts}) > 1
     for problem, text in zip(chosen, texts, strict=True):
@@ -150,15 +152,12 @@ def test_sampling_with_a_cache_equals_the_network_run_without_one(policy: LlamaF
 
 
 def test_policy_solves_some_held_out_problems_but_not_all(policy: LlamaForCausalLM) -> None:
-    assert 0.2 < greedy_accuracy(policy, task.distinct_problems("test", 60)) < 0.9
+    assert 0.2 < greedy_accuracy(policy, ONE_LENGTH) < 0.9
 
 
 def test_likelihood_separates_right_steps_from_wrong_ones(policy: LlamaForCausalLM, prm: LlamaForCausalLM) -> None:
-    chosen = task.distinct_problems("test", 80)
-    rows = [
-        (problem, texts[0])
-        for problem, texts in zip(chosen, sample(policy, chosen, 1, temperature=1.0, seed=1), strict=True)
-    ]
+    solutions = sample(policy, ONE_LENGTH, 1, temperature=1.0, seed=1)
+    rows = [(problem, texts[0]) for problem, texts in zip(ONE_LENGTH, solutions, strict=True)]
     measured = {row.metric: row.value for row in verifier_rows(rows, step_scores(prm, rows))}
     assert measured["PRM, AUC on steps whose prefix is right"] > 0.8
 
