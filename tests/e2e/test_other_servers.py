@@ -1,0 +1,45 @@
+"""Servers with other flags: a KV pool far too small for the search, and search switched off."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.serving import PROBLEMS, Server, serving
+
+pytestmark = pytest.mark.server
+
+SMALL_POOL_TOKENS = 700  # one trajectory fits; the locks of a search of width 32 do not
+
+
+def greedy(server: Server, problem: dict[str, Any]) -> str:
+    body = {"model": "default", "prompt": problem["prompt"], "max_tokens": 128, "temperature": 0}
+    status, answer = server.post("/v1/completions", body)
+    assert status == 200, answer
+    return str(answer["choices"][0]["text"])
+
+
+def test_a_pool_too_small_for_the_locks_does_not_hang(tmp_path: Path) -> None:
+    with serving(tmp_path / "log.txt", ["--search", "rebase", "--max-total-tokens", str(SMALL_POOL_TOKENS)]) as server:
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda p: server.search(p["prompt"], 32), PROBLEMS[:2]))
+        assert all(answer["choices"][0]["text"] for answer in answers)
+        assert sum(answer["metadata"]["search"]["kv_pressure_releases"] for answer in answers) > 0
+        state = server.wait_until_no_search()
+        assert (state["held_kv_tokens"], state["locks"]) == (0, 0)
+        status, refused = server.post(
+            "/v1/completions",
+            {"model": "default", "prompt": PROBLEMS[0]["prompt"], "max_tokens": 800, "search_width": 4},
+        )
+        assert status == 400, refused
+        assert "max_tokens" in str(refused)
+
+
+def test_without_search_the_server_is_stock(server: Server, tmp_path: Path) -> None:
+    patched = [greedy(server, problem) for problem in PROBLEMS[:8]]
+    with serving(tmp_path / "log.txt", ["--search", "off"]) as stock:
+        assert [greedy(stock, problem) for problem in PROBLEMS[:8]] == patched
+        assert "search" not in stock.get("/server_info")["internal_states"][0]
