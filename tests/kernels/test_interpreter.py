@@ -1,0 +1,28 @@
+"""Runs the kernel tests a second time, in a process whose Triton kernels are interpreted on the CPU.
+
+TRITON_INTERPRET has to be set before triton is imported, hence the process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 300
+
+
+@pytest.mark.parametrize("kernel", ["step_pool", "step_score", "pairwise_cosine"])
+def test_kernel_in_the_interpreter(kernel: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(HERE / f"test_{kernel}.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = done.stdout.splitlines()[-1]
+    passed = re.search(r"(\d+) passed", summary)
+    assert passed is not None and int(passed[1]) > 0 and "skipped" not in summary, done.stdout
