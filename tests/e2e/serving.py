@@ -1,13 +1,8 @@
-"""A real server for tests: start it, wait until it serves, stop it by pid."""
+"""A real server for tests, and what tests ask of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,9 +15,8 @@ from typing import Any
 import openai
 
 import sglang_ets
+from bench.server import running_server
 
-START_LIMIT_S = 300
-STOP_LIMIT_S = 30
 PROBLEMS = [
     json.loads(line)
     for line in (Path(sglang_ets.__file__).parent / "models" / "problems.jsonl").read_text(encoding="utf-8").splitlines()
@@ -70,48 +64,8 @@ class Server:
 
 
 @contextmanager
-def serving(log: Path, flags: Sequence[str] = (), **env: str) -> Iterator[Server]:
-    """`python -m sglang_ets.launch_server FLAGS` on a free port, with sglang's own memory checks on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sglang_ets.launch_server", "--port", str(port), *flags]
+def serving(log: Path, flags: Sequence[str] = ()) -> Iterator[Server]:
+    """A server with sglang's own memory checks on."""
     checks = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **checks, **env}, start_new_session=True
-        )
-    server = Server(f"http://127.0.0.1:{port}", log)
-    try:
-        _wait_until_up(process, server)
-        yield server
-        assert process.poll() is None, f"the server died:\n{_tail(log)}"
-    finally:
-        _stop(process)
-
-
-def _wait_until_up(process: subprocess.Popen[bytes], server: Server) -> None:
-    end = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < end:
-        assert process.poll() is None, f"the server did not start:\n{_tail(server.log)}"
-        try:
-            urllib.request.urlopen(f"{server.url}/health_generate", timeout=20)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(f"no server after {START_LIMIT_S} s:\n{_tail(server.log)}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+    with running_server(flags, log=log, env=checks) as url:
+        yield Server(url, log)

@@ -1,0 +1,61 @@
+"""Result rows: one JSON object a line, each with the hardware, versions, commit and command that made it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("sglang", "torch", "triton", "highspy", "numpy")
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """Where and with what a row was made. The command is relative: no path of this machine."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    script = Path(sys.argv[0])
+    return {
+        "hardware": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or "unknown",
+        "command": " ".join(["python", f"bench/{script.name}", *sys.argv[1:]]),
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one row and flush it, so that an interrupted run keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps({**row, "made_by": provenance()}) + "\n")
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A markdown table; floats with three significant places."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""A real server in a process of its own: start it, wait until it serves, stop it by pid."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+START_LIMIT_S = 300
+STOP_LIMIT_S = 30
+TAIL_LINES = 40
+
+
+@contextmanager
+def running_server(
+    flags: Sequence[str] = (),
+    *,
+    log: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    waiting: Callable[[float], None] = lambda _seconds: None,
+) -> Iterator[str]:
+    """`python -m sglang_ets.launch_server FLAGS` on a free local port; yields its address.
+
+    `waiting` is called with the seconds passed while the server starts. Whatever happens, nothing is left running.
+
+    Raises:
+        RuntimeError: the server ended or did not serve within `START_LIMIT_S`; the end of its log is in the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = log or Path(folder) / "server.log"
+        port = _free_port()
+        command = [sys.executable, "-m", "sglang_ets.launch_server", "--port", str(port), *flags]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True
+            )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_up(process, url, log, waiting)
+            yield url
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended by itself:\n{_tail(log)}")
+        finally:
+            _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_up(process: subprocess.Popen[bytes], url: str, log: Path, waiting: Callable[[float], None]) -> None:
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < START_LIMIT_S:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server did not start:\n{_tail(log)}")
+        waiting(passed)
+        try:
+            with urllib.request.urlopen(f"{url}/health_generate", timeout=20):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"no answer from the server after {START_LIMIT_S} s:\n{_tail(log)}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask, wait, then end the whole process group, so that no worker of a dead server stays."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # the whole group is gone, as it should be
+    process.wait()
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
