@@ -1,0 +1,78 @@
+"""Install for `make`: the packages once per set of requirements, then a thin .venv for this clone.
+
+    python3 .ci/install.py CACHE
+
+`CACHE/<key>` is a virtual environment with everything that setup.py requires; the key is a hash of those requirements
+and of the Python version. It is built under another name and renamed when complete, so an interrupted build is never
+taken for a whole one; a lock keeps two builders apart.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LISTS = ("SGLANG_VERSION", "INSTALL_REQUIRES", "TEST_REQUIRES")
+PIP = ("-m", "pip", "--disable-pip-version-check", "install")
+
+
+def requirements() -> list[str]:
+    """The requirement lists of setup.py, read without running setuptools."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    assigns = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") in LISTS]
+    names: dict[str, object] = {}
+    exec(compile(ast.Module(assigns, []), "setup.py", "exec"), names)  # only the three assignments
+    return [*names["INSTALL_REQUIRES"], *names["TEST_REQUIRES"]]  # type: ignore[misc]
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run([str(part) for part in command], check=True)
+
+
+def build_packages(cache: Path) -> Path:
+    """The shared environment for these requirements, built if it is missing."""
+    wanted = requirements()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    key = hashlib.sha256("\n".join([version, *sorted(wanted)]).encode()).hexdigest()[:16]
+    home = cache / f"py{version}-{key}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not home.exists():
+            partial = cache / f"{home.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            print(f"installing {len(wanted)} requirements into {home} (about 11 GB, 8 minutes; once)", flush=True)
+            run(sys.executable, "-m", "venv", partial)
+            run(partial / "bin" / "python", *PIP, "--progress-bar", "off", *wanted)
+            partial.rename(home)
+    return home
+
+
+def build_thin_venv(packages: Path) -> None:
+    """.venv with this clone installed, on top of the shared packages."""
+    venv = ROOT / ".venv"
+    run(sys.executable, "-m", "venv", "--clear", venv)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    shared = packages / "lib" / version / "site-packages"
+    own = venv / "lib" / version / "site-packages"
+    # Through addsitedir rather than a bare path, so that .pth files of the shared packages count too.
+    (own / "shared_packages.pth").write_text(f"import site; site.addsitedir({str(shared)!r})\n", encoding="utf-8")
+    (venv / "bin" / "ruff").symlink_to(packages / "bin" / "ruff")  # `python -m ruff` looks for it beside the interpreter
+    run(venv / "bin" / "python", *PIP, "-q", "--no-deps", "-e", ROOT)
+
+
+def main() -> None:
+    started = time.monotonic()
+    build_thin_venv(build_packages(Path(sys.argv[1])))
+    print(f"installed in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

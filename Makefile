@@ -1,0 +1,53 @@
+# Targets work from nothing: Python 3.11 (or 3.10, 3.12) and a network are enough.
+# All packages live in one folder of the user's cache, keyed by the requirements, and are shared by every clone;
+# .venv in the clone is a thin layer over it that holds only this clone.
+
+PYTHON ?= python3
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sglang-ets
+PY := .venv/bin/python
+STAMP := .venv/.installed
+RUN := OMP_NUM_THREADS=1 $(PY)
+
+.PHONY: install python demo serve test lint types unit e2e bench-ilp bench-kernels bench-kv clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml .ci/install.py
+	@$(PYTHON) .ci/install.py "$(CACHE)" >&2
+	@touch $@
+
+python: install
+	@echo $(abspath $(PY))
+
+demo: install
+	@$(PY) -m bench.demo
+
+serve: install
+	@$(PY) -m sglang_ets.launch_server --search ets
+
+test: lint types unit e2e
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: install
+	$(PY) -m mypy
+
+unit: install
+	$(RUN) -m pytest -q -m "not server"
+
+e2e: install
+	$(RUN) -m pytest -q -m server
+
+bench-ilp: install
+	$(RUN) -m bench.bench_ilp $(ARGS)
+
+bench-kernels: install
+	$(RUN) -m bench.bench_kernels $(ARGS)
+
+bench-kv: install
+	$(RUN) -m bench.kv_footprint $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
