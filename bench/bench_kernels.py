@@ -1,4 +1,4 @@
-"""Bytes and time of the three kernels: `python -m bench.bench_kernels [--smoke]`.
+"""Bytes and time of the three kernels: `python bench/bench_kernels.py [--smoke]`.
 
 Each case first checks every implementation against float64, then times it and a baseline in the same run: the torch
 reference on the CPU, and on a CUDA machine the reference and Triton there. The bytes come from kernels/traffic.py,
@@ -8,26 +8,28 @@ which a test compares with counted loads and stores. One JSON row per timing goe
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
+import functools
+import itertools
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.testing
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import rows
 from sglang_ets.kernels import describe_backend, pairwise_cosine, step_pool, step_score
 from sglang_ets.kernels.dispatch import Backend
 from sglang_ets.kernels.traffic import Traffic, pairwise_cosine_traffic, step_pool_traffic, step_score_traffic
 
-RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+RESULTS = rows.RESULTS / "kernels.jsonl"
 SEED = 20250
 STEP_TOKENS = 48  # mean length of one reasoning step
 HEAD_ROWS = 2
@@ -80,12 +82,12 @@ def pool_case(width: int, hidden_size: int, generator: torch.Generator) -> Case:
 
     def one_segment_at_a_time(inputs: Inputs) -> torch.Tensor:
         ends = inputs["offsets"].tolist()
-        means = [inputs["hidden"][a:b].float().mean(dim=0) for a, b in zip(ends, ends[1:], strict=False)]
+        means = [inputs["hidden"][a:b].float().mean(dim=0) for a, b in itertools.pairwise(ends)]
         return torch.nn.functional.normalize(torch.stack(means))
 
     def exact(inputs: Inputs) -> torch.Tensor:
         ends = inputs["offsets"].tolist()
-        means = [inputs["hidden"][a:b].double().mean(dim=0) for a, b in zip(ends, ends[1:], strict=False)]
+        means = [inputs["hidden"][a:b].double().mean(dim=0) for a, b in itertools.pairwise(ends)]
         return torch.nn.functional.normalize(torch.stack(means))
 
     return Case(
@@ -159,7 +161,7 @@ def pairwise_case(width: int, hidden_size: int, generator: torch.Generator) -> C
     )
 
 
-def measure(case: Case, device: torch.device, smoke: bool) -> Iterator[dict[str, object]]:
+def measure(case: Case, device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
     """Checks and times every implementation of one case on one device.
 
     Raises: RuntimeError if an implementation differs from float64 by more than the kernel's MAX_ERROR.
@@ -168,19 +170,24 @@ def measure(case: Case, device: torch.device, smoke: bool) -> Iterator[dict[str,
     exact = case.exact(inputs)
     backends: tuple[Backend, ...] = ("triton", "reference") if device.type == "cuda" else ("reference",)
     runs: list[tuple[str, Callable[[], torch.Tensor]]] = [
-        (backend, lambda backend=backend: case.run(inputs, backend)) for backend in backends
+        (backend, functools.partial(case.run, inputs, backend)) for backend in backends
     ]
-    runs.append(("baseline", lambda: case.baseline(inputs)))
+    runs.append(("baseline", functools.partial(case.baseline, inputs)))
     for name, run in runs:
         error = float((run().double() - exact).abs().max())
-        if name == "triton" or (name == "reference" and device.type == "cpu"):
-            if not error <= MAX_ERROR[case.kernel]:
-                raise RuntimeError(
-                    f"{case.kernel} ({name} on {device}) is {error:.2e} from float64, more than "
-                    f"{MAX_ERROR[case.kernel]:.0e}: a time for a wrong result means nothing"
-                )
+        checked = name == "triton" or (name == "reference" and device.type == "cpu")  # torch may use TF32 on CUDA
+        if checked and not error <= MAX_ERROR[case.kernel]:
+            raise RuntimeError(
+                f"{case.kernel} ({name} on {device}) is {error:.2e} from float64, more than "
+                f"{MAX_ERROR[case.kernel]:.0e}: a time for a wrong result means nothing"
+            )
         timing = time_cuda(run) if device.type == "cuda" else time_cpu(run, repetitions=3 if smoke else 15)
         yield {
+            "bench": "kernels",
+            "smoke": smoke,
+            "seed": SEED,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "torch_threads": torch.get_num_threads(),
             "kernel": case.kernel,
             "implementation": case.baseline_name if name == "baseline" else name,
             "device": device.type,
@@ -209,56 +216,28 @@ def time_cuda(run: Callable[[], torch.Tensor]) -> Timing:
     return Timing(median_ms * 1e3, p10_ms * 1e3, p90_ms * 1e3, repetitions=None)
 
 
-def provenance(device: torch.device, smoke: bool) -> dict[str, object]:
-    """Where, with what and from which commit a row comes."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {
-        "bench": "kernels",
-        "smoke": smoke,
-        "seed": SEED,
-        "hardware": {
-            "cpu": cpu_name(),
-            "num_cpus": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
-        "commit": revision.stdout.strip(),
-        "command": " ".join(["python -m bench.bench_kernels", *sys.argv[1:]]),
-        "unix_time_s": int(time.time()),
-    }
-
-
-def cpu_name() -> str:
-    """The CPU's model name where the kernel tells it, else the architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def print_table(rows: list[dict[str, object]]) -> None:
-    print("| kernel | shape | implementation | device | median us | p90 us | requested MB | lower bound MB | ratio | GB/s |")
-    print("|---|---|---|---|--:|--:|--:|--:|--:|--:|")
-    for row in rows:
+def table(measured: list[dict[str, Any]]) -> str:
+    """The rows as markdown; the ratio is requested bytes over the lower bound, GB/s the lower bound over the median."""
+    header = [
+        "kernel",
+        "shape",
+        "implementation",
+        "device",
+        "median us",
+        "p90 us",
+        "MB asked",
+        "MB least",
+        "ratio",
+        "GB/s",
+    ]
+    lines = []
+    for row in measured:
         shape = " ".join(f"{name}={size}" for name, size in row["shape"].items())
-        requested, bound = row["requested_bytes"], row["lower_bound_bytes"]
-        print(
-            f"| {row['kernel']} | {shape} | {row['implementation']} | {row['device']} | {row['median_us']:.1f} "
-            f"| {row['p90_us']:.1f} | {requested / 1e6:.2f} | {bound / 1e6:.2f} | {requested / bound:.2f} "
-            f"| {bound / row['median_us'] / 1e3:.2f} |"
-        )
-    print("\nRequested bytes are those of the Triton kernel without any cache hit; GB/s is lower bound over median time.")
+        asked, least = row["requested_bytes"], row["lower_bound_bytes"]
+        cells = [row["kernel"], shape, row["implementation"], row["device"], f"{row['median_us']:.1f}"]
+        cells += [f"{row['p90_us']:.1f}", f"{asked / 1e6:.2f}", f"{least / 1e6:.2f}", f"{asked / least:.2f}"]
+        lines.append([*cells, f"{least / row['median_us'] / 1e3:.2f}"])
+    return rows.markdown(header, lines)
 
 
 def main() -> None:
@@ -267,16 +246,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append the rows to")
     arguments = parser.parse_args()
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    rows = []
+    measured = []
     for device in devices:
         print(describe_backend(device))
-        origin = provenance(device, arguments.smoke)
         for case in cases(arguments.smoke):
-            rows += [origin | row for row in measure(case, device, arguments.smoke)]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    print_table(rows)
+            for row in measure(case, device, arguments.smoke):
+                rows.append(arguments.output, row)
+                measured.append(row)
+    print(table(measured))
+    print(
+        "\nMB asked: loads and stores of the Triton kernel as if nothing were cached; GB/s: MB least over the median."
+    )
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def compile_for(build: Build, capability: int) -> BuildReport:
     Raises: RuntimeError under TRITON_INTERPRET, which leaves nothing to compile, or if the assembler says nothing.
     """
     if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set, so the kernels are interpreted functions: unset it to compile them")
+        raise RuntimeError(
+            "TRITON_INTERPRET is set, so the kernels are interpreted functions: unset it to compile them"
+        )
     constants = dict(build.config.constants) | dict.fromkeys(build.unit_strides, 1)
     names = build.function.arg_names
     signature = {name: build.types.get(name, "constexpr") for name in names}

@@ -83,7 +83,7 @@ def check_indices(name: str, tensor: torch.Tensor, device: torch.device) -> None
     """Raises ValueError unless `tensor` is a 1-D int64 tensor on the CPU or on `device`."""
     if tensor.ndim != 1 or tensor.dtype != torch.int64:
         raise ValueError(
-            f"{name} must be a 1-D int64 tensor, got {tensor.dtype} with shape {tuple(tensor.shape)}: cast or flatten it"
+            f"{name} must be a 1-D int64 tensor, got {tensor.dtype} with shape {tuple(tensor.shape)}: cast or flatten"
         )
     if tensor.device.type != "cpu" and tensor.device != device:
         raise ValueError(f"{name} must be on the CPU or on {device}, got {tensor.device}: move it there")

@@ -26,8 +26,8 @@ def pairwise_cosine_reference(embeddings: torch.Tensor) -> torch.Tensor:  # floa
 
 @triton.jit
 def pairwise_cosine_kernel(
-    embeddings_ptr,
-    out_ptr,
+    embeddings_ptr,  # float [num_rows, num_cols], any strides
+    out_ptr,  # float32 [num_rows, num_rows]
     num_rows,
     num_cols,
     stride_row,

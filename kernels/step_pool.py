@@ -39,10 +39,10 @@ def step_pool_reference(
 
 @triton.jit
 def step_pool_kernel(
-    hidden_ptr,
-    offsets_ptr,
-    center_ptr,
-    out_ptr,
+    hidden_ptr,  # float [num_rows, num_cols], any strides
+    offsets_ptr,  # int64 [programs + 1]
+    center_ptr,  # float [num_cols]
+    out_ptr,  # float32 [programs, num_cols]
     num_rows,
     num_cols,
     stride_row,
@@ -95,7 +95,7 @@ def step_pool(
     *,
     backend: Backend | None = None,
 ) -> torch.Tensor:  # float32 [S, H], on hidden's device
-    """Unit-norm mean of rows offsets[s] to offsets[s + 1] of `hidden` for each segment s, minus `center` before scaling.
+    """Unit-norm mean of rows offsets[s] to offsets[s + 1] of `hidden` per segment s, less `center` before scaling.
 
     Segments are adjacent and may be empty (a zero vector); rows before the first offset or from the last one on are
     not read. Sums run in float32. Mutates nothing and does not synchronise: offsets on the CPU are checked, offsets

@@ -43,11 +43,11 @@ def step_score_reference(
 
 @triton.jit
 def step_score_kernel(
-    hidden_ptr,
-    positions_ptr,
-    head_ptr,
-    bias_ptr,
-    out_ptr,
+    hidden_ptr,  # float [num_rows, num_cols], any strides
+    positions_ptr,  # int64 [programs]
+    head_ptr,  # float [NUM_HEAD_ROWS, num_cols], any strides
+    bias_ptr,  # float [NUM_HEAD_ROWS]
+    out_ptr,  # float32 [programs]
     num_rows,
     num_cols,
     stride_row,

@@ -1,4 +1,4 @@
-"""Every kernel builds for three GPU generations without register spills, and uses their tensor cores where it should."""
+"""Every kernel builds for three GPU generations without register spills, and uses tensor cores where it should."""
 
 from __future__ import annotations
 

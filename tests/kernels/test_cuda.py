@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device (test_interpreter.py and test_aot.py run without one)", allow_module_level=True)
 
 POOL_TOLERANCE, SCORE_TOLERANCE, DISTANCE_TOLERANCE = 1e-6, 2e-5, 5e-6
+Random = Callable[..., torch.Tensor]
 HIDDEN_SIZES = [1, 128, 896, 1000, 3584, 4096, 8192]
 
 
@@ -21,7 +24,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def random(device: torch.device):
+def random(device: torch.device) -> Random:
     generator = torch.Generator(device=device).manual_seed(20250)
     return lambda *shape: torch.randn(*shape, generator=generator, device=device)
 
@@ -33,7 +36,9 @@ def test_triton_is_chosen(device: torch.device) -> None:
 
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 @pytest.mark.parametrize("offsets_on_device", [False, True])
-def test_step_pool(random, device: torch.device, dtype: torch.dtype, hidden_size: int, offsets_on_device: bool) -> None:
+def test_step_pool(
+    random: Random, device: torch.device, dtype: torch.dtype, hidden_size: int, offsets_on_device: bool
+) -> None:
     hidden = (random(300, hidden_size) + 0.5).to(dtype)
     offsets = torch.tensor([0, 1, 1, 9, 200, 300])
     offsets = offsets.to(device) if offsets_on_device else offsets
@@ -49,7 +54,7 @@ def test_step_pool_bad_offsets_on_the_device_give_nan(device: torch.device) -> N
 
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
-def test_step_score(random, dtype: torch.dtype, hidden_size: int, activation: str) -> None:
+def test_step_score(random: Random, dtype: torch.dtype, hidden_size: int, activation: str) -> None:
     hidden, head_rows = random(50, hidden_size).to(dtype), (random(3, hidden_size) / hidden_size**0.5).to(dtype)
     positions = torch.tensor([0, 7, 7, 49])
     for bias in (None, random(3)):
@@ -68,7 +73,7 @@ def test_step_score_bad_position_on_the_device_gives_nan(device: torch.device) -
 
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 @pytest.mark.parametrize("num_rows", [1, 64, 200, 1024])
-def test_pairwise_cosine(random, dtype: torch.dtype, hidden_size: int, num_rows: int) -> None:
+def test_pairwise_cosine(random: Random, dtype: torch.dtype, hidden_size: int, num_rows: int) -> None:
     embeddings = (random(num_rows, hidden_size) + 0.3).to(dtype)
     rows = embeddings.double()
     unit = rows / rows.norm(dim=1, keepdim=True)
@@ -78,7 +83,7 @@ def test_pairwise_cosine(random, dtype: torch.dtype, hidden_size: int, num_rows:
     assert torch.equal(result, result.T)
 
 
-def test_non_contiguous(random, dtype: torch.dtype) -> None:
+def test_non_contiguous(random: Random, dtype: torch.dtype) -> None:
     hidden = random(256, 600).to(dtype).T[::2]
     assert not hidden.is_contiguous()
     offsets = torch.tensor([0, 300])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from sglang_ets.kernels.dispatch import INTERPRETED
 from sglang_ets.kernels.pairwise_cosine import BLOCK_N, MAX_EMBEDDINGS
 from sglang_ets.kernels.traffic import pairwise_cosine_traffic
 
+Counting = Callable[[], AbstractContextManager]  # the fixture of conftest.py
 module = importlib.import_module("sglang_ets.kernels.pairwise_cosine")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreter.py, under TRITON_INTERPRET=1")
 TOLERANCE = 2e-6
@@ -77,7 +80,7 @@ def test_no_rows(backend: str) -> None:
 
 @needs_interpreter
 @pytest.mark.parametrize("num_rows", [10, BLOCK_N + 1, 3 * BLOCK_N])
-def test_only_the_upper_triangle_is_read(count_bytes, num_rows: int) -> None:
+def test_only_the_upper_triangle_is_read(count_bytes: Counting, num_rows: int) -> None:
     with count_bytes() as counted:
         pairwise_cosine(torch.ones(num_rows, 40, dtype=torch.float16), backend="triton")
     traffic = pairwise_cosine_traffic(num_rows=num_rows, hidden_size=40, dtype=torch.float16)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from sglang_ets.kernels import step_pool
 from sglang_ets.kernels.dispatch import INTERPRETED, MAX_HIDDEN
 from sglang_ets.kernels.traffic import step_pool_traffic
 
+Counting = Callable[[], AbstractContextManager]  # the fixture of conftest.py
 module = importlib.import_module("sglang_ets.kernels.step_pool")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreter.py, under TRITON_INTERPRET=1")
 TOLERANCE = 1e-6
@@ -19,7 +23,7 @@ RAGGED = (0, 1, 1, 9, 9, 14)  # lengths 1, 0, 8, 0, 5: below, at and above the r
 
 def oracle(hidden: torch.Tensor, offsets: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
     pooled = []
-    for start, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+    for start, end in itertools.pairwise(offsets.tolist()):
         mean = torch.zeros(hidden.shape[1], dtype=torch.float64)
         if end > start:
             mean = hidden[start:end].double().mean(dim=0) - (0.0 if center is None else center.double())
@@ -111,7 +115,7 @@ def test_unchecked_bad_offsets_give_nan(bad: tuple[int, int]) -> None:
 
 
 @needs_interpreter
-def test_one_pass_over_the_input(count_bytes) -> None:
+def test_one_pass_over_the_input(count_bytes: Counting) -> None:
     hidden, offsets = torch.ones(14, 300, dtype=torch.bfloat16), torch.tensor(RAGGED)
     with count_bytes() as counted:
         step_pool(hidden, offsets, torch.ones(300), backend="triton")

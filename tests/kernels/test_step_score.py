@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sglang_ets.kernels import step_score
 from sglang_ets.kernels.dispatch import INTERPRETED
 from sglang_ets.kernels.traffic import step_score_traffic
 
+Counting = Callable[[], AbstractContextManager]  # the fixture of conftest.py
 module = importlib.import_module("sglang_ets.kernels.step_score")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreter.py, under TRITON_INTERPRET=1")
 TOLERANCE = 2e-5  # float32 sums of up to 8192 products
@@ -32,9 +35,7 @@ def assert_scored(
     positions = torch.tensor(POSITIONS)
     expected = oracle(hidden, positions, head_rows, bias, activation)
     for index in range(len(head_rows)):
-        result = step_score(
-            hidden, positions, head_rows, bias, activation=activation, index=index, backend=backend
-        )
+        result = step_score(hidden, positions, head_rows, bias, activation=activation, index=index, backend=backend)
         assert result.dtype == torch.float32 and result.shape == (len(POSITIONS),)
         torch.testing.assert_close(result.double(), expected[:, index], atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -51,7 +52,8 @@ def test_sizes(backend: str, dtype: torch.dtype, hidden_size: int, generator: to
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(
-    ("activation", "num_rows"), [("softmax", 2), ("softmax", 3), *[(a, r) for a in ("sigmoid", "none") for r in (1, 2, 3)]]
+    ("activation", "num_rows"),
+    [("softmax", 2), ("softmax", 3), *[(a, r) for a in ("sigmoid", "none") for r in (1, 2, 3)]],
 )
 def test_options(backend: str, activation: str, num_rows: int, with_bias: bool, generator: torch.Generator) -> None:
     hidden = torch.randn(11, 300, generator=generator)
@@ -113,13 +115,11 @@ def test_unchecked_bad_position_gives_nan(position: int) -> None:
 
 
 @needs_interpreter
-def test_bytes_moved(count_bytes) -> None:
+def test_bytes_moved(count_bytes: Counting) -> None:
     hidden = torch.ones(11, 5000, dtype=torch.float16)
     with count_bytes() as counted:
         step_score(hidden, torch.tensor(POSITIONS), hidden[:3], hidden[0, :3], backend="triton")
-    traffic = step_score_traffic(
-        num_positions=4, hidden_size=5000, num_head_rows=3, dtype=torch.float16, has_bias=True
-    )
+    traffic = step_score_traffic(num_positions=4, hidden_size=5000, num_head_rows=3, dtype=torch.float16, has_bias=True)
     assert counted.total == traffic.requested_bytes
 
 
@@ -167,6 +167,4 @@ VALID = {
 def test_errors(change: dict[str, object], message: str) -> None:
     arguments = VALID | change
     with pytest.raises(ValueError, match=message):
-        step_score(
-            arguments.pop("hidden"), arguments.pop("positions"), arguments.pop("head_rows"), **arguments
-        )
+        step_score(arguments.pop("hidden"), arguments.pop("positions"), arguments.pop("head_rows"), **arguments)
