@@ -1,1 +1,125 @@
-"""The patch set."""
+"""The patch set: everything in which a server with search differs from stock sglang, in one ordered list."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sglang_ets.patches import openai_api, scheduler, server_args, server_info, torch_native
+from sglang_ets.patches.record import Kind, Patch, PatchDrift, drift_message
+
+logger = logging.getLogger(__name__)
+
+PATCHES: tuple[Patch, ...] = (
+    *server_args.PATCHES,
+    *openai_api.PATCHES,
+    *scheduler.PATCHES,
+    *server_info.PATCHES,
+    *torch_native.PATCHES,
+)
+_installed: list[Patch] = []
+
+
+def wanted(search_is_on: bool) -> tuple[Patch, ...]:
+    """The patches that this process needs, in the order of the list."""
+    conditions = {"loaded"}
+    if search_is_on:
+        conditions |= {"always"} | ({"cpu"} if is_cpu_engine() else set())
+    return tuple(patch for patch in PATCHES if patch.condition in conditions)
+
+
+def is_cpu_engine() -> bool:
+    """Whether sglang runs on the CPU in this process."""
+    import torch
+
+    return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or not torch.cuda.is_available()
+
+
+def verify(patches: Iterable[Patch]) -> None:
+    """Compare every target's source with the recorded hash.
+
+    Raises:
+        PatchDrift: at the first target that differs; nothing has been patched then.
+    """
+    for patch in patches:
+        found = patch.current_sha256()
+        if found != patch.sha256:
+            raise PatchDrift(drift_message(patch, f"sha256 {found}"))
+
+
+def install(patches: Iterable[Patch]) -> None:
+    """Verify all, then hand each hook to sglang's registry. sglang applies them when all plugins are loaded.
+
+    Raises:
+        PatchDrift: a target differs, or another plugin has already been applied to it, so that ours would be lost.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    missing = [patch for patch in patches if patch not in _installed]
+    verify(missing)
+    for patch in missing:
+        if patch.target in HookRegistry._patched:
+            raise PatchDrift(
+                f"sglang-ets: another plugin has patched {patch.target} before search was switched on; "
+                "set SGLANG_ETS_SEARCH in the environment, or leave that plugin out of SGLANG_PLUGINS."
+            )
+    for patch in missing:
+        HookRegistry.register(patch.target, patch.resolve_hook(), HookType(patch.kind))
+    _installed.extend(missing)
+
+
+def check_installed() -> None:
+    """See that each installed hook really stands at its target: the registry only logs a hook that it cannot apply.
+
+    Raises:
+        PatchDrift: a hook is missing.
+    """
+    for patch in _installed:
+        if not is_applied(patch):
+            raise PatchDrift(
+                f"sglang-ets: the hook {patch.hook} did not take effect on {patch.target}; "
+                "search would not work, so the server stops. The reason stands further up in the log."
+            )
+    logger.info("sglang-ets: %d patches in effect", len(_installed))
+
+
+def is_applied(patch: Patch) -> bool:
+    """Whether the patch's hook is in the chain of wrappers at its target."""
+    hook, found = patch.resolve_hook(), patch.resolve_target()
+    if isinstance(hook, type):
+        return found is hook
+    return any(_calls(wrapper, hook) for wrapper in _wrappers(getattr(found, "__func__", found)))
+
+
+def _wrappers(function: Any) -> Iterable[Callable[..., Any]]:
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _calls(wrapper: Callable[..., Any], hook: Any) -> bool:
+    return any(cell.cell_contents is hook for cell in getattr(wrapper, "__closure__", None) or ())
+
+
+def table(patches: Iterable[Patch] = PATCHES) -> str:
+    """The patch table of the README, in markdown."""
+    lines = ["| target | kind | when | why | upstream | goes when |", "|---|---|---|---|---|---|"]
+    for patch in patches:
+        target = patch.target.removeprefix("sglang.srt.")
+        cells = (f"`{target}`", patch.kind, patch.condition, patch.why, patch.upstream, patch.remove_when)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def hashes(patches: Iterable[Patch] = PATCHES) -> str:
+    """One line for each target: its hash as installed, and whether the record agrees."""
+    lines = []
+    for patch in patches:
+        found = patch.current_sha256()
+        lines.append(f"{found} {'ok   ' if found == patch.sha256 else 'DRIFT'} {patch.target}")
+    return "\n".join(lines)
+
+
+__all__ = ["PATCHES", "Kind", "Patch", "PatchDrift", "check_installed", "hashes", "install", "table", "verify", "wanted"]

@@ -1,0 +1,53 @@
+"""Hooks on the OpenAI endpoints: the request fields of a search and its way through the API server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_ets.patches.record import Patch
+
+OPENAI = "sglang.srt.entrypoints.openai"
+
+
+async def answer_search(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
+    if getattr(request, "search_width", None) in (None, 1) and getattr(request, "search", None) is None:
+        return await original(serving, request, raw_request)
+    from sglang_ets.serving import answer
+
+    return await answer(serving, request, raw_request)
+
+
+FIELDS = "`search_width` and `search` are fields of a request, documented in `/openapi.json`"
+NO_FIELDS = "none: the fields are ours"
+FIELDS_GO = "sglang lets plugins declare request fields"
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        f"{OPENAI}.protocol.CompletionRequest",
+        "replace",
+        "sglang_ets.protocol:CompletionRequest",
+        "1895974b4d5fa8e087bd89c9515c66bbf304b3aa4da748cd2b38449c43580e06",
+        FIELDS,
+        NO_FIELDS,
+        FIELDS_GO,
+    ),
+    Patch(
+        f"{OPENAI}.protocol.ChatCompletionRequest",
+        "replace",
+        "sglang_ets.protocol:ChatCompletionRequest",
+        "5d5990ec978280f6a5a1a172972fe91f5d395316372ee895a2ac42ca24ca7f9f",
+        FIELDS,
+        NO_FIELDS,
+        FIELDS_GO,
+    ),
+    Patch(
+        f"{OPENAI}.serving_base.OpenAIServingBase.handle_request",
+        "around",
+        "sglang_ets.patches.openai_api:answer_search",
+        "f47d3e8fad409f773a3c8cfc48246b8cbd00825b89ffe333796649065282ee62",
+        "a search is validated, sent as one request and answered with several ranked choices",
+        "none: search inside the scheduler is new",
+        "sglang offers search as a sampling mode",
+    ),
+)

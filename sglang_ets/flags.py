@@ -1,0 +1,122 @@
+"""The `--search` group of command line flags, and the same settings as environment variables.
+
+The values travel as one dict of scalars, `server_args._ets`, from the launcher to the API server and the schedulers.
+Names that are also fields of `SearchConfig` are the server's defaults for requests that leave them out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from sglang_ets.config import MAX_WIDTH, Aggregation, Algorithm, AnswerRule, KvCost, SearchConfig
+
+OFF = "off"
+ENV_PREFIX = "SGLANG_ETS_"
+SEARCH_ENV = f"{ENV_PREFIX}SEARCH"  # set for child processes, which learn from it whether to patch
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: `--{name}` on the command line, `settings[key]` in the program."""
+
+    name: str
+    key: str
+    type: type
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.removeprefix("search-").replace("-", "_").upper()
+
+
+FLAGS = (
+    Flag("search", "search", str, OFF, "Default algorithm of a search; off: stock sglang.", (*get_args(Algorithm), OFF)),
+    Flag("prm-model-path", "prm_model_path", str, None, "Process reward model: a folder or a name on the Hub."),
+    Flag("prm-format", "prm_format", str, "auto", "How the PRM reads steps and writes scores."),
+    Flag("prm-max-total-tokens", "prm_max_total_tokens", int, None, "Tokens in the PRM's KV pool."),
+    Flag("search-max-width", "max_width", int, MAX_WIDTH, "Largest search_width that a request may ask for."),
+    Flag("search-max-tokens", "max_tokens", int, None, "Tokens of one trajectory if a request sets no max_tokens."),
+    Flag("search-max-steps", "max_steps", int, None, "Steps of one trajectory at most."),
+    Flag("search-max-step-tokens", "max_step_tokens", int, None, "Tokens of one step at most."),
+    Flag("search-step-delimiter", "step_delimiter", str, None, r"Text that ends a step; \n is a line break."),
+    Flag("search-kv-cost", "kv_cost", str, None, "What kept KV is counted in.", get_args(KvCost)),
+    Flag("search-kv-cost-weight", "kv_cost_weight", float, None, "Worth of KV against scores (ets, ets_kv)."),
+    Flag("search-diversity-weight", "diversity_weight", float, None, "Worth of covering clusters of steps (ets)."),
+    Flag("search-cluster-distance", "cluster_distance", float, None, "Cosine distance below which steps are one."),
+    Flag("search-rebase-temperature", "rebase_temperature", float, None, "Softmax temperature over step scores."),
+    Flag("search-score-aggregation", "score_aggregation", str, None, "Steps to one score.", get_args(Aggregation)),
+    Flag("search-answer", "answer", str, None, "How the answer is chosen.", get_args(AnswerRule)),
+    Flag("search-answer-pattern", "answer_pattern", str, None, "Preset or regular expression of the final answer."),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the group to sglang's parser. The environment gives the defaults. Does nothing the second time."""
+    if any("--search" in action.option_strings for action in parser._actions):
+        return
+    group = parser.add_argument_group("search (sglang-ets)")
+    for flag in FLAGS:
+        group.add_argument(
+            f"--{flag.name}",
+            type=flag.type,
+            default=os.environ.get(flag.env, flag.default),  # argparse applies the type to a text
+            choices=flag.choices,
+            help=f"{flag.help} Also {flag.env}. Default: {flag.default}",
+        )
+
+
+def from_namespace(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Settings from parsed flags.
+
+    Raises:
+        SystemExit: a value breaks its rule, or a search has no PRM.
+    """
+    values = {flag.key: getattr(namespace, flag.name.replace("-", "_"), flag.default) for flag in FLAGS}
+    return checked(values)
+
+
+def from_environment() -> dict[str, Any]:
+    """Settings from the environment alone, for `sgl.Engine`, which takes no flags.
+
+    Raises:
+        SystemExit: a value breaks its rule, or a search has no PRM.
+    """
+    parser = argparse.ArgumentParser(prog="sglang-ets environment")
+    add_flags(parser)
+    return from_namespace(parser.parse_args([]))
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the algorithm filled in and escapes read.
+
+    Raises:
+        SystemExit: a value breaks its rule, or a search has no PRM.
+    """
+    settings = dict(values)
+    if settings["search"] not in (*get_args(Algorithm), OFF):
+        raise SystemExit(f"--search must be one of {', '.join((*get_args(Algorithm), OFF))}, got {settings['search']!r}")
+    if settings["search"] == OFF:
+        return settings
+    settings["algorithm"] = settings["search"]
+    if settings["step_delimiter"] is not None:
+        settings["step_delimiter"] = settings["step_delimiter"].replace("\\n", "\n").replace("\\t", "\t")
+    if not settings["prm_model_path"]:
+        raise SystemExit("--search needs a process reward model; give --prm-model-path, or --search off")
+    if not 2 <= settings["max_width"] <= MAX_WIDTH:
+        raise SystemExit(f"--search-max-width must be from 2 to {MAX_WIDTH}, got {settings['max_width']}")
+    try:
+        SearchConfig.from_request(2, None, settings, n=None, max_tokens=None, seed=None)
+    except ValueError as error:
+        raise SystemExit(f"a flag of the search is wrong: {error}") from error
+    return settings
+
+
+def is_on(settings: Mapping[str, Any] | None) -> bool:
+    """Whether these settings ask for a server with search."""
+    return settings is not None and settings.get("search", OFF) != OFF

@@ -1,0 +1,71 @@
+"""The entry point through which sglang loads us, in every process of a server, before anything is served.
+
+Without search only the flags are added. With it, the whole patch set is verified and installed; any doubt ends the
+process, because sglang would otherwise log the failure and serve without search.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+from sglang_ets import flags, patches
+
+_state = {"is_registered": False}
+
+
+def register() -> None:
+    """Entry point of the group `sglang.srt.plugins`.
+
+    Raises:
+        PatchDrift: sglang is not the version that the patches were written for.
+    """
+    _state["is_registered"] = True
+    if _needs_no_patches():
+        return
+    search_is_on = os.environ.get(flags.SEARCH_ENV, flags.OFF) != flags.OFF
+    patches.install(patches.wanted(search_is_on))
+
+
+def is_registered() -> bool:
+    """Whether sglang has loaded us in this process."""
+    return _state["is_registered"]
+
+
+def switch_on(server_args: Any) -> Any:
+    """Called when the flags are parsed: install what the search needs and tell the child processes.
+
+    Returns:
+        The same server arguments.
+
+    Raises:
+        PatchDrift: see `register`; or a hook did not take effect.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    os.environ[flags.SEARCH_ENV] = server_args._ets["search"]
+    if flags.is_on(server_args._ets):
+        patches.install(patches.wanted(search_is_on=True))
+        HookRegistry.apply_hooks()
+        patches.check_installed()
+    return server_args
+
+
+def check_scheduler(server_args: Any) -> None:
+    """Before a scheduler is built: settings are there, and every hook has taken effect in this process.
+
+    Raises:
+        PatchDrift: a hook is missing.
+        SystemExit: the settings are wrong.
+    """
+    if getattr(server_args, "_ets", None) is None:
+        server_args._ets = flags.from_environment()
+    patches.check_installed()
+
+
+def _needs_no_patches() -> bool:
+    """Detokenizer and data-parallel controller: children that run no scheduler and parse no flags."""
+    is_child = multiprocessing.parent_process() is not None
+    return is_child and "sglang.srt.managers.scheduler" not in sys.modules
