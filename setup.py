@@ -35,7 +35,7 @@ setup(
         "sglang_ets.patches",
     ],
     package_dir={"sglang_ets.kernels": "kernels", "sglang_ets.patches": "patches"},
-    package_data={"sglang_ets": ["models/*/*", "py.typed"]},
+    package_data={"sglang_ets": ["models/*", "models/*/*", "stand_in/*/*", "py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"test": TEST_REQUIRES},
     entry_points={

@@ -122,4 +122,15 @@ def hashes(patches: Iterable[Patch] = PATCHES) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["PATCHES", "Kind", "Patch", "PatchDrift", "check_installed", "hashes", "install", "table", "verify", "wanted"]
+__all__ = [
+    "PATCHES",
+    "Kind",
+    "Patch",
+    "PatchDrift",
+    "check_installed",
+    "hashes",
+    "install",
+    "table",
+    "verify",
+    "wanted",
+]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["before", "after", "around", "replace"]
-# loaded: with the plugin, search on or off. always: whenever search is on. cpu: search is on and there is no CUDA device.
+# loaded: with the plugin, search on or off. always: whenever search is on. cpu: search is on and sglang runs on a CPU.
 Condition = Literal["loaded", "always", "cpu"]
 
 

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from sglang_ets import flags
 from sglang_ets.patches.record import Patch
+
+from sglang_ets import flags
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 

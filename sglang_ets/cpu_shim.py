@@ -1,8 +1,8 @@
 """Puts a stand-in for `sgl_kernel` in place where the wheel that sglang requires cannot load: machines without CUDA.
 
-The stand-in is a package in a folder of its own. The folder goes to the front of `sys.path`, which multiprocessing hands
-to spawned children before they import anything, so schedulers find it too, whatever started them: our launcher,
-`sgl.Engine` or a test.
+The stand-in is a package in a folder of its own. The folder goes to the front of `sys.path`, which multiprocessing
+hands to spawned children before they import anything, so schedulers find it too, whatever started them: our
+launcher, `sgl.Engine` or a test.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,3 +42,10 @@ def install() -> bool:
 def _forget_partial_import() -> None:
     for name in [name for name in sys.modules if name == NAME or name.startswith(f"{NAME}.")]:
         del sys.modules[name]
+
+
+def is_cpu_asked_for(argv: Sequence[str]) -> bool:
+    """Whether the command line or the environment asks for the CPU on a machine that may have a GPU."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    by_flag = any(item == "--device=cpu" or (item, value) == ("--device", "cpu") for item, value in pairs)
+    return by_flag or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"

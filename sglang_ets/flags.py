@@ -36,7 +36,9 @@ class Flag:
 
 
 FLAGS = (
-    Flag("search", "search", str, OFF, "Default algorithm of a search; off: stock sglang.", (*get_args(Algorithm), OFF)),
+    Flag(
+        "search", "search", str, OFF, "Default algorithm of a search; off: stock sglang.", (*get_args(Algorithm), OFF)
+    ),
     Flag("prm-model-path", "prm_model_path", str, None, "Process reward model: a folder or a name on the Hub."),
     Flag("prm-format", "prm_format", str, "auto", "How the PRM reads steps and writes scores."),
     Flag("prm-max-total-tokens", "prm_max_total_tokens", int, None, "Tokens in the PRM's KV pool."),
@@ -100,7 +102,9 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = dict(values)
     if settings["search"] not in (*get_args(Algorithm), OFF):
-        raise SystemExit(f"--search must be one of {', '.join((*get_args(Algorithm), OFF))}, got {settings['search']!r}")
+        raise SystemExit(
+            f"--search must be one of {', '.join((*get_args(Algorithm), OFF))}, got {settings['search']!r}"
+        )
     if settings["search"] == OFF:
         return settings
     settings["algorithm"] = settings["search"]

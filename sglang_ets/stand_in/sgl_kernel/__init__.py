@@ -1,6 +1,6 @@
 """Stand-in for `sgl_kernel` on machines without CUDA; `sglang_ets.cpu_shim` says when and why.
 
-Every name can be imported, as sglang does at module level even on a CPU. None is called on the paths that a search uses.
+Every name can be imported, as sglang does at module level even on a CPU. None is called on the paths of a search.
 """
 
 from __future__ import annotations

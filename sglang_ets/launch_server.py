@@ -1,0 +1,106 @@
+"""`python -m sglang_ets.launch_server`: sglang's server with search.
+
+With no `--model-path` it serves the embedded models, on a CPU without any other flag. Flags that are given win over the
+choices made here, which are printed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_ets import cpu_shim
+
+cpu_shim.install()  # at module level: spawned children import this module before anything of sglang
+
+MODELS = Path(__file__).parent / "models"
+EMBEDDED = {
+    "--model-path": str(MODELS / "policy"),
+    "--prm-model-path": str(MODELS / "prm"),
+    "--served-model-name": "sglang-ets-embedded",
+    "--search-step-delimiter": r"\n",
+    "--search-max-step-tokens": "64",
+    "--search-max-tokens": "512",
+    "--search-answer-pattern": "the_answer_is",
+}
+# Room for four searches of width 64 with 250 tokens a trajectory even if they shared nothing; some 100 MB a model.
+EMBEDDED_CPU = {"--dtype": "float32", "--max-total-tokens": "64000", "--prm-max-total-tokens": "64000"}
+CPU = {"--device": "cpu", "--attention-backend": "torch_native"}
+CPU_SWITCHES = ("--disable-overlap-schedule",)  # two models take turns on few cores: nothing to overlap
+THREADS = "1"  # for models of a few MB more threads only wait for each other
+ALIASES = {"--model-path": ("--model-path", "--model")}
+
+
+def chosen_flags(argv: Sequence[str], has_cuda: bool) -> list[str]:
+    """What we add in front of the user's flags: nothing that the user has set."""
+    chosen: dict[str, str] = {"--search": "ets"}
+    switches: tuple[str, ...] = ()
+    is_embedded = not is_given(argv, "--model-path") and not is_given(argv, "--config")
+    if is_embedded:
+        chosen |= EMBEDDED
+    if not has_cuda:
+        chosen |= CPU | (EMBEDDED_CPU if is_embedded else {})
+        switches = CPU_SWITCHES
+    if is_embedded:
+        switches += ("--skip-server-warmup",)
+    flags = [item for name, value in chosen.items() if not is_given(argv, name) for item in (name, value)]
+    return flags + [name for name in switches if not is_given(argv, name)]
+
+
+def is_given(argv: Sequence[str], flag: str) -> bool:
+    """Whether the command line sets the flag, as `--flag value` or `--flag=value`."""
+    names = ALIASES.get(flag, (flag,))
+    return any(item == name or item.startswith(f"{name}=") for item in argv for name in names)
+
+
+def print_choices(flags: Sequence[str], has_cuda: bool) -> None:
+    """Say what was chosen, before sglang's own log begins."""
+    where = (
+        "a CUDA device" if has_cuda else f"the CPU with {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) a process"
+    )
+    models = "the embedded models" if EMBEDDED["--model-path"] in flags else "the models given"
+    print(f"sglang-ets: serving {models} on {where}", file=sys.stderr)
+    print(f"sglang-ets: added flags: {' '.join(flags) or 'none'}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serve until stopped.
+
+    Raises:
+        SystemExit: a flag is wrong, sglang is not the pinned version, or the plugin was not loaded.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available() and not cpu_shim.is_cpu_asked_for(argv)
+    flags = chosen_flags(argv, has_cuda)
+    if not has_cuda:
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        if EMBEDDED["--model-path"] in flags:
+            os.environ.setdefault("OMP_NUM_THREADS", THREADS)
+    if "-h" not in argv and "--help" not in argv:
+        print_choices(flags, has_cuda)
+
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    from sglang_ets import plugin
+
+    load_plugins()
+    if not plugin.is_registered():
+        raise SystemExit(
+            "sglang has not loaded the plugin sglang_ets; install this package (pip install .) and see that the "
+            "environment variable SGLANG_PLUGINS does not leave it out"
+        )
+    server_args = prepare_server_args([*flags, *argv])
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

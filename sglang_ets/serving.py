@@ -1,0 +1,68 @@
+"""The way of a search through the API server: refuse or convert, send as one request, answer with its result."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import ORJSONResponse, StreamingResponse
+
+from sglang_ets.protocol import CUSTOM_KEY, RESULT_KEY, check_server, response_body, search_config, stream_chunks
+
+
+async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
+    """Answer a request that asks for a search. `serving` is sglang's handler of the endpoint.
+
+    Returns:
+        An HTTP response. A search that is refused is HTTP 400, one that fails the status that the scheduler gave it.
+    """
+    try:
+        refusal = serving._validate_request(request)
+        if refusal:
+            raise ValueError(refusal)
+        # Rendering and tokenizing a long prompt would hold up the event loop.
+        internal = await asyncio.get_running_loop().run_in_executor(None, _convert, serving, request, raw_request)
+        sent = serving.tokenizer_manager.generate_request(internal, raw_request)
+        answered = await anext(sent)
+        result = _result(answered)
+    except ValueError as error:
+        return serving.create_error_response(_one_line(error), "BadRequest", 400)
+    except HTTPException as error:
+        return serving.create_error_response(_one_line(error.detail), "SearchFailed", error.status_code)
+    rid = answered["meta_info"]["id"]
+    if request.stream:
+        # The answer of a search is known at its end, so all chunks leave together.
+        return StreamingResponse(stream_chunks(request, rid, result), media_type="text/event-stream")
+    return ORJSONResponse(response_body(request, rid, result))
+
+
+def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
+    """sglang's internal request with the search inside. It is one request: `n` ranks results, it samples no more.
+
+    Raises:
+        ValueError: see `search_config`.
+    """
+    manager = serving.tokenizer_manager
+    check_server(manager.server_args)
+    if serving._resolve_lora_path(request.model, getattr(request, "lora_path", None)):
+        raise ValueError(f"model must name no LoRA adapter together with search_width, got {request.model!r}")
+    config = search_config(request, manager.server_args._ets, manager.context_len)
+    plain = request.model_copy(update={"n": 1, "stream": False, "stream_options": None})
+    internal, _ = serving._convert_to_internal_request(plain, raw_request)
+    sampling = internal.sampling_params
+    sampling["max_new_tokens"] = config.max_tokens
+    sampling["custom_params"] = {**(sampling.get("custom_params") or {}), CUSTOM_KEY: config.to_json()}
+    return internal
+
+
+def _result(answered: dict[str, Any]) -> dict[str, Any]:
+    info = answered["meta_info"]
+    if info.get(RESULT_KEY):
+        return dict(info[RESULT_KEY][0])
+    reason = (info.get("finish_reason") or {}).get("message") or "the scheduler returned no result"
+    raise HTTPException(500, f"search failed: {reason}")
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
