@@ -40,6 +40,6 @@ setup(
     extras_require={"test": TEST_REQUIRES},
     entry_points={
         "sglang.srt.plugins": ["sglang_ets = sglang_ets.plugin:register"],
-        "console_scripts": ["sglang-ets = sglang_ets.cli:main"],
+        "console_scripts": ["sglang-ets = sglang_ets.launch_server:main"],
     },
 )

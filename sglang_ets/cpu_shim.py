@@ -8,6 +8,7 @@ launcher, `sgl.Engine` or a test.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,6 @@ def _forget_partial_import() -> None:
 
 def is_cpu_asked_for(argv: Sequence[str]) -> bool:
     """Whether the command line or the environment asks for the CPU on a machine that may have a GPU."""
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    pairs = itertools.pairwise((*argv, ""))
     by_flag = any(item == "--device=cpu" or (item, value) == ("--device", "cpu") for item, value in pairs)
     return by_flag or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"

@@ -65,14 +65,15 @@ def print_choices(flags: Sequence[str], has_cuda: bool) -> None:
     print(f"sglang-ets: added flags: {' '.join(flags) or 'none'}", file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Serve until stopped.
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until stopped. Without `argv`, the flags of the command line.
 
     Raises:
         SystemExit: a flag is wrong, sglang is not the pinned version, or the plugin was not loaded.
     """
     import torch
 
+    argv = sys.argv[1:] if argv is None else argv
     has_cuda = torch.cuda.is_available() and not cpu_shim.is_cpu_asked_for(argv)
     flags = chosen_flags(argv, has_cuda)
     if not has_cuda:
@@ -103,4 +104,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -157,7 +157,8 @@ def _check_refused(request: Any) -> None:
     for name, neutral in REFUSED.items():
         value = getattr(request, name, neutral[0])
         if value not in neutral:
-            raise ValueError(f"{name} does not work together with search_width, got {value!r}; leave one of them out")
+            shown = f", got {value!r}" if isinstance(value, (bool, int, str)) else ""
+            raise ValueError(f"{name} does not work together with search_width{shown}; leave one of them out")
     response_format = getattr(request, "response_format", None)
     if response_format is not None and response_format.type != "text":
         raise ValueError(

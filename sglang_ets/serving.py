@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from fastapi import HTTPException
-from fastapi.responses import ORJSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from sglang_ets.protocol import CUSTOM_KEY, RESULT_KEY, check_server, response_body, search_config, stream_chunks
 
@@ -34,7 +34,7 @@ async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
     if request.stream:
         # The answer of a search is known at its end, so all chunks leave together.
         return StreamingResponse(stream_chunks(request, rid, result), media_type="text/event-stream")
-    return ORJSONResponse(response_body(request, rid, result))
+    return JSONResponse(response_body(request, rid, result))
 
 
 def _convert(serving: Any, request: Any, raw_request: Any) -> Any:

@@ -1,0 +1,79 @@
+"""Flags, environment and the launcher's own choices."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from sglang_ets import flags
+from sglang_ets.config import SearchConfig
+from sglang_ets.launch_server import EMBEDDED, chosen_flags, is_given
+
+
+def parsed(*argv: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    flags.add_flags(parser)
+    flags.add_flags(parser)  # sglang may build on a parser that has them
+    return flags.from_namespace(parser.parse_args(argv))
+
+
+def test_search_is_off_unless_asked_for() -> None:
+    assert not flags.is_on(parsed())
+    assert not flags.is_on(None)
+    assert flags.is_on(parsed("--search", "rebase", "--prm-model-path", "p"))
+
+
+def test_flags_become_defaults_of_requests() -> None:
+    settings = parsed(
+        "--search", "ets_kv", "--prm-model-path", "p", "--search-step-delimiter", r"\n", "--search-max-steps", "7"
+    )
+    config = SearchConfig.from_request(8, {"max_steps": 3}, settings, n=None, max_tokens=None, seed=None)
+    assert (config.algorithm, config.step_delimiter, config.max_steps) == ("ets_kv", ("\n",), 3)
+    config = SearchConfig.from_request(8, None, settings, n=None, max_tokens=None, seed=None)
+    assert config.max_steps == 7
+
+
+def test_environment_gives_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ETS_SEARCH", "beam")
+    monkeypatch.setenv("SGLANG_ETS_PRM_MODEL_PATH", "p")
+    monkeypatch.setenv("SGLANG_ETS_MAX_STEPS", "9")
+    settings = flags.from_environment()
+    assert (settings["algorithm"], settings["prm_model_path"], settings["max_steps"]) == ("beam", "p", 9)
+    assert parsed("--search", "dvts")["algorithm"] == "dvts"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--search", "ets"], "--prm-model-path"),
+        (["--search", "ets", "--prm-model-path", "p", "--search-max-width", "1"], "--search-max-width"),
+        (["--search", "ets", "--prm-model-path", "p", "--search-max-steps", "0"], "max_steps"),
+        (["--search", "ets", "--prm-model-path", "p", "--search-answer-pattern", "("], "answer_pattern"),
+    ],
+)
+def test_wrong_flags_end_the_launch_with_a_sentence(argv: list[str], named: str) -> None:
+    with pytest.raises(SystemExit, match=named):
+        parsed(*argv)
+
+
+def test_every_search_flag_is_a_setting_that_a_search_reads() -> None:
+    own = {"search", "prm_model_path", "prm_format", "prm_max_total_tokens", "max_width"}
+    assert {flag.key for flag in flags.FLAGS} - own <= set(SearchConfig.__dataclass_fields__)
+
+
+def test_launcher_adds_only_what_is_not_given() -> None:
+    assert chosen_flags(["--model-path", "m", "--search", "beam"], has_cuda=True) == []
+    chosen = chosen_flags([], has_cuda=False)
+    assert chosen[chosen.index("--model-path") + 1] == EMBEDDED["--model-path"]
+    assert {"--device", "--dtype", "--max-total-tokens", "--search"} <= set(chosen)
+    assert "--dtype" not in chosen_flags(["--dtype=bfloat16"], has_cuda=False)
+    assert "--device" not in chosen_flags([], has_cuda=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"), [(["--model", "m"], True), (["--model-path=m"], True), (["--models"], False)]
+)
+def test_is_given(argv: list[str], given: bool) -> None:
+    assert is_given(argv, "--model-path") is given
