@@ -159,7 +159,7 @@ class SearchCoordinator:
     def _prompt_ready(self, live: LiveSearch, hold: Hold) -> None:
         branch = Branch((), "", hold)
         live.branches[ROOT] = branch
-        text = live.req.origin_input_text or live.req.tokenizer.decode(list(live.req.origin_input_ids))
+        text = live.req.tokenizer.decode(list(live.req.origin_input_ids))
         branch.prm = self.prm.open_prompt(tuple(live.req.origin_input_ids), text)
         live.prm_tokens += len(branch.prm.token_ids)
         self._apply(live, live.search.start())
@@ -209,6 +209,7 @@ class SearchCoordinator:
 
     def _expand(self, live: LiveSearch, action: Expand) -> None:
         branch = live.branches[action.parent_id]
+        branch.is_tip = False
         branch.num_open_children += len(action.node_ids)
         branch.num_unscored_children += len(action.node_ids)
         for node_id in action.node_ids:
@@ -230,10 +231,13 @@ class SearchCoordinator:
         policy = get_policy(live.config.algorithm)
         if live.config.algorithm in SOLVED_ALGORITHMS and self.scheduler.tp_worker.tp_size == 1:
             live.awaited = ("select", self._workers.submit(policy.select, level, live.config))
+            selection = None
         else:
             # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
-            self._selected(live, policy.select(level, live.config))
+            selection = policy.select(level, live.config)
         live.select_blocked_ms.append((time.perf_counter() - started) * 1e3)
+        if selection is not None:
+            self._selected(live, selection)
 
     def _selected(self, live: LiveSearch, selection: Selection) -> None:
         if selection.solver is not None:
@@ -323,6 +327,7 @@ class SearchCoordinator:
     def _drop(self, live: LiveSearch, node_id: int) -> None:
         """Give back at once what only this node holds, in both caches."""
         branch = live.branches[node_id]
+        branch.is_tip = False
         if branch.hold is not None:
             self.ledger.drop(branch.hold, live.prompt_tokens)
         if branch.prm is not None:

@@ -29,6 +29,7 @@ class Branch:
     text: str  # text of the trajectory, without the prompt
     hold: Hold | None = None
     prm: PrmPath | None = None
+    is_tip: bool = True  # the trajectory ends here and may still grow
     num_open_children: int = 0
     num_unscored_children: int = 0
 
@@ -84,7 +85,7 @@ class LiveSearch:
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""
-        tips = [b for n, b in sorted(self.branches.items()) if n != ROOT and b.num_open_children == 0 and b.hold]
+        tips = [branch for node_id, branch in sorted(self.branches.items()) if node_id != ROOT and branch.is_tip]
         held = ledger.unique_tokens(self.holds())
         referenced = sum(self.prompt_tokens + len(b.token_ids) for b in tips)
         self.kv.append(KvSample(depth, len(tips), held, referenced))
