@@ -242,6 +242,7 @@ class SearchCoordinator:
     def _selected(self, live: LiveSearch, selection: Selection) -> None:
         if selection.solver is not None:
             live.solver_reports.append(selection.solver)
+        live.num_fallbacks += selection.is_fallback
         self._apply(live, live.search.on_selected(selection))
         live.sample_retained(self.ledger)
 
@@ -266,14 +267,19 @@ class SearchCoordinator:
     def _score_when_due(self) -> None:
         """One PRM batch over all searches, when it is large enough or some search waits for nothing else."""
         self._to_score = [(live, node) for live, node in self._to_score if not live.is_answered and not live.end_reason]
-        while self._to_score:
-            if len(self._to_score) < SCORE_BATCH_STEPS and all(live.children for live, _ in self._to_score):
+        while True:
+            # A step follows its parent's; best-of-N may have both waiting.
+            batch = [(live, node) for live, node in self._to_score if self._parent(live, node).prm is not None]
+            if not batch or (len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch)):
                 return
-            batch, self._to_score = self._to_score, []
+            self._to_score = [job for job in self._to_score if job not in batch]
             outcomes = self._score_batch(batch)
             for (live, node_id), outcome in zip(batch, outcomes, strict=True):
                 with self._guard(live):
                     self._scored(live, node_id, outcome)
+
+    def _parent(self, live: LiveSearch, node_id: int) -> Branch:
+        return live.branches[live.search.tree.nodes[node_id].parent.id]
 
     def _score_batch(self, batch: list[tuple[LiveSearch, int]]) -> list[Any]:
         """Outcomes in the order of the batch. A fault of the whole PRM call fails the searches in it, not the server."""
@@ -292,10 +298,7 @@ class SearchCoordinator:
     def _scored(self, live: LiveSearch, node_id: int, outcome: Any) -> None:
         parent_id = live.search.tree.nodes[node_id].parent.id
         if isinstance(outcome, PrmError):
-            self._one_score_less(live, parent_id)
-            if not live.is_answered:
-                self._drop(live, node_id)
-                self._apply(live, live.search.on_failed(node_id, str(outcome)))
+            self._unscored(live, node_id, outcome)
             return
         score, path = outcome
         parent = live.branches.get(parent_id)
@@ -306,6 +309,17 @@ class SearchCoordinator:
         live.branches[node_id].prm = path
         self._one_score_less(live, parent_id)
         self._apply(live, live.search.on_scored(node_id, score.score, score.embedding))
+
+    def _unscored(self, live: LiveSearch, node_id: int, error: PrmError) -> None:
+        """A step without a score ends its trajectory; one that has been continued already ends the search."""
+        if live.is_answered:
+            return
+        if not live.branches[node_id].is_tip:
+            self.fail(live, str(error))
+            return
+        self._one_score_less(live, live.search.tree.nodes[node_id].parent.id)
+        self._drop(live, node_id)
+        self._apply(live, live.search.on_failed(node_id, str(error)))
 
     # ---- KV ----
 

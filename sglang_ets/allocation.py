@@ -1,0 +1,62 @@
+"""Scores and width -> children per leaf."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Shares that are whole numbers up to rounding must not be rounded up to the next one: ties in the published code do.
+CEIL_SLACK = 1e-9
+
+
+def by_score(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Indices from the best score to the worst; equal scores keep their order."""
+    return np.argsort(-scores, kind="stable").astype(np.int64)
+
+
+def rebase_allocation(
+    scores: NDArray[np.float64],  # float64[L]
+    width: int,
+    temperature: float,
+) -> NDArray[np.int64]:  # int64[L], sums to width
+    """REBASE: share `width` in proportion to softmax(scores / temperature), best first, rounding up.
+
+    Each leaf in turn gets ceil(width still free * weight / weight still waiting), so good leaves are rounded up and the
+    last ones may get nothing. Equal scores are served in order of index.
+
+    Raises:
+        ValueError: no leaf, a negative width, or a score that is not finite.
+    Source: arXiv 2408.00724 and its code.
+    """
+    if scores.ndim != 1 or scores.size == 0 or width < 0 or not np.isfinite(scores).all():
+        raise ValueError(
+            f"REBASE needs finite scores of at least one leaf and a width of 0 or more, got {scores!r} and {width}"
+        )
+    order = by_score(scores)
+    weights = np.exp((scores[order] - scores[order[0]]) / temperature)
+    # Summed from the worst upwards, so that the last leaf's share of what is left is exactly 1.
+    waiting = np.cumsum(weights[::-1])[::-1].tolist()
+    allocation = np.zeros(scores.size, dtype=np.int64)
+    free = width
+    for index, weight, rest in zip(order.tolist(), weights.tolist(), waiting, strict=True):
+        if free == 0:
+            break
+        given = min(free, math.ceil(free * (weight / rest) - CEIL_SLACK)) if rest > 0.0 else free
+        allocation[index] = given
+        free -= given
+    return allocation
+
+
+def even_allocation(
+    scores: NDArray[np.float64],  # float64[L]
+    kept: NDArray[np.int64],  # int64[R], indices of the leaves kept
+    width: int,
+) -> NDArray[np.int64]:  # int64[L], sums to width
+    """Share `width` evenly over the kept leaves; what does not divide goes to the best ones."""
+    best_first = kept[by_score(scores[kept])]
+    allocation = np.zeros(scores.size, dtype=np.int64)
+    allocation[best_first] = width // best_first.size
+    allocation[best_first[: width % best_first.size]] += 1
+    return allocation

@@ -1,0 +1,102 @@
+"""Finished trajectories -> ranked answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sglang_ets.config import Aggregation, SearchConfig
+from sglang_ets.patterns import extract_answer
+
+Equal = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One root-to-leaf path without the prompt."""
+
+    node_id: int
+    token_ids: tuple[int, ...]
+    text: str
+    step_scores: tuple[float, ...]  # scored steps only, in order
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RankedAnswer:
+    """One result of a search. `votes` is a number of trajectories, or their summed scores under a weighted majority."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    score: float
+    step_scores: tuple[float, ...]
+    answer: str | None
+    votes: float
+    finish_reason: Literal["stop", "length"]
+
+
+def aggregate(step_scores: Sequence[float], rule: Aggregation) -> float:
+    """Score of a trajectory; 0 when no step was scored."""
+    if not step_scores:
+        return 0.0
+    if rule == "last":
+        return step_scores[-1]
+    if rule == "min":
+        return min(step_scores)
+    if rule == "mean":
+        return math.fsum(step_scores) / len(step_scores)
+    return math.prod(step_scores)
+
+
+def rank(
+    trajectories: Sequence[Trajectory], config: SearchConfig, equal: Equal | None = None
+) -> list[RankedAnswer]:
+    """Best first, all trajectories. Pure.
+
+    `best` orders by score. The majorities order groups of equal answers by votes, then by summed score; each group's
+    best trajectory comes first, so that the first results are different answers; trajectories without an answer come last.
+    All ties go to the trajectory that was made first. `equal` may join answers whose normalised texts differ.
+    """
+    scores = [aggregate(trajectory.step_scores, config.score_aggregation) for trajectory in trajectories]
+    answers = [extract_answer(trajectory.text, config.answer_pattern) for trajectory in trajectories]
+    groups = _groups(answers, equal)
+    votes = [0.0] * len(trajectories)
+    for members in groups:
+        total = math.fsum(scores[i] for i in members) if config.answer == "weighted_majority" else float(len(members))
+        for i in members:
+            votes[i] = total
+    if config.answer == "best":
+        order = sorted(range(len(trajectories)), key=lambda i: (-scores[i], i))
+    else:
+        order = _by_votes(groups, votes, scores)
+        order += sorted((i for i, answer in enumerate(answers) if answer is None), key=lambda i: (-scores[i], i))
+    return [_ranked(trajectories[i], scores[i], answers[i], votes[i]) for i in order]
+
+
+def _groups(answers: Sequence[str | None], equal: Equal | None) -> list[list[int]]:
+    """Indices by equal answer, in order of first occurrence."""
+    by_text: dict[str, list[int]] = {}
+    for i, answer in enumerate(answers):
+        if answer is None:
+            continue
+        text = answer
+        if equal is not None and answer not in by_text:
+            text = next((known for known in by_text if equal(known, answer)), answer)
+        by_text.setdefault(text, []).append(i)
+    return list(by_text.values())
+
+
+def _by_votes(groups: Sequence[Sequence[int]], votes: Sequence[float], scores: Sequence[float]) -> list[int]:
+    def strength(members: Sequence[int]) -> tuple[float, float, int]:
+        return -votes[members[0]], -math.fsum(scores[i] for i in members), members[0]
+
+    ordered = [sorted(members, key=lambda i: (-scores[i], i)) for members in sorted(groups, key=strength)]
+    return [members[0] for members in ordered] + [i for members in ordered for i in members[1:]]
+
+
+def _ranked(trajectory: Trajectory, score: float, answer: str | None, votes: float) -> RankedAnswer:
+    return RankedAnswer(
+        trajectory.text, trajectory.token_ids, score, trajectory.step_scores, answer, votes, trajectory.finish_reason
+    )

@@ -1,0 +1,218 @@
+"""The integer program of one level: which leaves are worth the KV that keeping them holds. The only file that speaks to HiGHS.
+
+    maximise   sum_i reward_i x_i  -  kv_weight * sum_j cost_j y_j / sum_j cost_j  +  diversity_weight / K * sum_k z_k
+    subject to x_i <= y_leaf(i)              a kept leaf keeps the last cost node of its path
+               y_j <= y_parent(j)            a kept cost node keeps its parent
+               z_k <= sum_{i in cluster k} x_i
+               sum_i x_i >= 1
+               sum_j cost_j y_j <= budget    if there is one
+               x binary, 0 <= y <= 1, 0 <= z <= 1
+
+y and z need no integrality: at an optimum with binary x, y_j is the largest x below it (its cost is not negative) and z_k the
+smaller of 1 and its row. Leaves that end in the same cost node stand or fall together, because keeping the second is free;
+they are merged. Source: ETS, arXiv 2502.13575, with costs in tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+TIME_LIMIT_S = 2.0
+KEPT = 0.5  # a binary above this is one
+_per_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class CostTree:
+    """A forest of costs in topological order: a node's parent comes before it. Several leaves may end in one node."""
+
+    parent: NDArray[np.int64]  # int64[M], -1 at a root
+    cost: NDArray[np.float64]  # float64[M], not negative
+    leaf: NDArray[np.int64]  # int64[L], the node where each leaf's path ends; -1: the path costs nothing
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """How one solve went."""
+
+    status: str  # "optimal", or "time_limit" with the best found
+    objective: float
+    gap: float  # relative, 0 when optimal
+    rows: int
+    columns: int
+    nonzeros: int
+    build_ms: float
+    solve_ms: float
+
+
+class SolverFailure(RuntimeError):
+    """HiGHS found no solution; the level is selected by REBASE instead."""
+
+
+class BudgetTooSmall(RuntimeError):
+    """Not even one leaf fits into the KV budget."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Constraint rows in compressed form."""
+
+    columns: list[NDArray[np.int64]]
+    values: list[NDArray[np.float64]]
+    lower: list[NDArray[np.float64]]
+    upper: list[NDArray[np.float64]]
+    lengths: list[NDArray[np.int64]]
+
+    def add_pairs(self, small: NDArray[np.int64], large: NDArray[np.int64]) -> None:
+        """Rows `small - large <= 0`."""
+        self.columns.append(np.column_stack([small, large]).ravel())
+        self.values.append(np.tile([1.0, -1.0], small.size))
+        self._bounds(np.full(small.size, -np.inf), np.zeros(small.size), np.full(small.size, 2, dtype=np.int64))
+
+    def add(self, columns: NDArray[np.int64], values: NDArray[np.float64], lower: float, upper: float) -> None:
+        """One row."""
+        self.columns.append(columns)
+        self.values.append(values)
+        self._bounds(np.array([lower]), np.array([upper]), np.array([columns.size], dtype=np.int64))
+
+    def _bounds(self, lower: NDArray[np.float64], upper: NDArray[np.float64], lengths: NDArray[np.int64]) -> None:
+        self.lower.append(lower)
+        self.upper.append(upper)
+        self.lengths.append(lengths)
+
+
+def solve(
+    reward: NDArray[np.float64],  # float64[L], not negative
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,  # int64[L], labels 0..K-1
+    diversity_weight: float,
+    budget: float | None = None,
+) -> tuple[NDArray[np.bool_], SolverReport]:  # bool[L]
+    """The leaves to keep. Deterministic: equal input gives equal output, ties are broken by HiGHS's fixed path.
+
+    Raises:
+        BudgetTooSmall: no leaf fits into `budget`.
+        SolverFailure: HiGHS ended without a solution.
+    """
+    started = time.perf_counter()
+    group_node, group_of_leaf = np.unique(tree.leaf, return_inverse=True)
+    lp = _model(reward, tree, kv_weight, clusters, diversity_weight, budget, group_node, group_of_leaf)
+    built = time.perf_counter()
+    solver = _solver()
+    solver.passModel(lp)
+    solver.run()
+    status = solver.getModelStatus()
+    info = solver.getInfo()
+    found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    if status == highspy.HighsModelStatus.kInfeasible:
+        raise BudgetTooSmall(f"no leaf fits into the KV budget of {budget} tokens")
+    if not found or status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
+        raise SolverFailure(f"HiGHS ended with {solver.modelStatusToString(status)}")
+    values = np.asarray(solver.getSolution().col_value)
+    is_optimal = status == highspy.HighsModelStatus.kOptimal
+    report = SolverReport(
+        "optimal" if is_optimal else "time_limit",
+        float(info.objective_function_value),
+        0.0 if is_optimal else float(info.mip_gap),
+        int(lp.num_row_),
+        int(lp.num_col_),
+        len(lp.a_matrix_.index_),
+        (built - started) * 1e3,
+        (time.perf_counter() - built) * 1e3,
+    )
+    return values[: group_node.size][group_of_leaf] > KEPT, report
+
+
+def objective(
+    kept: NDArray[np.bool_],  # bool[L]
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    diversity_weight: float,
+) -> float:
+    """Value of a set of leaves, straight from the definition. The oracle of the tests."""
+    held: set[int] = set()
+    for node in tree.leaf[kept].tolist():
+        while node >= 0 and node not in held:
+            held.add(node)
+            node = int(tree.parent[node])
+    total = float(tree.cost.sum())
+    cost = float(tree.cost[sorted(held)].sum()) / total if total > 0 else 0.0
+    covered = len(set(clusters[kept].tolist())) / len(set(clusters.tolist())) if clusters is not None else 0.0
+    return float(reward[kept].sum()) - kv_weight * cost + diversity_weight * covered
+
+
+def _model(
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    diversity_weight: float,
+    budget: float | None,
+    group_node: NDArray[np.int64],  # int64[G], the cost node of each group of merged leaves
+    group_of_leaf: NDArray[np.int64],  # int64[L]
+) -> highspy.HighsLp:
+    """Columns: G groups of leaves, M cost nodes, K clusters."""
+    num_groups, num_nodes = group_node.size, tree.parent.size
+    num_clusters = int(clusters.max()) + 1 if clusters is not None and diversity_weight > 0 else 0
+    total = float(tree.cost.sum())
+    gain = np.bincount(group_of_leaf, weights=reward, minlength=num_groups)
+    price = -kv_weight * tree.cost / total if total > 0 else np.zeros(num_nodes)
+    cover = np.full(num_clusters, diversity_weight / max(1, num_clusters))
+
+    rows = _Rows([], [], [], [], [])
+    groups = np.arange(num_groups)
+    priced = group_node >= 0
+    rows.add_pairs(groups[priced], num_groups + group_node[priced])
+    inner = np.flatnonzero(tree.parent >= 0)
+    rows.add_pairs(num_groups + inner, num_groups + tree.parent[inner])
+    rows.add(groups, np.ones(num_groups), 1.0, np.inf)
+    if budget is not None:
+        rows.add(num_groups + np.arange(num_nodes), tree.cost.copy(), -np.inf, budget)
+    if num_clusters and clusters is not None:
+        for cluster in range(num_clusters):
+            members = np.unique(group_of_leaf[clusters == cluster])
+            columns = np.concatenate([[num_groups + num_nodes + cluster], members])
+            rows.add(columns, np.concatenate([[1.0], -np.ones(members.size)]), -np.inf, 0.0)
+    return _lp(np.concatenate([gain, price, cover]), num_groups, rows)
+
+
+def _lp(gain: NDArray[np.float64], num_integer: int, rows: _Rows) -> highspy.HighsLp:
+    """A HiGHS model with all columns in 0..1, the first `num_integer` of them integer."""
+    lp = highspy.HighsLp()
+    lengths = np.concatenate(rows.lengths)
+    lp.num_col_, lp.num_row_ = gain.size, lengths.size
+    lp.col_cost_ = gain
+    lp.col_lower_, lp.col_upper_ = np.zeros(gain.size), np.ones(gain.size)
+    lp.row_lower_, lp.row_upper_ = np.concatenate(rows.lower), np.concatenate(rows.upper)
+    lp.sense_ = highspy.ObjSense.kMaximize
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    lp.a_matrix_.index_ = np.concatenate(rows.columns).astype(np.int32)
+    lp.a_matrix_.value_ = np.concatenate(rows.values)
+    kinds = [highspy.HighsVarType.kInteger] * num_integer
+    lp.integrality_ = kinds + [highspy.HighsVarType.kContinuous] * (gain.size - num_integer)
+    return lp
+
+
+def _solver() -> highspy.Highs:
+    """One HiGHS per thread, its options set once. `run` releases the interpreter lock."""
+    solver: highspy.Highs | None = getattr(_per_thread, "solver", None)
+    if solver is None:
+        solver = highspy.Highs()  # type: ignore[no-untyped-call]
+        solver.setOptionValue("output_flag", False)
+        solver.setOptionValue("threads", 1)
+        solver.setOptionValue("random_seed", 0)
+        solver.setOptionValue("mip_rel_gap", 0.0)
+        solver.setOptionValue("mip_abs_gap", 1e-10)
+        _per_thread.solver = solver
+    solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)  # its clock runs on from solve to solve
+    return solver

@@ -1,0 +1,120 @@
+"""The integer program against brute force over all subsets, and against the published formulation solved by CBC."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pulp
+import pytest
+from numpy.typing import NDArray
+
+from sglang_ets.allocation import rebase_allocation
+from sglang_ets.ilp import BudgetTooSmall, CostTree, objective, solve
+
+Problem = tuple[NDArray[np.float64], CostTree, NDArray[np.int64]]
+
+
+def random_level(draw: np.random.Generator, num_leaves: int, *, unit_costs: bool = False) -> Problem:
+    """A level as a search makes it: a random tree, leaves at its last nodes, some of them at the same one."""
+    num_inner = int(draw.integers(0, num_leaves + 1))
+    parent = [int(draw.integers(-1, node)) for node in range(num_inner)]
+    leaf = []
+    for _ in range(num_leaves):
+        if leaf and draw.random() < 0.2:
+            leaf.append(leaf[int(draw.integers(len(leaf)))])  # a token-identical sibling
+            continue
+        leaf.append(len(parent))
+        parent.append(int(draw.integers(-1, num_inner)) if num_inner else -1)
+    cost = np.ones(len(parent)) if unit_costs else draw.integers(0, 40, len(parent)).astype(np.float64)
+    scores = draw.random(num_leaves)
+    reward = rebase_allocation(scores, num_leaves, 0.2) / num_leaves
+    clusters = np.unique(draw.integers(0, max(1, num_leaves // 2), num_leaves), return_inverse=True)[1]
+    return reward, CostTree(np.array(parent), cost, np.array(leaf)), clusters.astype(np.int64)
+
+
+def best_by_enumeration(problem: Problem, kv_weight: float, diversity_weight: float, with_clusters: bool) -> float:
+    reward, tree, clusters = problem
+    subsets = itertools.product([False, True], repeat=reward.size)
+    return max(
+        objective(np.array(kept), reward, tree, kv_weight, clusters if with_clusters else None, diversity_weight)
+        for kept in subsets
+        if any(kept)
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_brute_force(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    problem = random_level(draw, int(draw.integers(1, 11)))
+    kv_weight, diversity_weight = float(draw.choice([0.0, 0.5, 1.0, 4.0])), float(draw.choice([0.0, 1.0, 1.5]))
+    with_clusters = bool(seed % 2)
+    reward, tree, clusters = problem
+    used = clusters if with_clusters else None
+    kept, report = solve(reward, tree, kv_weight, used, diversity_weight)
+    assert kept.any()
+    assert report.status == "optimal"
+    best = best_by_enumeration(problem, kv_weight, diversity_weight, with_clusters)
+    assert objective(kept, reward, tree, kv_weight, used, diversity_weight) == pytest.approx(best, abs=1e-9)
+
+
+def solved_by_cbc(problem: Problem, kv_weight: float, diversity_weight: float) -> float:
+    """The published formulation, every variable binary, one row for each ancestor of each leaf."""
+    reward, tree, clusters = problem
+    model = pulp.LpProblem(sense=pulp.LpMaximize)
+    x = [pulp.LpVariable(f"x{i}", cat="Binary") for i in range(reward.size)]
+    y = [pulp.LpVariable(f"y{j}", cat="Binary") for j in range(tree.parent.size)]
+    num_clusters = int(clusters.max()) + 1
+    z = [pulp.LpVariable(f"z{k}", cat="Binary") for k in range(num_clusters)]
+    total = float(tree.cost.sum()) or 1.0
+    model += (
+        pulp.lpSum(float(r) * v for r, v in zip(reward, x, strict=True))
+        - kv_weight * pulp.lpSum(float(c) / total * v for c, v in zip(tree.cost, y, strict=True))
+        + diversity_weight / num_clusters * pulp.lpSum(z)
+    )
+    for i, node in enumerate(tree.leaf.tolist()):
+        while node >= 0:
+            model += x[i] <= y[node]
+            node = int(tree.parent[node])
+    for k in range(num_clusters):
+        model += z[k] <= pulp.lpSum(x[i] for i in np.flatnonzero(clusters == k))
+    model += pulp.lpSum(x) >= 1
+    model.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, gapAbs=1e-10, threads=1))
+    kept = np.array([v.value() > 0.5 for v in x])
+    return objective(kept, reward, tree, kv_weight, clusters, diversity_weight)
+
+
+@pytest.mark.parametrize(("width", "seeds"), [(16, range(40)), (64, range(20)), (256, range(5))])
+def test_equals_cbc_on_the_published_formulation(width: int, seeds: range) -> None:
+    for seed in seeds:
+        draw = np.random.default_rng([width, seed])
+        problem = random_level(draw, width, unit_costs=bool(seed % 2))
+        reward, tree, clusters = problem
+        kept, report = solve(reward, tree, 1.0, clusters, 1.45)
+        own = objective(kept, reward, tree, 1.0, clusters, 1.45)
+        assert report.objective == pytest.approx(own, abs=1e-9)
+        assert own == pytest.approx(solved_by_cbc(problem, 1.0, 1.45), abs=1e-9)
+
+
+def test_equal_input_gives_equal_output() -> None:
+    reward, tree, clusters = random_level(np.random.default_rng(7), 64)
+    first, second = (solve(reward, tree, 2.0, clusters, 1.4)[0] for _ in range(2))
+    assert first.tolist() == second.tolist()
+
+
+def test_budget_is_kept_and_can_be_too_small() -> None:
+    reward = np.array([0.6, 0.3, 0.1])
+    tree = CostTree(np.array([-1, 0, 0, -1]), np.array([10.0, 20.0, 5.0, 4.0]), np.array([1, 2, 3]))
+    assert solve(reward, tree, 0.0, None, 0.0)[0].tolist() == [True, True, True]
+    assert solve(reward, tree, 0.0, None, 0.0, budget=30)[0].tolist() == [True, False, False]
+    assert solve(reward, tree, 0.0, None, 0.0, budget=20)[0].tolist() == [False, True, True]
+    with pytest.raises(BudgetTooSmall, match="3"):
+        solve(reward, tree, 0.0, None, 0.0, budget=3)
+
+
+def test_free_kv_keeps_everything_and_dear_kv_keeps_one() -> None:
+    reward, tree, _ = random_level(np.random.default_rng(3), 12)
+    assert solve(reward, tree, 0.0, None, 0.0)[0][reward > 0].all()
+    dear = CostTree(tree.parent, tree.cost + 1, tree.leaf)
+    kept = solve(reward, dear, 1e4, None, 0.0)[0]
+    assert np.unique(dear.leaf[kept]).size == 1
