@@ -24,6 +24,7 @@ EMBEDDED = {
     "--search-max-step-tokens": "64",
     "--search-max-tokens": "512",
     "--search-answer-pattern": "the_answer_is",
+    "--search-answer": "weighted_majority",
 }
 # Room for four searches of width 64 with 250 tokens a trajectory even if they shared nothing; some 100 MB a model.
 EMBEDDED_CPU = {"--dtype": "float32", "--max-total-tokens": "64000", "--prm-max-total-tokens": "64000"}

@@ -156,7 +156,7 @@ def _check_shape(request: Any) -> None:
 def _check_refused(request: Any) -> None:
     for name, neutral in REFUSED.items():
         value = getattr(request, name, neutral[0])
-        if value not in neutral:
+        if not any(value == item and type(value) is type(item) for item in neutral):  # 0 is not False here
             shown = f", got {value!r}" if isinstance(value, (bool, int, str)) else ""
             raise ValueError(f"{name} does not work together with search_width{shown}; leave one of them out")
     response_format = getattr(request, "response_format", None)

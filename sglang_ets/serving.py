@@ -27,9 +27,9 @@ async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
         answered = await anext(sent)
         result = _result(answered)
     except ValueError as error:
-        return serving.create_error_response(_one_line(error), "BadRequest", 400)
+        return _error(str(error), "BadRequest", 400)
     except HTTPException as error:
-        return serving.create_error_response(_one_line(error.detail), "SearchFailed", error.status_code)
+        return _error(str(error.detail), "SearchFailed", error.status_code)
     rid = answered["meta_info"]["id"]
     if request.stream:
         # The answer of a search is known at its end, so all chunks leave together.
@@ -64,5 +64,7 @@ def _result(answered: dict[str, Any]) -> dict[str, Any]:
     raise HTTPException(500, f"search failed: {reason}")
 
 
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+def _error(message: str, kind: str, status: int) -> JSONResponse:
+    """sglang's shape of an error, on one line."""
+    body = {"object": "error", "message": " ".join(message.split()), "type": kind, "param": None, "code": status}
+    return JSONResponse(body, status)
