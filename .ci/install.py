@@ -64,7 +64,9 @@ def build_thin_venv(packages: Path) -> None:
     own = venv / "lib" / version / "site-packages"
     # Through addsitedir rather than a bare path, so that .pth files of the shared packages count too.
     (own / "shared_packages.pth").write_text(f"import site; site.addsitedir({str(shared)!r})\n", encoding="utf-8")
-    (venv / "bin" / "ruff").symlink_to(packages / "bin" / "ruff")  # `python -m ruff` looks for it beside the interpreter
+    (venv / "bin" / "ruff").symlink_to(
+        packages / "bin" / "ruff"
+    )  # `python -m ruff` looks for it beside the interpreter
     run(venv / "bin" / "python", *PIP, "-q", "--no-deps", "-e", ROOT)
 
 

@@ -24,10 +24,11 @@ import triton.testing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import rows
 from sglang_ets.kernels import describe_backend, pairwise_cosine, step_pool, step_score
 from sglang_ets.kernels.dispatch import Backend
 from sglang_ets.kernels.traffic import Traffic, pairwise_cosine_traffic, step_pool_traffic, step_score_traffic
+
+from bench import rows
 
 RESULTS = rows.RESULTS / "kernels.jsonl"
 SEED = 20250

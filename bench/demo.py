@@ -1,6 +1,6 @@
 """See it work: held-out problems solved by three search policies on a server of its own.
 
-    make demo                          or: python -m bench.demo --problems 12 --width 16
+make demo                          or: python -m bench.demo --problems 12 --width 16
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def solve(client: openai.OpenAI, problem: dict[str, Any], policy: str, width: in
     return Solved(
         problem["prompt"],
         str(problem["answer"]),
-        search["results"][0]["answer"],
+        response.choices[0].search["answer"],  # type: ignore[attr-defined]
         search["kv_tokens_mean"],
         search["kv_tokens_peak"],
         response.usage.completion_tokens if response.usage else 0,
@@ -78,7 +78,14 @@ def show(console: Console, policy: str, solved: Solved) -> None:
 def summary(by_policy: dict[str, list[Solved]], wall_s: dict[str, float], width: int) -> Table:
     """The table of the end: what each policy got right and what it held."""
     table = Table(title=f"search_width {width}, {len(by_policy[POLICIES[0]])} problems")
-    for column in ("policy", "correct", "KV tokens held (mean)", "KV tokens held (peak)", "tokens generated", "seconds"):
+    for column in (
+        "policy",
+        "correct",
+        "KV tokens held (mean)",
+        "KV tokens held (peak)",
+        "tokens generated",
+        "seconds",
+    ):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for policy, solved in by_policy.items():
         table.add_row(

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import rows  # noqa: E402
-from bench.server import running_server  # noqa: E402
+from bench import rows
+from bench.server import running_server
 
 PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
 ANSWER = re.compile(r"The answer is (-?\d+)")
@@ -74,7 +74,9 @@ def solve(client: openai.OpenAI, setting: Setting, problem: dict[str, Any], seed
         )
         search = dict(response.metadata["search"])  # type: ignore[attr-defined]
         answer = _answer(response.choices[0].text)
-        cost = {key: search[key] for key in ("kv_tokens_mean", "kv_tokens_peak", "kv_retained_mean", "prm_tokens", "levels")}
+        cost = {
+            key: search[key] for key in ("kv_tokens_mean", "kv_tokens_peak", "kv_retained_mean", "prm_tokens", "levels")
+        }
         cost["kv_referenced_mean"] = search["kv_referenced_mean"]
         cost["fallbacks"] = search["solver"]["fallbacks"]
     else:
@@ -136,7 +138,15 @@ def _summary(cases: dict[str, Any], by_setting: dict[str, dict[str, Any]], seed:
     some = next(iter(cases.values()))
     mean = {
         key: sum(row[key] for row in cases.values()) / len(cases)
-        for key in ("kv_tokens_mean", "kv_tokens_peak", "kv_referenced_mean", "completion_tokens", "prm_tokens", "levels", "seconds")
+        for key in (
+            "kv_tokens_mean",
+            "kv_tokens_peak",
+            "kv_referenced_mean",
+            "completion_tokens",
+            "prm_tokens",
+            "levels",
+            "seconds",
+        )
         if key in some
     }
     made = {"policy": some["policy"], "width": some["width"], "problems": len(cases), **mean}

@@ -17,9 +17,6 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from sglang_ets.kernels.dispatch import INTERPRETED, LaunchConfig
 from sglang_ets.kernels.pairwise_cosine import launch_config as pairwise_cosine_config
 from sglang_ets.kernels.pairwise_cosine import pairwise_cosine_kernel
@@ -27,6 +24,8 @@ from sglang_ets.kernels.step_pool import launch_config as step_pool_config
 from sglang_ets.kernels.step_pool import step_pool_kernel
 from sglang_ets.kernels.step_score import MAX_HEAD_ROWS, step_score_kernel
 from sglang_ets.kernels.step_score import launch_config as step_score_config
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 TARGETS = (80, 90, 100)  # A100, H100/H200, B200
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from sglang_ets.kernels.dispatch import INTERPRETED, Backend, LaunchConfig, check_matrix, choose_backend
 
 MAX_EMBEDDINGS = 1024  # the largest search width; the output is dense, 4 MiB there

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 import torch
 import triton
 import triton.language as tl
-
 from sglang_ets.kernels.dispatch import (
     Backend,
     LaunchConfig,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from sglang_ets.kernels.pairwise_cosine import BLOCK_N
 
 INDEX_BYTES = 8  # int64 offsets and positions

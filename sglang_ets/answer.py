@@ -50,9 +50,7 @@ def aggregate(step_scores: Sequence[float], rule: Aggregation) -> float:
     return math.prod(step_scores)
 
 
-def rank(
-    trajectories: Sequence[Trajectory], config: SearchConfig, equal: Equal | None = None
-) -> list[RankedAnswer]:
+def rank(trajectories: Sequence[Trajectory], config: SearchConfig, equal: Equal | None = None) -> list[RankedAnswer]:
     """Best first, all trajectories. Pure.
 
     `best` orders by score. The majorities order groups of equal answers by votes, then by summed score; each group's

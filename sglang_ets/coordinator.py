@@ -16,8 +16,10 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
+from sglang.srt.disaggregation.utils import prepare_abort
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_ets.answer import RankedAnswer, rank
 from sglang_ets.children import ChildReq, make_child, step_end
@@ -25,13 +27,13 @@ from sglang_ets.config import SearchConfig
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.live import ROOT, Branch, LiveSearch, result_of
 from sglang_ets.pressure import relieve
-from sglang_ets.prm.engine import PrmEngine, PrmError, ScoreJob
+from sglang_ets.prm.engine import PrmEngine
+from sglang_ets.scoring import StepScoring
 from sglang_ets.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.selection import Selection, get_policy
 
 logger = logging.getLogger(__name__)
 
-SCORE_BATCH_STEPS = 16  # finished steps that wait at most before the PRM runs, unless a level is complete earlier
 IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a selection
 SOLVED_ALGORITHMS = ("ets", "ets_kv")  # selections worth a worker thread
 
@@ -46,7 +48,7 @@ class SearchCoordinator:
         self.num_done = 0
         self.num_failed = 0
         self.stuck_ticks = 0
-        self._to_score: list[tuple[LiveSearch, int]] = []
+        self._scoring = StepScoring(self)
         self._ledger: RadixLedger | None = None
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-ets")
 
@@ -69,18 +71,27 @@ class SearchCoordinator:
         if not self.scheduler._set_or_validate_priority(req):
             self.scheduler._release_aborted_request(req)
             return True
-        config = SearchConfig.from_json(custom["ets"])
+        try:
+            config = SearchConfig.from_json(custom["ets"])
+        except (TypeError, ValueError) as error:  # custom_params can also come straight from a client
+            prepare_abort(req, f"custom_params['ets'] is wrong: {error}", status_code=HTTPStatus.BAD_REQUEST)
+            self.scheduler.output_streamer.stream_output([req], False)
+            return True
         config = replace(config, max_tokens=max(1, min(config.max_tokens, req.sampling_params.max_new_tokens)))
         live = LiveSearch(req, config, Search(config, len(req.origin_input_ids)))
+        with self.guard(live):
+            self._begin(live)
+        return True
+
+    def _begin(self, live: LiveSearch) -> None:
         refusal = self._refusal(live)
         if refusal:
             self._answer_error(live, refusal, HTTPStatus.BAD_REQUEST)
-            return True
-        req.time_stats.set_wait_queue_entry_time()
-        self.searches[req.rid] = live
+            return
+        live.req.time_stats.set_wait_queue_entry_time()
+        self.searches[live.owner] = live
         # One request brings the prompt into the cache; otherwise every child of the first level would compute it.
         self._queue_child(live, ROOT, (), 0)
-        return True
 
     def _refusal(self, live: LiveSearch) -> str | None:
         pool = self.scheduler.max_total_num_tokens
@@ -90,7 +101,7 @@ class SearchCoordinator:
                 f"one trajectory may need {need} KV tokens (prompt {live.prompt_tokens} + max_tokens "
                 f"{live.config.max_tokens} + 1) but the pool holds {pool}; lower max_tokens or raise --max-total-tokens"
             )
-        if live.config.deadline_s is not None and self.scheduler.tp_worker.tp_size > 1:
+        if live.config.deadline_s is not None and get_parallel().tp_size > 1:
             return "deadline_s needs tensor parallel size 1, because ranks must not decide by their own clocks; omit it"
         return None
 
@@ -100,19 +111,19 @@ class SearchCoordinator:
         """Children of this batch that finished become events; complete levels are scored and selected."""
         for req in batch.reqs:
             if isinstance(req, ChildReq) and req.finished() and req.rid in req.live.children:
-                with self._guard(req.live):
+                with self.guard(req.live):
                     self._child_done(req)
-        self._score_when_due()
+        self._scoring.run_when_due()
         self._forget_drained()
 
     def before_batch(self) -> None:
         """Once per tick: take in finished selections and answers, and end searches whose time is up."""
         self._wait_if_idle()
         for live in list(self.searches.values()):
-            with self._guard(live):
+            with self.guard(live):
                 self._take_result(live)
                 self._check_deadline(live)
-        self._score_when_due()
+        self._scoring.run_when_due()
         self._forget_drained()
 
     def after_plan(self, plan: Any) -> None:
@@ -125,7 +136,7 @@ class SearchCoordinator:
             return False
         live = req.live
         if live.children.pop(req.rid, None) is not None and not live.is_answered:
-            with self._guard(live):
+            with self.guard(live):
                 self._child_failed(live, req.node_id, "aborted while it waited")
         return True
 
@@ -162,7 +173,7 @@ class SearchCoordinator:
         text = live.req.tokenizer.decode(list(live.req.origin_input_ids))
         branch.prm = self.prm.open_prompt(tuple(live.req.origin_input_ids), text)
         live.prm_tokens += len(branch.prm.token_ids)
-        self._apply(live, live.search.start())
+        self.apply(live, live.search.start())
 
     def _step_ready(self, live: LiveSearch, child: ChildReq, hold: Hold, end: Any) -> None:
         node = live.search.tree.nodes[child.node_id]
@@ -175,7 +186,7 @@ class SearchCoordinator:
             step_text = step_text[: step_text.index(end.stop_text)]
         live.branches[node.id] = Branch(token_ids, parent.text + step_text, hold)
         self._one_child_less(live, node.parent.id)
-        self._apply(live, live.search.on_step(node.id, step_ids, step_text, end.kind))
+        self.apply(live, live.search.on_step(node.id, step_ids, step_text, end.kind))
 
     def _child_failed(self, live: LiveSearch, node_id: int, reason: str) -> None:
         if node_id == ROOT:
@@ -183,27 +194,27 @@ class SearchCoordinator:
             return
         parent_id = live.search.tree.nodes[node_id].parent.id
         self._one_child_less(live, parent_id)
-        self._one_score_less(live, parent_id)
-        self._apply(live, live.search.on_failed(node_id, reason))
+        self.one_score_less(live, parent_id)
+        self.apply(live, live.search.on_failed(node_id, reason))
 
     # ---- actions of a search ----
 
-    def _apply(self, live: LiveSearch, actions: Sequence[Action]) -> None:
+    def apply(self, live: LiveSearch, actions: Sequence[Action]) -> None:
         for action in actions:
             match action:
                 case Expand():
                     self._expand(live, action)
                 case Score():
-                    self._to_score.append((live, action.node_id))
+                    self._scoring.add(live, action.node_id)
                 case Measure():
                     live.sample_kv(self.ledger, action.depth)
                 case Select():
                     self._select(live, action)
                 case Prune():
                     for node_id in action.node_ids:
-                        self._drop(live, node_id)
+                        self.drop(live, node_id)
                 case Complete():
-                    self._drop(live, action.node_id)
+                    self.drop(live, action.node_id)
                 case Finish():
                     self._finish(live, action.reason)
 
@@ -229,7 +240,7 @@ class SearchCoordinator:
         holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
         level = live.search.level(self.ledger.cost_tree(holds, live.prompt_tokens))
         policy = get_policy(live.config.algorithm)
-        if live.config.algorithm in SOLVED_ALGORITHMS and self.scheduler.tp_worker.tp_size == 1:
+        if live.config.algorithm in SOLVED_ALGORITHMS and get_parallel().tp_size == 1:
             live.awaited = ("select", self._workers.submit(policy.select, level, live.config))
             selection = None
         else:
@@ -243,7 +254,7 @@ class SearchCoordinator:
         if selection.solver is not None:
             live.solver_reports.append(selection.solver)
         live.num_fallbacks += selection.is_fallback
-        self._apply(live, live.search.on_selected(selection))
+        self.apply(live, live.search.on_selected(selection))
         live.sample_retained(self.ledger)
 
     def _take_result(self, live: LiveSearch) -> None:
@@ -260,66 +271,7 @@ class SearchCoordinator:
         if limit is None or live.is_answered or live.end_reason or time.monotonic() - live.started_s < limit:
             return
         live.awaited = None
-        self._apply(live, live.search.stop("deadline"))
-
-    # ---- scoring ----
-
-    def _score_when_due(self) -> None:
-        """One PRM batch over all searches, when it is large enough or some search waits for nothing else."""
-        self._to_score = [(live, node) for live, node in self._to_score if not live.is_answered and not live.end_reason]
-        while True:
-            # A step follows its parent's; best-of-N may have both waiting.
-            batch = [(live, node) for live, node in self._to_score if self._parent(live, node).prm is not None]
-            if not batch or (len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch)):
-                return
-            self._to_score = [job for job in self._to_score if job not in batch]
-            outcomes = self._score_batch(batch)
-            for (live, node_id), outcome in zip(batch, outcomes, strict=True):
-                with self._guard(live):
-                    self._scored(live, node_id, outcome)
-
-    def _parent(self, live: LiveSearch, node_id: int) -> Branch:
-        return live.branches[live.search.tree.nodes[node_id].parent.id]
-
-    def _score_batch(self, batch: list[tuple[LiveSearch, int]]) -> list[Any]:
-        """Outcomes in the order of the batch. A fault of the whole PRM call fails the searches in it, not the server."""
-        try:
-            return self.prm.score([self._score_job(live, node_id) for live, node_id in batch])
-        except Exception as error:  # the same boundary as `_guard`, for a call that many searches share
-            logger.exception("the PRM failed on a batch of %d steps", len(batch))
-            return [PrmError(f"{type(error).__name__}: {error}")] * len(batch)
-
-    def _score_job(self, live: LiveSearch, node_id: int) -> ScoreJob:
-        node = live.search.tree.nodes[node_id]
-        parent = live.branches[node.parent.id]
-        assert parent.prm is not None, "a parent keeps its PRM path until its last child is scored"
-        return ScoreJob(parent.prm, node.parent.score, node.token_ids, node.text, node.depth)
-
-    def _scored(self, live: LiveSearch, node_id: int, outcome: Any) -> None:
-        parent_id = live.search.tree.nodes[node_id].parent.id
-        if isinstance(outcome, PrmError):
-            self._unscored(live, node_id, outcome)
-            return
-        score, path = outcome
-        parent = live.branches.get(parent_id)
-        if live.is_answered or live.end_reason or parent is None:
-            self.prm.drop(path)
-            return
-        live.prm_tokens += len(path.token_ids) - len(parent.prm.token_ids)
-        live.branches[node_id].prm = path
-        self._one_score_less(live, parent_id)
-        self._apply(live, live.search.on_scored(node_id, score.score, score.embedding))
-
-    def _unscored(self, live: LiveSearch, node_id: int, error: PrmError) -> None:
-        """A step without a score ends its trajectory; one that has been continued already ends the search."""
-        if live.is_answered:
-            return
-        if not live.branches[node_id].is_tip:
-            self.fail(live, str(error))
-            return
-        self._one_score_less(live, live.search.tree.nodes[node_id].parent.id)
-        self._drop(live, node_id)
-        self._apply(live, live.search.on_failed(node_id, str(error)))
+        self.apply(live, live.search.stop("deadline"))
 
     # ---- KV ----
 
@@ -330,7 +282,7 @@ class SearchCoordinator:
         if branch.num_open_children == 0 and branch.hold is not None and node_id != ROOT:
             self.ledger.drop(branch.hold, live.prompt_tokens)
 
-    def _one_score_less(self, live: LiveSearch, node_id: int) -> None:
+    def one_score_less(self, live: LiveSearch, node_id: int) -> None:
         branch = live.branches.get(node_id)
         if branch is None:
             return
@@ -338,7 +290,7 @@ class SearchCoordinator:
         if branch.num_unscored_children == 0 and branch.prm is not None and node_id != ROOT:
             self.prm.drop(branch.prm)
 
-    def _drop(self, live: LiveSearch, node_id: int) -> None:
+    def drop(self, live: LiveSearch, node_id: int) -> None:
         """Give back at once what only this node holds, in both caches."""
         branch = live.branches[node_id]
         branch.is_tip = False
@@ -352,7 +304,7 @@ class SearchCoordinator:
         for node_id in sorted(live.branches, reverse=True):  # leaves first, so that inner nodes become leaves
             if node_id == ROOT:
                 continue
-            self._drop(live, node_id)
+            self.drop(live, node_id)
         root = live.branches.get(ROOT)
         if root is not None:
             if root.hold is not None:
@@ -409,7 +361,7 @@ class SearchCoordinator:
             self.scheduler.abort_request(AbortReq(rid=f"{live.req.rid}/"))
 
     @contextmanager
-    def _guard(self, live: LiveSearch) -> Iterator[None]:
+    def guard(self, live: LiveSearch) -> Iterator[None]:
         """A bug in one search must not end the server: whatever escapes fails this search and is logged."""
         try:
             yield
@@ -423,7 +375,7 @@ class SearchCoordinator:
     def _forget_drained(self) -> None:
         for rid in [rid for rid, live in self.searches.items() if live.is_over]:
             live = self.searches.pop(rid)
-            with self._guard(live):
+            with self.guard(live):
                 self.ledger.end_owner(live.owner)
 
     def _wait_if_idle(self) -> None:

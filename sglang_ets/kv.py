@@ -90,7 +90,7 @@ class RadixLedger:
             if not self._can_evict(path, keep_tokens):
                 break
             before = self._allocator.available_size()
-            tracker = {component: 0 for component in self._cache.tree_components}
+            tracker = dict.fromkeys(self._cache.tree_components, 0)
             if self._cache._evict_device_leaf(node, tracker) is not None:
                 break  # a write-back cache wants to copy the node to the host first: leave it to the LRU walk
             freed += self._allocator.available_size() - before
@@ -112,7 +112,9 @@ class RadixLedger:
         tokens = self.unique_tokens(left)
         for hold in left:
             self.release(hold)
-        raise LedgerImbalance(f"search {owner} ended with {len(left)} locks on {tokens} KV tokens; expected 0 locks on 0")
+        raise LedgerImbalance(
+            f"search {owner} ended with {len(left)} locks on {tokens} KV tokens; expected 0 locks on 0"
+        )
 
     def held_tokens(self, owner: str | None = None) -> int:
         """Distinct tokens whose KV `owner` (or, by default, anybody) protects."""
@@ -188,6 +190,4 @@ class RadixLedger:
 
 
 def _spans(path: Sequence[Any]) -> list[PathSpan]:
-    return [
-        PathSpan(n.node_id, n.path_start, n.path_end, n.num_children, n.full_value_len is not None) for n in path
-    ]
+    return [PathSpan(n.node_id, n.path_start, n.path_end, n.num_children, n.full_value_len is not None) for n in path]

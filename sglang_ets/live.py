@@ -85,10 +85,10 @@ class LiveSearch:
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""
-        tips = [branch for node_id, branch in sorted(self.branches.items()) if node_id != ROOT and branch.is_tip]
-        held = ledger.unique_tokens(self.holds())
-        referenced = sum(self.prompt_tokens + len(b.token_ids) for b in tips)
-        self.kv.append(KvSample(depth, len(tips), held, referenced))
+        branches = [branch for node_id, branch in sorted(self.branches.items()) if node_id != ROOT]
+        counts = [branch.is_tip + branch.num_open_children for branch in branches]  # trajectories that reference it
+        referenced = sum(n * (self.prompt_tokens + len(b.token_ids)) for n, b in zip(counts, branches, strict=True))
+        self.kv.append(KvSample(depth, sum(counts), ledger.unique_tokens(self.holds()), referenced))
 
     def sample_retained(self, ledger: RadixLedger) -> None:
         """Complete the last record with what is still held after pruning."""

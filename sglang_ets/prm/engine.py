@@ -300,7 +300,9 @@ class PrmEngine:
             before = piece[len(piece) - len(states) - 1 : -1]
             first = self._first_scored(job)
             scores.append(
-                read_score(self._spec, self._worker.model_runner.model, before, states, job.step_ids, first, job.parent_score)
+                read_score(
+                    self._spec, self._worker.model_runner.model, before, states, job.step_ids, first, job.parent_score
+                )
             )
         if self._tp_group is not None:
             # Reductions may differ in the last bit per rank, and every rank must take the same decision.

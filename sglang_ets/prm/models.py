@@ -32,7 +32,9 @@ class LlamaForTokenClassification(LlamaForCausalLM):
             else:
                 trunk.append((name, tensor))
         if loaded != {"weight", "bias"}:
-            raise ValueError(f"the head needs score.weight and score.bias, found {sorted(loaded)}; check the checkpoint")
+            raise ValueError(
+                f"the head needs score.weight and score.bias, found {sorted(loaded)}; check the checkpoint"
+            )
         return super().load_weights(trunk)
 
 

@@ -17,10 +17,8 @@ import openai
 import sglang_ets
 from bench.server import running_server
 
-PROBLEMS = [
-    json.loads(line)
-    for line in (Path(sglang_ets.__file__).parent / "models" / "problems.jsonl").read_text(encoding="utf-8").splitlines()
-]
+PROBLEM_FILE = Path(sglang_ets.__file__).parent / "models" / "problems.jsonl"
+PROBLEMS = [json.loads(line) for line in PROBLEM_FILE.read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,8 +41,8 @@ def test_every_policy_answers_with_scores_and_figures(server: Server, algorithm:
     assert answer["usage"]["completion_tokens"] > seen["levels"]
     assert seen["prm_tokens"] > 0
     assert 1 <= len(answer["choices"]) <= 2
-    results = seen["results"] if "results" in seen else [choice["search"] for choice in answer["choices"]]
-    for choice, result in zip(answer["choices"], results, strict=True):
+    for choice in answer["choices"]:
+        result = choice["search"]
         assert choice["text"].count("\n") + 1 >= len(result["step_scores"]) > 0
         assert all(0 <= score <= 1 for score in result["step_scores"])
     assert_nothing_held(server)
@@ -72,7 +75,7 @@ def test_four_wide_searches_beside_ordinary_traffic(server: Server) -> None:
         body = {"model": "default", "prompt": problem["prompt"], "max_tokens": 64, "temperature": 0}
         status, answer = server.post("/v1/completions", body)
         assert status == 200
-        assert "metadata" not in answer or not answer["metadata"]
+        assert "search" not in answer["metadata"]
         return str(answer["choices"][0]["text"])
 
     alone = [plain(problem) for problem in PROBLEMS[:6]]
@@ -143,9 +146,8 @@ def test_bad_requests_are_refused_in_one_sentence(server: Server, fields: dict[s
 def test_a_client_that_hangs_up_leaves_nothing_behind(server: Server) -> None:
     done = server.search_state()["done"]
     host, port = server.url.removeprefix("http://").split(":")
-    body = (
-        '{"model": "default", "prompt": "%s", "max_tokens": 256, "search_width": 256}'
-        % PROBLEMS[1]["prompt"].replace("\n", "\\n")
+    body = json.dumps(
+        {"model": "default", "prompt": PROBLEMS[1]["prompt"], "max_tokens": 256, "search_width": 256}
     ).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:
@@ -160,16 +162,17 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(server: Server) -> None:
 
 
 def test_deadline_returns_the_best_so_far(server: Server) -> None:
-    answer = server.search(PROBLEMS[2]["prompt"], 64, search={"deadline_s": 0.5, "algorithm": "rebase"})
+    answer = server.search(PROBLEMS[2]["prompt"], 64, search={"deadline_s": 2.5, "algorithm": "rebase"})
     seen = figures(answer)
-    assert seen["finish_reason"] in ("deadline", "complete", "done", "finished")
-    assert seen["seconds"] < 30
+    assert seen["finish_reason"] == "deadline"
+    assert seen["seconds"] < 5
+    assert answer["choices"][0]["text"]
     assert_nothing_held(server)
 
 
 def test_tree_is_returned_on_request(server: Server) -> None:
     answer = server.search(PROBLEMS[3]["prompt"], 8, search={"return_tree": True})
-    tree = answer["metadata"]["search"].get("tree") or answer["metadata"]["tree"]
+    tree = answer["metadata"]["tree"] if "tree" in answer["metadata"] else figures(answer)["tree"]
     nodes = tree["nodes"]
     assert len(nodes) == figures(answer)["nodes_made"]
     known = {0, *(node["id"] for node in nodes)}
@@ -181,6 +184,7 @@ def test_cache_flush_waits_for_searches(server: Server) -> None:
     thread.start()
     while not server.search_state()["live"] and thread.is_alive():
         time.sleep(0.02)
-    server.post("/flush_cache", {})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}/flush_cache", b""), timeout=60)
     thread.join()
     assert_nothing_held(server)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import TensorHandle, interpreter_builder
-
 from sglang_ets.kernels.dispatch import INTERPRETED
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 # Triton joins when test_interpreter.py runs these files again under TRITON_INTERPRET=1.
 BACKENDS = ("reference", "triton") if INTERPRETED else ("reference",)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from sglang_ets.kernels import choose_backend, describe_backend, pairwise_cosine, step_pool, step_score
 
 pytestmark = pytest.mark.gpu

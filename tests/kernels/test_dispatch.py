@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sglang_ets.kernels import choose_backend, describe_backend, dispatch
 
 from sglang_ets import kernels
-from sglang_ets.kernels import choose_backend, describe_backend, dispatch
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-
 from sglang_ets.kernels import pairwise_cosine
 from sglang_ets.kernels.dispatch import INTERPRETED
 from sglang_ets.kernels.pairwise_cosine import BLOCK_N, MAX_EMBEDDINGS

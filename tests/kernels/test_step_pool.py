@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-
 from sglang_ets.kernels import step_pool
 from sglang_ets.kernels.dispatch import INTERPRETED, MAX_HIDDEN
 from sglang_ets.kernels.traffic import step_pool_traffic

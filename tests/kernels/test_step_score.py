@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-
 from sglang_ets.kernels import step_score
 from sglang_ets.kernels.dispatch import INTERPRETED
 from sglang_ets.kernels.traffic import step_score_traffic
