@@ -12,6 +12,7 @@ INSTALL_REQUIRES = [
     "triton",
     "numpy",
     "scipy",
+    "regex",
     "highspy>=1.9",
     "safetensors",
     "math-verify[antlr4_13_2]",
