@@ -128,7 +128,7 @@ def _node_dict(node: Node) -> dict[str, Any]:
         "parent": node.parent.id if node.parent is not None else None,
         "depth": node.depth,
         "text": node.text,
-        "num_tokens": len(node.token_ids),
+        "token_ids": list(node.token_ids),
         "finish": node.finish,
         "score": node.score,
         "allocation": node.allocation,

@@ -1,0 +1,73 @@
+"""Every step score that the server gives equals transformers on the whole trajectory in one forward pass, float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification
+
+import sglang_ets
+from tests.e2e.serving import PROBLEMS, Server, serving
+
+pytestmark = pytest.mark.server
+
+MODELS = Path(sglang_ets.__file__).parent / "models"
+TOLERANCE = 1e-4
+TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "policy")
+
+
+def scored_paths(answer: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """For each scored node of the returned tree the nodes from the first step to it."""
+    metadata = answer["metadata"]
+    nodes = (metadata["tree"] if "tree" in metadata else metadata["search"]["tree"])["nodes"]
+    by_id = {node["id"]: node for node in nodes}
+    paths = []
+    for node in nodes:
+        path = [node]
+        while path[0]["parent"] in by_id:
+            path.insert(0, by_id[path[0]["parent"]])
+        if node["score"] is not None:
+            paths.append(path)
+    return paths
+
+
+def search_tree(server: Server) -> tuple[list[int], list[list[dict[str, Any]]]]:
+    prompt = PROBLEMS[5]["prompt"]
+    answer = server.search(prompt, 8, search={"algorithm": "rebase", "return_tree": True})
+    return TOKENIZER.encode(prompt), scored_paths(answer)
+
+
+def step_ids(path: list[dict[str, Any]]) -> list[int]:
+    return [token for node in path for token in node["token_ids"]]
+
+
+@torch.no_grad()
+def test_token_classification(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=LlamaConfig.from_pretrained(MODELS / "policy").vocab_size,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        num_labels=2,
+        initializer_range=0.2,  # large enough that scores differ
+    )
+    model = LlamaForTokenClassification(config).eval()
+    checkpoint = tmp_path / "prm"
+    model.save_pretrained(checkpoint)
+    TOKENIZER.save_pretrained(checkpoint)
+    with serving(tmp_path / "log.txt", ["--prm-model-path", str(checkpoint)]) as server:
+        prompt, paths = search_tree(server)
+        assert server.search_state()["prm"]["format"] == "token_classification"
+    expected = []
+    for path in paths:
+        logits = model(torch.tensor([prompt + step_ids(path)])).logits[0, -1]
+        expected.append(float(logits.softmax(-1)[1]))
+        assert path[-1]["score"] == pytest.approx(expected[-1], abs=TOLERANCE)
+    assert max(expected) - min(expected) > 100 * TOLERANCE
