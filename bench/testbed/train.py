@@ -45,9 +45,8 @@ class Recipe:
     first_branch_tokens: int = 4_500_000
     branch_every_tokens: int = 600_000
     branch_anneal_tokens: int = 500_000
-    trunk_tokens: int = 14_000_000
+    trunk_tokens: int = 10_330_000
     trunk_anneal_tokens: int = 2_500_000
-    trunk_limit_s: float = 1260.0  # the trunk begins its anneal at this age even if it has seen fewer tokens
 
 
 class Batches:
@@ -173,7 +172,7 @@ def train(recipe: Recipe, models: Path) -> None:
     trunk, batches = Trainee(recipe, new_network(recipe.seed)), Batches(recipe)
     num_updates, has_preview, has_policy = 0, False, False
     next_branch_tokens = recipe.first_branch_tokens
-    while trunk.tokens < recipe.trunk_tokens and time.monotonic() - started < recipe.trunk_limit_s:
+    while trunk.tokens < recipe.trunk_tokens:
         loss = trunk.update(batches, rate=1.0)
         num_updates += 1
         if num_updates % 50 == 0:
