@@ -11,6 +11,13 @@
 y and z need no integrality: at an optimum with binary x, y_j is the largest x below it (its cost is not negative) and z_k the
 smaller of 1 and its row. Leaves that end in the same cost node stand or fall together, because keeping the second is free;
 they are merged. Source: ETS, arXiv 2502.13575, with costs in tokens.
+
+Three ways lead to the optimum, the cheapest first: `reduction.reduce_level` decides all there is; HiGHS solves the linear
+relaxation of the core, and it is integral; HiGHS solves the core as an integer program. A level whose best set is empty or
+breaks the budget is solved as it stands, with all rows.
+
+Ties: of equal sets the larger one, where adding a leaf is free; of sibling leaves that are worth the same and cover the same
+cluster, the first; any other tie falls as HiGHS's fixed path has it (one thread, fixed seed).
 """
 
 from __future__ import annotations
@@ -18,13 +25,19 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import highspy
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_ets.reduction import Core, reduce_level
+
 TIME_LIMIT_S = 2.0
 KEPT = 0.5  # a binary above this is one
+INTEGRAL = 1e-7  # how far from 0 or 1 a value of the relaxation may be to count as whole
+SCALE = 1e4  # of the objective, so that HiGHS's absolute tolerances of 1e-7 are small beside differences that matter
+Path = Literal["reduced", "relaxation", "integer", "full"]
 _per_thread = threading.local()
 
 
@@ -42,11 +55,13 @@ class SolverReport:
     """How one solve went."""
 
     status: str  # "optimal", or "time_limit" with the best found
+    path: Path  # how the optimum was found
     objective: float
     gap: float  # relative, 0 when optimal
-    rows: int
+    rows: int  # of the level as it stands
     columns: int
-    nonzeros: int
+    core_rows: int  # after our reductions, as HiGHS got it
+    core_columns: int
     build_ms: float
     solve_ms: float
 
@@ -75,6 +90,11 @@ class _Rows:
         self.values.append(np.tile([1.0, -1.0], small.size))
         self._bounds(np.full(small.size, -np.inf), np.zeros(small.size), np.full(small.size, 2, dtype=np.int64))
 
+    def add_cover(self, cluster: int, members: NDArray[np.int64]) -> None:
+        """Row `cluster - sum of members <= 0`."""
+        columns = np.concatenate([[cluster], members])
+        self.add(columns, np.concatenate([[1.0], -np.ones(members.size)]), -np.inf, 0.0)
+
     def add(self, columns: NDArray[np.int64], values: NDArray[np.float64], lower: float, upper: float) -> None:
         """One row."""
         self.columns.append(columns)
@@ -87,6 +107,15 @@ class _Rows:
         self.lengths.append(lengths)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What one run of HiGHS found."""
+
+    values: NDArray[np.float64]
+    status: str
+    gap: float
+
+
 def solve(
     reward: NDArray[np.float64],  # float64[L], not negative
     tree: CostTree,
@@ -95,16 +124,108 @@ def solve(
     diversity_weight: float,
     budget: float | None = None,
 ) -> tuple[NDArray[np.bool_], SolverReport]:  # bool[L]
-    """The leaves to keep. Deterministic: equal input gives equal output, ties are broken by HiGHS's fixed path.
+    """The leaves to keep. Deterministic: equal input gives equal output.
 
     Raises:
         BudgetTooSmall: no leaf fits into `budget`.
         SolverFailure: HiGHS ended without a solution.
     """
     started = time.perf_counter()
-    group_node, group_of_leaf = np.unique(tree.leaf, return_inverse=True)
-    lp = _model(reward, tree, kv_weight, clusters, diversity_weight, budget, group_node, group_of_leaf)
+    labels = clusters if diversity_weight > 0 else None
+    core = _reduced(reward, tree, kv_weight, labels, diversity_weight)
     built = time.perf_counter()
+    values, path, answer, size = _solve_core(core, _bonus(labels, diversity_weight))
+    held = np.zeros(tree.parent.size + 1, dtype=np.bool_)
+    held[-1] = True  # leaf -1: the path costs nothing
+    held[core.kept] = True
+    for members, value in zip(core.members, values.tolist(), strict=True):
+        if value > KEPT:
+            held[members] = True
+    kept = held[tree.leaf]
+    if not kept.any() or (budget is not None and float(tree.cost[held[:-1]].sum()) > budget):
+        path, size = "full", (0, 0)
+        kept, answer = _solve_full(reward, tree, kv_weight, labels, diversity_weight, budget)
+    num_clusters = int(labels.max()) + 1 if labels is not None else 0
+    num_groups = np.unique(tree.leaf).size
+    report = SolverReport(
+        status=answer.status,
+        path=path,
+        objective=objective(kept, reward, tree, kv_weight, clusters, diversity_weight),
+        gap=answer.gap,
+        rows=num_groups + int((tree.parent >= 0).sum()) + num_clusters + 1,
+        columns=num_groups + tree.parent.size + num_clusters,
+        core_rows=size[0],
+        core_columns=size[1],
+        build_ms=(built - started) * 1e3,
+        solve_ms=(time.perf_counter() - built) * 1e3,
+    )
+    return kept, report
+
+
+def _bonus(clusters: NDArray[np.int64] | None, diversity_weight: float) -> float:
+    """Worth of one covered cluster."""
+    return diversity_weight / (int(clusters.max()) + 1) if clusters is not None else 0.0
+
+
+def _reduced(
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    diversity_weight: float,
+) -> Core:
+    num_nodes = tree.parent.size
+    total = float(tree.cost.sum())
+    gain = np.bincount(tree.leaf + 1, weights=reward, minlength=num_nodes + 1)[1:]
+    weight = gain - kv_weight * tree.cost / total if total > 0 else gain
+    covers: list[set[int]] = [set() for _ in range(num_nodes + 1)]
+    if clusters is not None:
+        for node, cluster in zip(tree.leaf.tolist(), clusters.tolist(), strict=True):
+            covers[node].add(cluster)  # the last set belongs to leaves whose path costs nothing
+    free = covers.pop()
+    return reduce_level(weight.tolist(), tree.parent.tolist(), covers, free, _bonus(clusters, diversity_weight))
+
+
+def _solve_core(core: Core, bonus: float) -> tuple[NDArray[np.float64], Path, _Answer, tuple[int, int]]:
+    """Values of the core's nodes, how they were found, and the core's rows and columns."""
+    if not core.members:
+        return np.zeros(0), "reduced", _Answer(np.zeros(0), "optimal", 0.0), (0, 0)
+    num_nodes = core.parent.size
+    rows = _Rows([], [], [], [], [])
+    inner = np.flatnonzero(core.parent >= 0)
+    rows.add_pairs(inner, core.parent[inner])
+    nodes_of: dict[int, list[int]] = {}
+    for node, covers in enumerate(core.covers):
+        for cluster in sorted(covers):
+            nodes_of.setdefault(cluster, []).append(node)
+    for place, cluster in enumerate(sorted(nodes_of)):
+        rows.add_cover(num_nodes + place, np.array(nodes_of[cluster], dtype=np.int64))
+    gain = np.concatenate([core.weight, np.full(len(nodes_of), bonus)])
+    answer = _run(_lp(gain, 0, rows))
+    nodes = answer.values[:num_nodes]
+    path: Path = "relaxation"
+    if np.abs(nodes - np.round(nodes)).max() > INTEGRAL:
+        path = "integer"
+        answer = _run(_lp(gain, num_nodes, rows))
+    return answer.values[:num_nodes], path, answer, (inner.size + len(nodes_of), gain.size)
+
+
+def _solve_full(
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    diversity_weight: float,
+    budget: float | None,
+) -> tuple[NDArray[np.bool_], _Answer]:
+    """The level as it stands, with the rows that the reductions do not know: at least one leaf, and the budget."""
+    group_node, group_of_leaf = np.unique(tree.leaf, return_inverse=True)
+    answer = _run(_model(reward, tree, kv_weight, clusters, diversity_weight, budget, group_node, group_of_leaf))
+    return answer.values[: group_node.size][group_of_leaf] > KEPT, answer
+
+
+def _run(lp: highspy.HighsLp) -> _Answer:
+    """Solve with this thread's HiGHS and check how it ended."""
     solver = _solver()
     solver.passModel(lp)
     solver.run()
@@ -112,22 +233,12 @@ def solve(
     info = solver.getInfo()
     found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     if status == highspy.HighsModelStatus.kInfeasible:
-        raise BudgetTooSmall(f"no leaf fits into the KV budget of {budget} tokens")
+        raise BudgetTooSmall("no leaf fits into the KV budget")
     if not found or status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
         raise SolverFailure(f"HiGHS ended with {solver.modelStatusToString(status)}")
     values = np.asarray(solver.getSolution().col_value)
     is_optimal = status == highspy.HighsModelStatus.kOptimal
-    report = SolverReport(
-        "optimal" if is_optimal else "time_limit",
-        float(info.objective_function_value),
-        0.0 if is_optimal else float(info.mip_gap),
-        int(lp.num_row_),
-        int(lp.num_col_),
-        len(lp.a_matrix_.index_),
-        (built - started) * 1e3,
-        (time.perf_counter() - built) * 1e3,
-    )
-    return values[: group_node.size][group_of_leaf] > KEPT, report
+    return _Answer(values, "optimal" if is_optimal else "time_limit", 0.0 if is_optimal else float(info.mip_gap))
 
 
 def objective(
@@ -179,18 +290,16 @@ def _model(
         rows.add(num_groups + np.arange(num_nodes), tree.cost.copy(), -np.inf, budget)
     if num_clusters and clusters is not None:
         for cluster in range(num_clusters):
-            members = np.unique(group_of_leaf[clusters == cluster])
-            columns = np.concatenate([[num_groups + num_nodes + cluster], members])
-            rows.add(columns, np.concatenate([[1.0], -np.ones(members.size)]), -np.inf, 0.0)
+            rows.add_cover(num_groups + num_nodes + cluster, np.unique(group_of_leaf[clusters == cluster]))
     return _lp(np.concatenate([gain, price, cover]), num_groups, rows)
 
 
 def _lp(gain: NDArray[np.float64], num_integer: int, rows: _Rows) -> highspy.HighsLp:
     """A HiGHS model with all columns in 0..1, the first `num_integer` of them integer."""
     lp = highspy.HighsLp()
-    lengths = np.concatenate(rows.lengths)
+    lengths = np.concatenate(rows.lengths) if rows.lengths else np.zeros(0, dtype=np.int64)
     lp.num_col_, lp.num_row_ = gain.size, lengths.size
-    lp.col_cost_ = gain
+    lp.col_cost_ = gain * SCALE
     lp.col_lower_, lp.col_upper_ = np.zeros(gain.size), np.ones(gain.size)
     lp.row_lower_, lp.row_upper_ = np.concatenate(rows.lower), np.concatenate(rows.upper)
     lp.sense_ = highspy.ObjSense.kMaximize
@@ -198,8 +307,9 @@ def _lp(gain: NDArray[np.float64], num_integer: int, rows: _Rows) -> highspy.Hig
     lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     lp.a_matrix_.index_ = np.concatenate(rows.columns).astype(np.int32)
     lp.a_matrix_.value_ = np.concatenate(rows.values)
-    kinds = [highspy.HighsVarType.kInteger] * num_integer
-    lp.integrality_ = kinds + [highspy.HighsVarType.kContinuous] * (gain.size - num_integer)
+    if num_integer:
+        kinds = [highspy.HighsVarType.kInteger] * num_integer
+        lp.integrality_ = kinds + [highspy.HighsVarType.kContinuous] * (gain.size - num_integer)
     return lp
 
 
@@ -212,7 +322,7 @@ def _solver() -> highspy.Highs:
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", 0)
         solver.setOptionValue("mip_rel_gap", 0.0)
-        solver.setOptionValue("mip_abs_gap", 1e-10)
+        solver.setOptionValue("mip_abs_gap", 1e-10 * SCALE)
         _per_thread.solver = solver
     solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)  # its clock runs on from solve to solve
     return solver

@@ -108,7 +108,7 @@ def test_budget_is_kept_and_can_be_too_small() -> None:
     assert solve(reward, tree, 0.0, None, 0.0)[0].tolist() == [True, True, True]
     assert solve(reward, tree, 0.0, None, 0.0, budget=30)[0].tolist() == [True, False, False]
     assert solve(reward, tree, 0.0, None, 0.0, budget=20)[0].tolist() == [False, True, True]
-    with pytest.raises(BudgetTooSmall, match="3"):
+    with pytest.raises(BudgetTooSmall):
         solve(reward, tree, 0.0, None, 0.0, budget=3)
 
 

@@ -1,0 +1,156 @@
+"""What the integer program need not decide: exact reductions of a level before HiGHS sees it.
+
+A level is a forest of cost nodes. Keeping node v needs its parent, yields `weight[v]` (rewards of the leaves that end there minus
+its KV cost) and covers the clusters `covers[v]`, each worth `bonus` once. Without a KV budget these steps keep an optimum:
+
+- worth keeping by itself (weight >= 0): kept whenever its parent is, so it becomes part of its parent; at a root it is kept;
+- never worth it: even with every cluster below it counted as new, the subtree loses: dropped;
+- a chain: a losing node that covers nothing and has one child is only ever kept with that child: one node;
+- of childless siblings that cover the same one cluster, only the one that costs least can be of use (the first on a tie);
+- a cluster that is covered for sure is worth nothing any more, and one that only one node covers is part of its weight.
+
+They are repeated until nothing changes. What is left is the core.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOWHERE = -1  # parent of a root
+
+
+@dataclass(frozen=True)
+class Core:
+    """What is decided, and the forest of nodes that is not."""
+
+    kept: list[int]  # original nodes that are kept for sure
+    parent: NDArray[np.int64]  # int64[N], -1: nothing undecided above; a parent comes before its children
+    weight: NDArray[np.float64]  # float64[N], negative
+    members: list[list[int]]  # original nodes that each core node stands for
+    covers: list[set[int]]  # clusters not covered yet, by their original labels
+
+
+@dataclass
+class _Forest:
+    """The state between passes. Lists are indexed by original node; `children` hold undecided nodes only."""
+
+    weight: list[float]
+    covers: list[set[int]]
+    members: list[list[int]]
+    parent: dict[int, int]  # of the undecided nodes, from the roots down
+    upper: list[float]
+    kept: list[int] = field(default_factory=list)
+    covered: set[int] = field(default_factory=set)
+
+
+def reduce_level(
+    weight: list[float],  # M values
+    parent: list[int],  # M, a parent comes before its children; -1 at a root
+    covers: list[set[int]],  # M
+    covered: set[int],  # clusters that free leaves cover already
+    bonus: float,  # worth of one covered cluster, not negative
+) -> Core:
+    """Decide what can be decided. Changes its arguments."""
+    num_nodes = len(weight)
+    forest = _Forest(
+        weight, covers, [[node] for node in range(num_nodes)], dict(enumerate(parent)), [0.0] * num_nodes, [], covered
+    )
+    while _pass(forest, bonus):
+        pass
+    index = {node: place for place, node in enumerate(forest.parent)}
+    return Core(
+        forest.kept,
+        np.array([index.get(up, NOWHERE) for up in forest.parent.values()], dtype=np.int64),
+        np.array([forest.weight[node] for node in forest.parent], dtype=np.float64),
+        [forest.members[node] for node in forest.parent],
+        [forest.covers[node] for node in forest.parent],
+    )
+
+
+def _pass(forest: _Forest, bonus: float) -> bool:
+    """One pass from the leaves to the roots. Returns whether another one may decide more."""
+    size = len(forest.parent)
+    num_folded = _fold_single_clusters(forest, bonus)
+    children: dict[int, list[int]] = {}
+    for node in sorted(forest.parent, reverse=True):
+        _decide(forest, children, node, bonus)
+    undecided: dict[int, int] = {}
+    waiting = [(node, NOWHERE) for node in children.get(NOWHERE, [])]
+    while waiting:
+        node, up = waiting.pop()
+        undecided[node] = up
+        waiting += [(child, node) for child in children.get(node, ())]
+    forest.parent = dict(sorted(undecided.items()))  # a parent's number is smaller than its children's
+    return bool(undecided) and (len(undecided) < size or num_folded > 0)
+
+
+def _decide(forest: _Forest, children: dict[int, list[int]], node: int, bonus: float) -> None:
+    """Kept with its parent, dropped, made one with its only child, or left undecided as a child of its parent."""
+    above = forest.parent[node]
+    below = _without_dominated(forest, children, children.pop(node, []), bonus)
+    if forest.weight[node] >= 0.0:
+        _join(forest, node, above)
+        children.setdefault(above, []).extend(below)
+        return
+    upper = forest.weight[node] + bonus * len(forest.covers[node]) + sum(forest.upper[child] for child in below)
+    if upper < 0.0:
+        return
+    if not forest.covers[node] and len(below) == 1:
+        child = below[0]
+        forest.weight[child] += forest.weight[node]
+        forest.members[child] += forest.members[node]
+        forest.upper[child] = upper
+        children.setdefault(above, []).append(child)
+        return
+    forest.upper[node] = upper
+    if below:
+        children[node] = below
+    children.setdefault(above, []).append(node)
+
+
+def _join(forest: _Forest, node: int, above: int) -> None:
+    """`node` is kept whenever `above` is; without one it is kept for sure."""
+    if above == NOWHERE:
+        forest.kept += forest.members[node]
+        forest.covered |= forest.covers[node]
+        return
+    forest.weight[above] += forest.weight[node]
+    forest.members[above] += forest.members[node]
+    forest.covers[above] |= forest.covers[node]
+
+
+def _without_dominated(
+    forest: _Forest, children: dict[int, list[int]], below: list[int], bonus: float
+) -> list[int]:
+    """Siblings in order, less the childless ones that another childless one with the same single cluster makes useless."""
+    if len(below) < 2 or bonus == 0.0:
+        return below
+    best: dict[int, int] = {}
+    for child in sorted(below):
+        if len(forest.covers[child]) == 1 and child not in children:
+            (cluster,) = forest.covers[child]
+            if cluster not in best or forest.weight[child] > forest.weight[best[cluster]]:
+                best[cluster] = child
+    chosen = set(best.values())
+    return [c for c in sorted(below) if c in children or len(forest.covers[c]) != 1 or c in chosen]
+
+
+def _fold_single_clusters(forest: _Forest, bonus: float) -> int:
+    """Forget clusters covered for sure; give the worth of those that one node covers to that node. Returns how many."""
+    counts: Counter[int] = Counter()
+    num_folded = 0
+    for node in forest.parent:
+        known = forest.covers[node] & forest.covered
+        num_folded += len(known)
+        forest.covers[node] -= known
+        counts.update(forest.covers[node])
+    for node in forest.parent:
+        single = {cluster for cluster in forest.covers[node] if counts[cluster] == 1}
+        forest.weight[node] += bonus * len(single)
+        forest.covers[node] -= single
+        num_folded += len(single)
+    return num_folded
