@@ -142,6 +142,7 @@ def solve(
         if value > KEPT:
             held[members] = True
     kept = held[tree.leaf]
+    value = _value(kept, held[:-1], reward, tree, kv_weight, labels, diversity_weight)
     if not kept.any() or (budget is not None and float(tree.cost[held[:-1]].sum()) > budget):
         path, size = "full", (0, 0)
         kept, answer = _solve_full(reward, tree, kv_weight, labels, diversity_weight, budget)
@@ -150,7 +151,7 @@ def solve(
     report = SolverReport(
         status=answer.status,
         path=path,
-        objective=objective(kept, reward, tree, kv_weight, clusters, diversity_weight),
+        objective=value if path != "full" else objective(kept, reward, tree, kv_weight, clusters, diversity_weight),
         gap=answer.gap,
         rows=num_groups + int((tree.parent >= 0).sum()) + num_clusters + 1,
         columns=num_groups + tree.parent.size + num_clusters,
@@ -160,6 +161,22 @@ def solve(
         solve_ms=(time.perf_counter() - built) * 1e3,
     )
     return kept, report
+
+
+def _value(
+    kept: NDArray[np.bool_],
+    held: NDArray[np.bool_],  # bool[M], the cost nodes that are kept
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    diversity_weight: float,
+) -> float:
+    """`objective`, where the held cost nodes are known."""
+    total = float(tree.cost.sum())
+    cost = float(tree.cost[held].sum()) / total if total > 0 else 0.0
+    covered = np.unique(clusters[kept]).size * _bonus(clusters, diversity_weight) if clusters is not None else 0.0
+    return float(reward[kept].sum()) - kv_weight * cost + covered
 
 
 def _bonus(clusters: NDArray[np.int64] | None, diversity_weight: float) -> float:
@@ -178,11 +195,11 @@ def _reduced(
     total = float(tree.cost.sum())
     gain = np.bincount(tree.leaf + 1, weights=reward, minlength=num_nodes + 1)[1:]
     weight = gain - kv_weight * tree.cost / total if total > 0 else gain
-    covers: list[set[int]] = [set() for _ in range(num_nodes + 1)]
+    covers: dict[int, set[int]] = {}
     if clusters is not None:
         for node, cluster in zip(tree.leaf.tolist(), clusters.tolist(), strict=True):
-            covers[node].add(cluster)  # the last set belongs to leaves whose path costs nothing
-    free = covers.pop()
+            covers.setdefault(node, set()).add(cluster)
+    free = covers.pop(-1, set())  # of leaves whose path costs nothing
     return reduce_level(weight.tolist(), tree.parent.tolist(), covers, free, _bonus(clusters, diversity_weight))
 
 
@@ -318,7 +335,7 @@ def _solver() -> highspy.Highs:
     solver: highspy.Highs | None = getattr(_per_thread, "solver", None)
     if solver is None:
         solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        solver.setOptionValue("output_flag", False)
+        solver.silent()  # type: ignore[no-untyped-call]
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", 0)
         solver.setOptionValue("mip_rel_gap", 0.0)

@@ -14,13 +14,13 @@ They are repeated until nothing changes. What is left is the core.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 NOWHERE = -1  # parent of a root
+NOTHING: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Core:
 
 @dataclass
 class _Forest:
-    """The state between passes. Lists are indexed by original node; `children` hold undecided nodes only."""
+    """The state between passes. Lists are indexed by original node."""
 
     weight: list[float]
-    covers: list[set[int]]
+    covers: dict[int, set[int]]  # nodes that cover nothing are left out
     members: list[list[int]]
     parent: dict[int, int]  # of the undecided nodes, from the roots down
     upper: list[float]
@@ -50,7 +50,7 @@ class _Forest:
 def reduce_level(
     weight: list[float],  # M values
     parent: list[int],  # M, a parent comes before its children; -1 at a root
-    covers: list[set[int]],  # M
+    covers: dict[int, set[int]],  # by node; nodes that cover nothing are left out
     covered: set[int],  # clusters that free leaves cover already
     bonus: float,  # worth of one covered cluster, not negative
 ) -> Core:
@@ -67,7 +67,7 @@ def reduce_level(
         np.array([index.get(up, NOWHERE) for up in forest.parent.values()], dtype=np.int64),
         np.array([forest.weight[node] for node in forest.parent], dtype=np.float64),
         [forest.members[node] for node in forest.parent],
-        [forest.covers[node] for node in forest.parent],
+        [forest.covers.get(node, set()) for node in forest.parent],
     )
 
 
@@ -91,17 +91,22 @@ def _pass(forest: _Forest, bonus: float) -> bool:
 def _decide(forest: _Forest, children: dict[int, list[int]], node: int, bonus: float) -> None:
     """Kept with its parent, dropped, made one with its only child, or left undecided as a child of its parent."""
     above = forest.parent[node]
-    below = _without_dominated(forest, children, children.pop(node, []), bonus)
-    if forest.weight[node] >= 0.0:
+    below = children.pop(node, [])
+    if len(below) > 1 and bonus > 0.0:
+        below = _without_dominated(forest, children, below)
+    weight = forest.weight[node]
+    if weight >= 0.0:
         _join(forest, node, above)
-        children.setdefault(above, []).extend(below)
+        if below:
+            children.setdefault(above, []).extend(below)
         return
-    upper = forest.weight[node] + bonus * len(forest.covers[node]) + sum(forest.upper[child] for child in below)
+    covers = forest.covers.get(node, NOTHING)
+    upper = weight + bonus * len(covers) + sum([forest.upper[child] for child in below])
     if upper < 0.0:
         return
-    if not forest.covers[node] and len(below) == 1:
+    if not covers and len(below) == 1:
         child = below[0]
-        forest.weight[child] += forest.weight[node]
+        forest.weight[child] += weight
         forest.members[child] += forest.members[node]
         forest.upper[child] = upper
         children.setdefault(above, []).append(child)
@@ -114,43 +119,51 @@ def _decide(forest: _Forest, children: dict[int, list[int]], node: int, bonus: f
 
 def _join(forest: _Forest, node: int, above: int) -> None:
     """`node` is kept whenever `above` is; without one it is kept for sure."""
+    covers = forest.covers.pop(node, NOTHING)
     if above == NOWHERE:
         forest.kept += forest.members[node]
-        forest.covered |= forest.covers[node]
+        forest.covered |= covers
         return
     forest.weight[above] += forest.weight[node]
     forest.members[above] += forest.members[node]
-    forest.covers[above] |= forest.covers[node]
+    if covers:
+        forest.covers.setdefault(above, set()).update(covers)
 
 
-def _without_dominated(
-    forest: _Forest, children: dict[int, list[int]], below: list[int], bonus: float
-) -> list[int]:
+def _without_dominated(forest: _Forest, children: dict[int, list[int]], below: list[int]) -> list[int]:
     """Siblings in order, less the childless ones that another childless one with the same single cluster makes useless."""
-    if len(below) < 2 or bonus == 0.0:
-        return below
     best: dict[int, int] = {}
+    useless = set()
     for child in sorted(below):
-        if len(forest.covers[child]) == 1 and child not in children:
-            (cluster,) = forest.covers[child]
-            if cluster not in best or forest.weight[child] > forest.weight[best[cluster]]:
-                best[cluster] = child
-    chosen = set(best.values())
-    return [c for c in sorted(below) if c in children or len(forest.covers[c]) != 1 or c in chosen]
+        covers = forest.covers.get(child, NOTHING)
+        if len(covers) != 1 or child in children:
+            continue
+        (cluster,) = covers
+        rival = best.setdefault(cluster, child)
+        if rival == child:
+            continue
+        if forest.weight[child] > forest.weight[rival]:
+            best[cluster], child = child, rival
+        useless.add(child)
+    return [child for child in sorted(below) if child not in useless]
 
 
 def _fold_single_clusters(forest: _Forest, bonus: float) -> int:
     """Forget clusters covered for sure; give the worth of those that one node covers to that node. Returns how many."""
-    counts: Counter[int] = Counter()
+    owner: dict[int, int] = {}  # cluster -> the only node that covers it, or NOWHERE
     num_folded = 0
-    for node in forest.parent:
-        known = forest.covers[node] & forest.covered
-        num_folded += len(known)
-        forest.covers[node] -= known
-        counts.update(forest.covers[node])
-    for node in forest.parent:
-        single = {cluster for cluster in forest.covers[node] if counts[cluster] == 1}
-        forest.weight[node] += bonus * len(single)
-        forest.covers[node] -= single
-        num_folded += len(single)
+    for node, covers in list(forest.covers.items()):
+        if node not in forest.parent:
+            del forest.covers[node]  # dropped
+            continue
+        for cluster in covers & forest.covered:
+            covers.discard(cluster)
+            num_folded += 1
+        for cluster in covers:
+            owner[cluster] = NOWHERE if cluster in owner else node
+    for cluster, node in owner.items():
+        if node != NOWHERE:
+            forest.weight[node] += bonus
+            forest.covers[node].discard(cluster)
+            num_folded += 1
     return num_folded
