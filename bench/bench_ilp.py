@@ -22,6 +22,7 @@ from tqdm import tqdm
 from bench import rows
 from bench.levels import Case, grown_level, recorded_levels
 from bench.published_ilp import solve_published
+from bench.redundancy import tree_of
 from bench.server import running_server
 from sglang_ets.ilp import SolverReport, objective, solve
 
@@ -94,12 +95,6 @@ def record(widths: list[int], num_problems: int) -> None:
                 keep = ("id", "parent", "depth", "token_ids", "score", "cluster")
                 nodes = [{key: node[key] for key in keep} for node in tree_of(answer)["nodes"]]
                 out.write(json.dumps({"width": width, "nodes": nodes}) + "\n")
-
-
-def tree_of(answer: Any) -> dict[str, Any]:
-    """The tree in a completion that was asked for with `return_tree`."""
-    metadata: dict[str, Any] = answer.metadata
-    return metadata["tree"] if "tree" in metadata else metadata["search"]["tree"]  # type: ignore[no-any-return]
 
 
 def recorded_cases() -> dict[int, list[Case]]:

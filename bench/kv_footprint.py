@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
+from bench.redundancy import redundancy, tree_of
 from bench.server import running_server
 
 PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
@@ -70,7 +71,9 @@ def solve(client: openai.OpenAI, setting: Setting, problem: dict[str, Any], seed
     body: dict[str, Any] = {"model": "default", "prompt": problem["prompt"], "max_tokens": MAX_TOKENS, "seed": seed}
     if setting.search:
         response = client.completions.create(
-            **body, temperature=1.0, extra_body={"search_width": setting.width, "search": setting.search}
+            **body,
+            temperature=1.0,
+            extra_body={"search_width": setting.width, "search": {**setting.search, "return_tree": True}},
         )
         search = dict(response.metadata["search"])  # type: ignore[attr-defined]
         answer = _answer(response.choices[0].text)
@@ -79,6 +82,8 @@ def solve(client: openai.OpenAI, setting: Setting, problem: dict[str, Any], seed
         }
         cost["kv_referenced_mean"] = search["kv_referenced_mean"]
         cost["fallbacks"] = search["solver"]["fallbacks"]
+        cost["loop_blocked_ms_max"] = search["solver"]["loop_blocked_ms_max"]
+        cost |= asdict(redundancy(tree_of(response)["nodes"]))
     else:
         response = client.completions.create(**body, n=setting.width, temperature=float(setting.width > 1))
         votes = Counter(found for choice in response.choices if (found := _answer(choice.text)) is not None)

@@ -82,10 +82,10 @@ def recorded_levels(nodes: Sequence[dict[str, Any]], width: int) -> Iterator[Cas
         ends = []
         for leaf in leaves:
             path = []
-            node = leaf
-            while node["parent"] is not None and node["depth"] > 0:
+            node: dict[str, Any] | None = leaf
+            while node is not None:
                 path.append(tuple(node["token_ids"]))
-                node = by_id[node["parent"]]
+                node = by_id.get(node["parent"])  # the prompt is not among the nodes
             at = -1
             for step in reversed(path):
                 if (at, step) not in index:

@@ -335,7 +335,7 @@ def _solver() -> highspy.Highs:
     solver: highspy.Highs | None = getattr(_per_thread, "solver", None)
     if solver is None:
         solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        solver.silent()  # type: ignore[no-untyped-call]
+        solver.silent()
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", 0)
         solver.setOptionValue("mip_rel_gap", 0.0)
