@@ -1,7 +1,7 @@
 """What the integer program need not decide: exact reductions of a level before HiGHS sees it.
 
 A level is a forest of cost nodes. Keeping node v needs its parent, yields `weight[v]` (rewards of the leaves that end there
-minus its KV cost) and covers the clusters `covers[v]`, each worth `bonus` once. Without a KV budget these steps keep an optimum:
+minus its KV cost) and covers the clusters `covers[v]`, each worth `bonus` once. Without a KV budget, these keep an optimum:
 
 - worth keeping by itself (weight >= 0): kept whenever its parent is, so it becomes part of its parent; at a root it is kept;
 - never worth it: even with every cluster below it counted as new, the subtree loses: dropped;
