@@ -26,6 +26,7 @@ from sglang_ets.children import ChildReq, make_child, step_end
 from sglang_ets.config import SearchConfig
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.live import ROOT, Branch, LiveSearch, result_of
+from sglang_ets.metrics import finished_line, make_metrics, state_of
 from sglang_ets.pressure import relieve
 from sglang_ets.prm.engine import PrmEngine
 from sglang_ets.scoring import StepScoring
@@ -48,6 +49,7 @@ class SearchCoordinator:
         self.num_done = 0
         self.num_failed = 0
         self.stuck_ticks = 0
+        self.metrics = make_metrics(scheduler)
         self._scoring = StepScoring(self)
         self._ledger: RadixLedger | None = None
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-ets")
@@ -90,6 +92,7 @@ class SearchCoordinator:
             return
         live.req.time_stats.set_wait_queue_entry_time()
         self.searches[live.owner] = live
+        self.metrics.sync(self)
         # One request brings the prompt into the cache; otherwise every child of the first level would compute it.
         self._queue_child(live, ROOT, (), 0)
 
@@ -208,6 +211,7 @@ class SearchCoordinator:
                     self._scoring.add(live, action.node_id)
                 case Measure():
                     live.sample_kv(self.ledger, action.depth)
+                    self.metrics.level_done(self, live)
                 case Select():
                     self._select(live, action)
                 case Prune():
@@ -235,7 +239,7 @@ class SearchCoordinator:
         child.arrival_processed_tokens = self.scheduler.processed_tokens_counter
 
     def _select(self, live: LiveSearch, action: Select) -> None:
-        started = time.perf_counter()
+        live.select_started_s = started = time.perf_counter()
         # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
         holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
         level = live.search.level(self.ledger.cost_tree(holds, live.prompt_tokens))
@@ -254,6 +258,7 @@ class SearchCoordinator:
         if selection.solver is not None:
             live.solver_reports.append(selection.solver)
         live.num_fallbacks += selection.is_fallback
+        self.metrics.selected(live, selection, time.perf_counter() - live.select_started_s)
         self.apply(live, live.search.on_selected(selection))
         live.sample_retained(self.ledger)
 
@@ -332,12 +337,7 @@ class SearchCoordinator:
         self._send(live)
         self._drop_all(live)
         self.num_done += 1
-        figures = result["search"]
-        logger.info(
-            "search %s done: %s width %d, %d levels, %d nodes, KV peak %d tokens, %d tokens generated, answer %r, %.2f s",
-            live.owner, figures["algorithm"], figures["width"], figures["levels"], figures["nodes_made"],
-            figures["kv_tokens_peak"], result["usage"]["completion_tokens"], answers[0].answer, figures["seconds"],
-        )  # fmt: skip
+        logger.info("%s", finished_line(result))
 
     def fail(self, live: LiveSearch, message: str) -> None:
         live.end_reason = live.end_reason or "failed"
@@ -353,6 +353,7 @@ class SearchCoordinator:
 
     def _send(self, live: LiveSearch) -> None:
         live.is_answered = True
+        self.metrics.ended(self, live, time.monotonic() - live.started_s)
         live.req.time_stats.set_completion_time()
         self.scheduler.output_streamer.stream_output([live.req], False)
 
@@ -377,6 +378,7 @@ class SearchCoordinator:
             live = self.searches.pop(rid)
             with self.guard(live):
                 self.ledger.end_owner(live.owner)
+            self.metrics.sync(self)
 
     def _wait_if_idle(self) -> None:
         """With nothing else to do, let the worker thread have the interpreter instead of spinning."""
@@ -387,12 +389,4 @@ class SearchCoordinator:
 
     def describe(self) -> dict[str, Any]:
         """For `/server_info`: what the searches of this scheduler hold right now."""
-        return {
-            "live": len(self.searches),
-            "done": self.num_done,
-            "failed": self.num_failed,
-            "held_kv_tokens": self.ledger.held_tokens(),
-            "locks": self.ledger.num_holds,
-            "kv_freed_at_once_tokens": self.ledger.freed_tokens,
-            "prm": self.prm.stats(),
-        }
+        return state_of(self)

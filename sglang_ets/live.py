@@ -62,6 +62,7 @@ class LiveSearch:
     prm_tokens: int = 0
     num_pressure_releases: int = 0
     num_fallbacks: int = 0
+    select_started_s: float = 0.0  # of the last selection, by time.perf_counter
     select_blocked_ms: list[float] = field(default_factory=list)
     solver_reports: list[Any] = field(default_factory=list)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from sglang_ets.live import Branch, LiveSearch
@@ -46,11 +47,14 @@ class StepScoring:
 
     def _score_batch(self, batch: list[tuple[LiveSearch, int]]) -> list[Any]:
         """Outcomes in the order of the batch. A fault of the whole PRM call fails the searches in it, not the server."""
+        started = time.perf_counter()
         try:
-            return self._coordinator.prm.score([self._score_job(live, node_id) for live, node_id in batch])
+            outcomes = self._coordinator.prm.score([self._score_job(live, node_id) for live, node_id in batch])
         except Exception as error:  # the same boundary as `_guard`, for a call that many searches share
             logger.exception("the PRM failed on a batch of %d steps", len(batch))
-            return [PrmError(f"{type(error).__name__}: {error}")] * len(batch)
+            outcomes = [PrmError(f"{type(error).__name__}: {error}")] * len(batch)
+        self._coordinator.metrics.scored(len(batch), time.perf_counter() - started)
+        return outcomes
 
     def _score_job(self, live: LiveSearch, node_id: int) -> ScoreJob:
         node = live.search.tree.nodes[node_id]
