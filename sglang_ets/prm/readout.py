@@ -44,7 +44,8 @@ def read_score(
     if isinstance(spec, TokenClassification):
         return class_score(hidden, model.score, spec.label)
     ids = torch.tensor(token_ids[first:], device=hidden.device)
-    own = likelihood_score(before[first:], ids, model.lm_head.weight)
+    # sglang pads the head to a multiple of 64 rows; a padding row is zero, and its exp(0) would count in the softmax.
+    own = likelihood_score(before[first:], ids, model.lm_head.weight[: model.config.vocab_size])
     return own if parent_score is None else min(parent_score, own)
 
 

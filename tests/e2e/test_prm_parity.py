@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 import sglang_ets
 from tests.e2e.serving import PROBLEMS, Server, serving
@@ -71,3 +72,24 @@ def test_token_classification(tmp_path: Path) -> None:
         expected.append(float(logits.softmax(-1)[1]))
         assert path[-1]["score"] == pytest.approx(expected[-1], abs=TOLERANCE)
     assert max(expected) - min(expected) > 100 * TOLERANCE
+
+
+@torch.no_grad()
+def test_likelihood(server: Server) -> None:
+    model = LlamaForCausalLM.from_pretrained(MODELS / "prm", dtype=torch.float32).eval()
+    prompt, paths = search_tree(server)
+    seen = set()
+    for path in paths:
+        expected = 1.0  # the smallest of the steps' scores
+        logprobs = model(torch.tensor([prompt + step_ids(path)])).logits[0].log_softmax(-1)
+        start = len(prompt)
+        for node in path:
+            ids = node["token_ids"]
+            marks = [place for place, token in enumerate(ids) if "=" in TOKENIZER.decode([token])]
+            first = marks[0] + 1 if marks and marks[0] + 1 < len(ids) else 0
+            own = sum(float(logprobs[start + place - 1, ids[place]]) for place in range(first, len(ids)))
+            expected = min(expected, math.exp(own))
+            start += len(ids)
+        assert path[-1]["score"] == pytest.approx(expected, abs=TOLERANCE / 10)
+        seen.add(round(expected, 4))
+    assert len(seen) > 3
