@@ -8,7 +8,7 @@ because the tree core cannot be used any more after a wrong unlock or eviction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,41 @@ class PathSpan:
     end: int
     num_children: int
     is_resident: bool
+
+
+@dataclass(frozen=True)
+class PathSnapshot:
+    """Paths of some holds at one moment, as the tree core gave them. Safe to read on any thread."""
+
+    paths: Mapping[int, Sequence[Any]]  # radix node -> the nodes from the root to it
+    ends: Sequence[tuple[int | None, int]]  # per hold its node (None: it lost its lock) and the tokens of its path
+    keep_tokens: int
+
+    def cost_tree(self) -> CostTree:
+        """The paths as a forest of radix nodes, cost = tokens of KV beyond the first `keep_tokens`.
+
+        The tokens of the prompt cost nothing: they are held whichever leaves are kept. A hold that lost its lock (see
+        `RadixLedger.release`) stands as a node of its own with the tokens it would need again.
+        """
+        index: dict[int, int] = {}
+        parent: list[int] = []
+        cost: list[float] = []
+        for path in self.paths.values():
+            at = -1
+            for span in path:
+                if span.node_id not in index:
+                    index[span.node_id] = len(parent)
+                    parent.append(at)
+                    cost.append(float(max(0, span.path_end - max(span.path_start, self.keep_tokens))))
+                at = index[span.node_id]
+        leaf = []
+        for node, tokens in self.ends:
+            if node is None or not self.paths[node]:
+                index[node := -1 - len(parent)] = len(parent)
+                parent.append(-1)
+                cost.append(float(max(0, tokens - self.keep_tokens)))
+            leaf.append(index[node])
+        return CostTree(np.array(parent, dtype=np.int64), np.array(cost), np.array(leaf, dtype=np.int64))
 
 
 class RadixLedger:
@@ -131,34 +166,16 @@ class RadixLedger:
         spans = {span.node: span.end - span.start for path in self._paths(holds) for span in path}
         return sum(spans.values())
 
-    def cost_tree(self, holds: Sequence[Hold], keep_tokens: int) -> CostTree:
-        """The holds' paths as a forest of radix nodes, cost = tokens of KV beyond the first `keep_tokens`.
+    def snapshot(self, holds: Sequence[Hold], keep_tokens: int) -> PathSnapshot:
+        """The holds' paths as they are now, asked once per radix node. All that must happen on the scheduler's thread."""
+        nodes = sorted({hold.node for hold in holds if hold.locked})
+        paths = dict(zip(nodes, self._cache.tree_core.collect_path_info(nodes), strict=True)) if nodes else {}
+        ends = [(hold.node if hold.locked else None, hold.tokens) for hold in holds]
+        return PathSnapshot(paths, ends, keep_tokens)
 
-        The tokens of the prompt cost nothing: they are held whichever leaves are kept. A hold that lost its lock (see
-        `release`) stands as a node of its own with the tokens it would need again.
-        """
-        index: dict[int, int] = {}
-        parent: list[int] = []
-        cost: list[float] = []
-        leaf: list[int] = []
-        for hold, path in zip(holds, self._paths(holds), strict=True):
-            at = -1
-            for span in path:
-                if span.node not in index:
-                    index[span.node] = len(parent)
-                    parent.append(at)
-                    cost.append(float(max(0, span.end - max(span.start, keep_tokens))))
-                at = index[span.node]
-            if not path:
-                parent.append(-1)
-                cost.append(float(max(0, hold.tokens - keep_tokens)))
-                at = len(parent) - 1
-            leaf.append(at)
-        return CostTree(
-            parent=np.asarray(parent, dtype=np.int64),
-            cost=np.asarray(cost, dtype=np.float64),
-            leaf=np.asarray(leaf, dtype=np.int64),
-        )
+    def cost_tree(self, holds: Sequence[Hold], keep_tokens: int) -> CostTree:
+        """`PathSnapshot.cost_tree` of the paths as they are now."""
+        return self.snapshot(holds, keep_tokens).cost_tree()
 
     def _can_evict(self, path: Sequence[PathSpan], keep_tokens: int) -> bool:
         """Whether the path's last node is an unlocked, resident leaf beyond `keep_tokens`."""
