@@ -24,14 +24,16 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_ets.answer import RankedAnswer, rank
 from sglang_ets.children import ChildReq, make_child, step_end
 from sglang_ets.config import SearchConfig
-from sglang_ets.kv import Hold, RadixLedger
+from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
 from sglang_ets.live import ROOT, Branch, LiveSearch, result_of
 from sglang_ets.metrics import finished_line, make_metrics, state_of
 from sglang_ets.pressure import relieve
 from sglang_ets.prm.engine import PrmEngine
+from sglang_ets.protocol import carried_config
 from sglang_ets.scoring import StepScoring
 from sglang_ets.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.selection import Selection, get_policy
+from sglang_ets.streaming import answerable, report_progress
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class SearchCoordinator:
             self.scheduler._release_aborted_request(req)
             return True
         try:
-            config = SearchConfig.from_json(custom["ets"])
+            config = carried_config(req, self.scheduler.server_args._ets)
         except (TypeError, ValueError) as error:  # custom_params can also come straight from a client
             prepare_abort(req, f"custom_params['ets'] is wrong: {error}", status_code=HTTPStatus.BAD_REQUEST)
             self.scheduler.output_streamer.stream_output([req], False)
@@ -242,14 +244,13 @@ class SearchCoordinator:
         live.select_started_s = started = time.perf_counter()
         # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
         holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
-        level = live.search.level(self.ledger.cost_tree(holds, live.prompt_tokens))
-        policy = get_policy(live.config.algorithm)
+        paths = self.ledger.snapshot(holds, live.prompt_tokens)
         if live.config.algorithm in SOLVED_ALGORITHMS and get_parallel().tp_size == 1:
-            live.awaited = ("select", self._workers.submit(policy.select, level, live.config))
+            live.awaited = ("select", self._workers.submit(select, live.search, paths, live.config))
             selection = None
         else:
             # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
-            selection = policy.select(level, live.config)
+            selection = select(live.search, paths, live.config)
         live.select_blocked_ms.append((time.perf_counter() - started) * 1e3)
         if selection is not None:
             self._selected(live, selection)
@@ -261,6 +262,7 @@ class SearchCoordinator:
         self.metrics.selected(live, selection, time.perf_counter() - live.select_started_s)
         self.apply(live, live.search.on_selected(selection))
         live.sample_retained(self.ledger)
+        report_progress(self, live)
 
     def _take_result(self, live: LiveSearch) -> None:
         if live.awaited is None or not live.awaited[1].done():
@@ -322,7 +324,7 @@ class SearchCoordinator:
 
     def _finish(self, live: LiveSearch, reason: str) -> None:
         live.end_reason = reason
-        live.awaited = ("answer", self._workers.submit(rank, live.search.trajectories(), live.config))
+        live.awaited = ("answer", self._workers.submit(rank, answerable(live), live.config))
         self._abort_children(live)
 
     def _answer(self, live: LiveSearch, answers: list[RankedAnswer]) -> None:
@@ -390,3 +392,8 @@ class SearchCoordinator:
     def describe(self) -> dict[str, Any]:
         """For `/server_info`: what the searches of this scheduler hold right now."""
         return state_of(self)
+
+
+def select(search: Search, paths: PathSnapshot, config: SearchConfig) -> Selection:
+    """Decide one level. Pure, on a worker thread as a rule: the search does not change while it waits for this."""
+    return get_policy(config.algorithm).select(search.level(paths.cost_tree()), config)

@@ -59,6 +59,7 @@ class LiveSearch:
     started_s: float = field(default_factory=time.monotonic)
     is_answered: bool = False
     end_reason: str = ""
+    final_text: str = ""  # what every answer that is still possible begins with
     prm_tokens: int = 0
     num_pressure_releases: int = 0
     num_fallbacks: int = 0

@@ -6,9 +6,8 @@ one sentence with HTTP 400 instead of a validation report.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -118,11 +117,7 @@ def search_config(request: Any, settings: Mapping[str, Any], context_tokens: int
     config = SearchConfig.from_request(
         request.search_width, request.search, defaults, n=request.n, max_tokens=max_tokens, seed=request.seed
     )
-    if config.width > settings["max_width"]:
-        raise ValueError(
-            f"search_width must be at most {settings['max_width']} on this server, got {config.width}; "
-            "ask for less or raise --search-max-width"
-        )
+    _check_width(config, settings)
     if config.max_tokens >= context_tokens:
         raise ValueError(
             f"max_tokens must leave room for the prompt in the context of {context_tokens} tokens, "
@@ -208,11 +203,13 @@ def metadata_of(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"search": {**result["search"], **tree}}
 
 
-def _finish_reason(answer: Mapping[str, Any]) -> Literal["stop", "length"]:
+def finish_reason_of(answer: Mapping[str, Any]) -> Literal["stop", "length"]:
+    """What ended a trajectory, in the words of OpenAI."""
     return "stop" if answer["finish_reason"] == "stop" else "length"
 
 
-def _details(answer: Mapping[str, Any]) -> dict[str, Any]:
+def details_of(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """`search` of a choice: how good the PRM finds it, and what it answers."""
     return {key: answer[key] for key in ("score", "step_scores", "answer", "votes")}
 
 
@@ -225,36 +222,72 @@ def response_body(request: Any, rid: str, result: Mapping[str, Any]) -> dict[str
         body = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
         if getattr(request, "return_token_ids", False):
             body["response_token_ids" if is_chat else "token_ids"] = answer["token_ids"]
-        end = {"logprobs": None, "finish_reason": _finish_reason(answer), "search": _details(answer)}
+        end = {"logprobs": None, "finish_reason": finish_reason_of(answer), "search": details_of(answer)}
         choices.append({"index": index, **body, **end})
     return {
-        **_head(request, rid, "chat.completion" if is_chat else "text_completion"),
+        **head_of(request, rid, "chat.completion" if is_chat else "text_completion"),
         "choices": choices,
         "usage": usage_of(result),
         "metadata": metadata_of(result),
     }
 
 
-def _head(request: Any, rid: str, kind: str) -> dict[str, Any]:
+def head_of(request: Any, rid: str, kind: str) -> dict[str, Any]:
+    """The fields that a body and every chunk begin with."""
     return {"id": rid, "object": kind, "created": int(time.time()), "model": request.model}
 
 
-def stream_chunks(request: Any, rid: str, result: Mapping[str, Any]) -> Iterator[str]:
-    """Server-sent events of an answered search: each choice's text, its end, and the figures in the last chunk."""
-    is_chat = hasattr(request, "messages")
-    head = _head(request, rid, "chat.completion.chunk" if is_chat else "text_completion")
-    last = len(result["results"]) - 1
-    for index, answer in enumerate(result["results"]):
-        text = {"delta": {"role": "assistant", "content": answer["text"]}} if is_chat else {"text": answer["text"]}
-        yield _event({**head, "choices": [{"index": index, **text, "finish_reason": None}]})
-        ended: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
-        choice = {"index": index, **ended, "finish_reason": _finish_reason(answer), "search": _details(answer)}
-        figures = {"metadata": metadata_of(result)} if index == last else {}
-        yield _event({**head, "choices": [choice], **figures})
-    if request.stream_options is not None and request.stream_options.include_usage:
-        yield _event({**head, "choices": [], "usage": usage_of(result)})
-    yield "data: [DONE]\n\n"
+# What a native request may carry that a search cannot honour: attribute of sglang's request, and its name in the API.
+REFUSED_NATIVE = {
+    "return_logprob": "return_logprob",
+    "return_hidden_states": "return_hidden_states",
+    "return_routed_experts": "return_routed_experts",
+    "lora_id": "lora_path",
+    "multimodal_inputs": "image_data",
+    "custom_logit_processor": "custom_logit_processor",
+    "input_embeds": "input_embeds",
+    "session": "session_params",
+}
+REFUSED_SAMPLING = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
-def _event(chunk: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
+    """The search inside `sampling_params.custom_params` of a request that has reached the scheduler.
+
+    The OpenAI endpoints send text that they have validated. A client of `/generate` sends an object: `search_width`, `n`,
+    `seed` and the settings of `search`, all flat; `max_new_tokens` stays a sampling parameter.
+
+    Raises:
+        ValueError: it cannot be served; one sentence for the client.
+        TypeError: a value has a type that no setting has.
+    """
+    for attribute, name in REFUSED_NATIVE.items():
+        if getattr(req, attribute, None):
+            raise ValueError(f"{name} does not work together with a search; leave one of them out")
+    for name in REFUSED_SAMPLING:
+        if getattr(req.sampling_params, name, None):
+            raise ValueError(f"{name} does not work together with a search; leave one of them out")
+    given = req.sampling_params.custom_params[CUSTOM_KEY]
+    if isinstance(given, str):
+        return SearchConfig.from_json(given)
+    if not isinstance(given, dict):
+        raise ValueError(f"it must be an object of settings, got {given!r}; for example {{'search_width': 16}}")
+    outer = {name: given.get(name) for name in ("search_width", "n", "seed")}
+    config = SearchConfig.from_request(
+        outer["search_width"],
+        {name: value for name, value in given.items() if name not in outer},
+        settings,
+        n=outer["n"],
+        max_tokens=req.sampling_params.max_new_tokens,
+        seed=outer["seed"],
+    )
+    _check_width(config, settings)
+    return config
+
+
+def _check_width(config: SearchConfig, settings: Mapping[str, Any]) -> None:
+    if config.width > settings["max_width"]:
+        raise ValueError(
+            f"search_width must be at most {settings['max_width']} on this server, got {config.width}; "
+            "ask for less or raise --search-max-width"
+        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from sglang_ets.protocol import CUSTOM_KEY, RESULT_KEY, check_server, response_body, search_config, stream_chunks
+from sglang_ets.protocol import CUSTOM_KEY, check_server, response_body, search_config
+from sglang_ets.streaming import last_report, stream_chunks
 
 
 async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
@@ -25,16 +27,20 @@ async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
         internal = await asyncio.get_running_loop().run_in_executor(None, _convert, serving, request, raw_request)
         sent = serving.tokenizer_manager.generate_request(internal, raw_request)
         answered = await anext(sent)
-        result = _result(answered)
+        report = _report(answered)
     except ValueError as error:
         return _error(str(error), "BadRequest", 400)
     except HTTPException as error:
         return _error(str(error.detail), "SearchFailed", error.status_code)
     rid = answered["meta_info"]["id"]
     if request.stream:
-        # The answer of a search is known at its end, so all chunks leave together.
-        return StreamingResponse(stream_chunks(request, rid, result), media_type="text/event-stream")
-    return JSONResponse(response_body(request, rid, result))
+        # The first report is here, so a search that is refused has been answered with its status and not with a stream.
+        return StreamingResponse(
+            stream_chunks(request, rid, answered, sent),
+            media_type="text/event-stream",
+            background=serving.tokenizer_manager.create_abort_task(internal),
+        )
+    return JSONResponse(response_body(request, rid, report))
 
 
 def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
@@ -48,20 +54,31 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
     if serving._resolve_lora_path(request.model, getattr(request, "lora_path", None)):
         raise ValueError(f"model must name no LoRA adapter together with search_width, got {request.model!r}")
     config = search_config(request, manager.server_args._ets, manager.context_len)
-    plain = request.model_copy(update={"n": 1, "stream": False, "stream_options": None})
+    plain = request.model_copy(update={"n": 1, "stream_options": None})
     internal, _ = serving._convert_to_internal_request(plain, raw_request)
     sampling = internal.sampling_params
     sampling["max_new_tokens"] = config.max_tokens
+    sampling["stream_interval"] = 1  # progress carries no tokens, and must not wait for any
     sampling["custom_params"] = {**(sampling.get("custom_params") or {}), CUSTOM_KEY: config.to_json()}
     return internal
 
 
-def _result(answered: dict[str, Any]) -> dict[str, Any]:
-    info = answered["meta_info"]
-    if info.get(RESULT_KEY):
-        return dict(info[RESULT_KEY][0])
-    reason = (info.get("finish_reason") or {}).get("message") or "the scheduler returned no result"
-    raise HTTPException(500, f"search failed: {reason}")
+def _report(answered: dict[str, Any]) -> dict[str, Any]:
+    """What the scheduler reported: the result or, in a stream, progress.
+
+    Raises:
+        ValueError: the scheduler refused the search.
+        HTTPException: the search failed.
+    """
+    reason = answered["meta_info"].get("finish_reason") or {}
+    report = last_report(answered)
+    if report is not None and reason.get("type") != "abort":
+        return report
+    message = reason.get("message") or "the scheduler returned no result"
+    # Outside a stream the tokenizer manager raises these itself.
+    if reason.get("status_code") == HTTPStatus.BAD_REQUEST:
+        raise ValueError(message)
+    raise HTTPException(reason.get("status_code") or 500, f"search failed: {message.removeprefix('search failed: ')}")
 
 
 def _error(message: str, kind: str, status: int) -> JSONResponse:

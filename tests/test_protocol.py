@@ -20,7 +20,6 @@ from sglang_ets.protocol import (
     check_server,
     response_body,
     search_config,
-    stream_chunks,
 )
 
 SETTINGS = {"search": "rebase", "algorithm": "rebase", "max_width": 64, "max_tokens": 300, "step_delimiter": "\n"}
@@ -157,23 +156,6 @@ def test_body_holds_ranked_choices_usage_and_figures(make: Any) -> None:
     assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["metadata"]["search"]["tree"] == {"nodes": []}
 
 
-@pytest.mark.parametrize("make", [completion, chat])
-@pytest.mark.parametrize("with_usage", [False, True])
-def test_stream_is_a_valid_one(make: Any, with_usage: bool) -> None:
-    request = make(stream=True, stream_options={"include_usage": with_usage})
-    events = list(stream_chunks(request, "id", RESULT))
-    assert all(event.startswith("data: ") and event.endswith("\n\n") for event in events)
-    assert events[-1] == "data: [DONE]\n\n"
-    chunks = [json.loads(event[6:]) for event in events[:-1]]
-    usage = [chunk["usage"] for chunk in chunks if "usage" in chunk]
-    assert len(usage) == with_usage
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    text = [choice["delta"].get("content", "") if make is chat else choice["text"] for choice in choices]
-    assert "".join(text) == "1+2=31+2=4"
-    assert [choice["finish_reason"] for choice in choices] == [None, "stop", None, "length"]
-    assert ["metadata" in chunk for chunk in chunks[: len(choices)]] == [False, False, False, True]
-
-
 class Serving(OpenAIServingBase):
     """sglang's handler with a scripted engine behind it."""
 
@@ -181,7 +163,11 @@ class Serving(OpenAIServingBase):
         server_args = SimpleNamespace(_ets=SETTINGS)
         self.outcome, self.sent = outcome, []
         self.tokenizer_manager: Any = SimpleNamespace(
-            served_model_name="m", context_len=CONTEXT_TOKENS, server_args=server_args, generate_request=self.generate
+            served_model_name="m",
+            context_len=CONTEXT_TOKENS,
+            server_args=server_args,
+            generate_request=self.generate,
+            create_abort_task=lambda _internal: None,
         )
 
     def _request_id_prefix(self) -> str:
@@ -215,7 +201,7 @@ def test_ordinary_requests_stay_with_sglang(fields: dict[str, Any]) -> None:
 def test_the_engine_gets_one_request_with_the_search_inside(stream: bool) -> None:
     response, (sent,) = post({"search": [RESULT]}, n=2, stream=stream, max_tokens=99)
     assert response.status_code == 200
-    assert (sent.sampling_params["n"], sent.sampling_params["max_new_tokens"], sent.stream) == (1, 99, False)
+    assert (sent.sampling_params["n"], sent.sampling_params["max_new_tokens"], sent.stream) == (1, 99, stream)
     config = SearchConfig.from_json(sent.sampling_params["custom_params"]["ets"])
     assert (config.width, config.num_results) == (16, 2)
 
