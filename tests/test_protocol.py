@@ -12,6 +12,7 @@ from fastapi import HTTPException
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sglang_ets.patches.openai_api import answer_search
 
+from sglang_ets import protocol
 from sglang_ets.config import SearchConfig
 from sglang_ets.protocol import (
     ChatCompletionRequest,
@@ -115,6 +116,55 @@ def test_refusals_are_one_sentence_that_names_the_field(make: Any, fields: dict[
     with pytest.raises(ValueError, match=named) as caught:
         search_config(make(**fields), SETTINGS, CONTEXT_TOKENS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*protocol.REFUSED])
+@pytest.mark.parametrize("make", [completion, chat])
+def test_each_field_that_a_search_cannot_honour_is_refused(make: Any, name: str) -> None:
+    request = make().model_copy(update={name: "given"})
+    with pytest.raises(ValueError, match=rf"^{name} does not work together with search_width, got 'given'; [^\n]+$"):
+        search_config(request, SETTINGS, CONTEXT_TOKENS)
+
+
+def native(given: Any, sampling: dict[str, Any] | None = None, **fields: Any) -> Any:
+    """A request of `/generate` as it reaches the scheduler."""
+    params = {"custom_params": {"ets": given}, "max_new_tokens": 50, **(sampling or {})}
+    return SimpleNamespace(sampling_params=SimpleNamespace(**params), **fields)
+
+
+def test_native_requests_carry_a_flat_object_or_validated_text() -> None:
+    given = {"search_width": 8, "n": 2, "seed": 4, "algorithm": "ets"}
+    config = protocol.carried_config(native(given), SETTINGS)
+    expected = SearchConfig(algorithm="ets", width=8, num_results=2, max_tokens=50, step_delimiter=("\n",), seed=4)
+    assert config == expected
+    assert protocol.carried_config(native(expected.to_json()), SETTINGS) == expected
+
+
+@pytest.mark.parametrize("attribute", [*protocol.REFUSED_NATIVE])
+def test_each_native_field_that_a_search_cannot_honour_is_refused(attribute: str) -> None:
+    with pytest.raises(ValueError, match=f"^{protocol.REFUSED_NATIVE[attribute]} does not work together with a search"):
+        protocol.carried_config(native({"search_width": 8}, **{attribute: "given"}), SETTINGS)
+
+
+@pytest.mark.parametrize("name", protocol.REFUSED_SAMPLING)
+def test_each_grammar_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} does not work together with a search"):
+        protocol.carried_config(native({"search_width": 8}, {name: "given"}), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (16, "must be an object"),
+        ({}, "search_width must be"),
+        ({"search_width": 1}, "search_width must be"),
+        ({"search_width": 65}, "at most 64"),
+        ({"search_width": 8, "kv": 1}, "no setting 'kv'"),
+    ],
+)
+def test_wrong_native_searches_are_refused(given: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        protocol.carried_config(native(given), SETTINGS)
 
 
 @pytest.mark.parametrize(
