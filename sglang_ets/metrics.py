@@ -102,7 +102,7 @@ class SearchMetrics(NoMetrics):
         self._families: dict[str, Any] = {}
         for metric in METRICS:
             names = (*self._labels, *metric.labels)
-            where = {"labelnames": names, "registry": registry or REGISTRY}
+            where: dict[str, Any] = {"labelnames": names, "registry": registry or REGISTRY}
             match metric.kind:
                 case "counter":
                     family: Any = Counter(PREFIX + metric.name, metric.help, **where)
