@@ -272,7 +272,7 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
         return SearchConfig.from_json(given)
     if not isinstance(given, dict):
         raise ValueError(f"it must be an object of settings, got {given!r}; for example {{'search_width': 16}}")
-    outer = {name: given.get(name) for name in ("search_width", "n", "seed")}
+    outer: dict[str, Any] = {name: given.get(name) for name in ("search_width", "n", "seed")}
     config = SearchConfig.from_request(
         outer["search_width"],
         {name: value for name, value in given.items() if name not in outer},
