@@ -53,6 +53,7 @@ class SearchConfig:
     kv_budget_tokens: int | None = None  # hard limit on KV held beyond the prompt; ets and ets_kv only
     deadline_s: float | None = None  # the search answers with what it has after this long
     return_tree: bool = False
+    return_embeddings: bool = False  # each node of the returned tree carries its step's embedding
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,10 +83,15 @@ class SearchConfig:
                     f"kv_budget_tokens needs algorithm ets or ets_kv, got {self.kv_budget_tokens} with "
                     f"{self.algorithm!r}; change the algorithm or leave the budget out"
                 )
+            if self.kv_cost != "tokens":
+                raise _wrong("kv_cost", "tokens when kv_budget_tokens is set", self.kv_cost, "a budget counts tokens")
         if self.deadline_s is not None:
             _number("deadline_s", self.deadline_s, 1e-3, 1e6)
         if not isinstance(self.return_tree, bool):
             raise _wrong("return_tree", "true or false", self.return_tree, "send a JSON boolean")
+        if not isinstance(self.return_embeddings, bool) or (self.return_embeddings and not self.return_tree):
+            rule = "true or false, and false without return_tree"
+            raise _wrong("return_embeddings", rule, self.return_embeddings, "set return_tree to true as well")
         _integer("seed", self.seed, 0, 2**63 - 1)
 
     @property

@@ -116,7 +116,7 @@ def result_of(live: LiveSearch, answers: list[RankedAnswer]) -> dict[str, Any]:
         "search": _figures(live, nodes),
     }
     if live.config.return_tree:
-        result["tree"] = live.search.tree.to_dict()
+        result["tree"] = live.search.tree.to_dict(with_embeddings=live.config.return_embeddings)
     return result
 
 

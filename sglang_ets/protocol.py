@@ -39,6 +39,7 @@ class SearchOptions(BaseModel):
     kv_budget_tokens: int | None = Field(None, description="Limit on KV held beyond the prompt (ets, ets_kv).")
     deadline_s: float | None = Field(None, description="Answer with what there is after this many seconds.")
     return_tree: bool | None = Field(None, description="Return the whole search tree in the metadata.")
+    return_embeddings: bool | None = Field(None, description="The returned tree carries the embedding of each step.")
 
 
 WidthField = Annotated[

@@ -151,7 +151,7 @@ class Search:
         expansions: list[Action] = []
         self._level = []
         for place, leaf in enumerate(self._leaves):
-            leaf.embedding = None
+            self._forget_embedding(leaf)
             leaf.cluster = None if clusters is None else int(clusters[place])
             leaf.allocation = int(selection.allocation[place])
             if leaf.allocation == 0:
@@ -226,7 +226,7 @@ class Search:
 
     def _complete(self, node: Node) -> list[Action]:
         node.state = "complete"
-        node.embedding = None
+        self._forget_embedding(node)
         self.remaining_width -= 1
         return [Complete(node.id)]
 
@@ -247,3 +247,8 @@ class Search:
             cost=np.ones(len(used)),
             leaf=np.array([index[leaf.id] for leaf in leaves], dtype=np.int64),
         )
+
+    def _forget_embedding(self, node: Node) -> None:
+        """An embedding is only needed until its level is selected, unless the client wants to see it."""
+        if not self.config.return_embeddings:
+            node.embedding = None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang.srt.runtime_context import get_device
+
 from sglang_ets.coordinator import SearchCoordinator
+from sglang_ets.kernels.dispatch import describe_backend
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
 
 logger = logging.getLogger(__name__)
@@ -14,6 +17,7 @@ logger = logging.getLogger(__name__)
 def make_coordinator(scheduler: Any) -> SearchCoordinator:
     """Load the PRM's weights and make the coordinator. Called once, while the scheduler starts."""
     flags = scheduler.server_args._ets
+    logger.info("%s", describe_backend(get_device().device))
     settings = PrmSettings(
         model_path=flags["prm_model_path"],
         format=flags["prm_format"],

@@ -111,9 +111,13 @@ class SearchTree:
                 if node.trajectory_tokens != expected:
                     raise TreeBroken(f"node {node.id} counts {node.trajectory_tokens} tokens; expected {expected}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, with_embeddings: bool = False) -> dict[str, Any]:
         """Plain data for `return_tree`."""
-        return {"prompt_tokens": self.prompt_tokens, "nodes": [_node_dict(node) for node in self.nodes[1:]]}
+        nodes = [_node_dict(node) for node in self.nodes[1:]]
+        if with_embeddings:
+            for node, plain in zip(self.nodes[1:], nodes, strict=True):
+                plain["embedding"] = None if node.embedding is None else np.round(node.embedding, 6).tolist()
+        return {"prompt_tokens": self.prompt_tokens, "nodes": nodes}
 
     def _upward(self, node: Node) -> Iterator[Node]:
         at: Node | None = node
