@@ -8,7 +8,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
-.PHONY: install python demo serve test lint types unit e2e bench-ilp bench-kernels bench-kv clean
+.PHONY: install python demo serve test lint types unit e2e bench bench-ilp bench-kernels bench-clusters bench-kv clean
 
 install: $(STAMP)
 
@@ -40,11 +40,21 @@ unit: install
 e2e: install
 	$(RUN) -m pytest -q -m server
 
+# Every bench in its smoke mode: shows that they run, not what they measure.
+bench: install
+	$(RUN) -m bench.bench_ilp --smoke
+	$(RUN) -m bench.bench_kernels --smoke
+	$(RUN) -m bench.bench_clusters --smoke
+	$(RUN) -m bench.kv_footprint --smoke
+
 bench-ilp: install
 	$(RUN) -m bench.bench_ilp $(ARGS)
 
 bench-kernels: install
 	$(RUN) -m bench.bench_kernels $(ARGS)
+
+bench-clusters: install
+	$(RUN) -m bench.bench_clusters $(ARGS)
 
 bench-kv: install
 	$(RUN) -m bench.kv_footprint $(ARGS)

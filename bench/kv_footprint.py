@@ -123,7 +123,13 @@ def table(done: list[dict[str, Any]], seed: int) -> tuple[str, list[dict[str, An
     by_setting: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in done:
         by_setting[row["setting"]][row["problem"]] = row
-    summaries = [_summary(cases, by_setting, seed) for cases in by_setting.values()]
+    for width in {row["width"] for row in done}:  # an interrupted run compares only what every policy has solved
+        same = [cases for cases in by_setting.values() if next(iter(cases.values()))["width"] == width]
+        shared = set.intersection(*(set(cases) for cases in same))
+        for cases in same:
+            for problem in set(cases) - shared:
+                del cases[problem]
+    summaries = [_summary(cases, by_setting, seed) for cases in by_setting.values() if cases]
     summaries.sort(key=lambda s: (s["width"], s["policy"]))
     header = ["policy", "width", "problems", "accuracy", "vs REBASE (95 %)", "KV mean", "KV peak", "KV reduction",
               "tokens generated", "PRM tokens", "levels", "s/problem"]  # fmt: skip

@@ -1,0 +1,45 @@
+"""README's figures and the rows behind them; the recorded trees."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import readme
+from bench.bench_ilp import compare, recorded_cases
+from bench.redundancy import purity_of, redundancy
+
+
+def test_readme_tables_are_made_of_rows() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert {block[2] for block in readme.BLOCK.finditer(text)} == set(readme.TABLES)
+    assert readme.rendered(text) == text, "run `python -m bench.readme`"
+
+
+def test_a_changed_figure_is_noticed() -> None:
+    text = "<!-- results: selection -->\n| made up |\n<!-- end -->"
+    assert readme.rendered(text) != text
+
+
+@pytest.mark.parametrize("width", [16, 64, 256])
+def test_recorded_levels_are_solved_as_well_as_by_cbc(width: int) -> None:
+    row = compare(recorded_cases()[width][:6], num_published=6, kv_weight=2.0)
+    assert row["levels"] == 6
+    assert row["columns"] > row["core_columns"]
+
+
+def test_redundancy_counts_texts_and_meanings() -> None:
+    def node(number: int, parent: int, text: str, cluster: int) -> dict[str, object]:
+        ids = [ord(letter) for letter in text]
+        made = {"id": number, "parent": parent, "depth": 1, "text": text, "token_ids": ids}
+        return made | {"score": 0.5, "finish": "step", "cluster": cluster}
+
+    nodes = [
+        node(1, 0, "so 1+2=3:3", 0),
+        node(2, 0, "so 1+2=3:3", 0),
+        node(3, 0, "now 1+2=3:3", 0),
+        node(4, 0, "1+2=4:4", 0),
+    ]
+    found = redundancy(nodes)
+    assert (found.leaves, found.distinct_texts, found.distinct_meanings, found.clusters) == (4, 3, 2, 1)
+    assert found.purity == 0.75
+    assert purity_of([0, 1], ["a", "a"]) == 1.0
