@@ -146,6 +146,8 @@ class Search:
         """The policy has decided: prune what got nothing, expand the rest."""
         if self.is_over:
             return []
+        if not selection.allocation.any():
+            return self._finish("kv_budget")  # the leaves stay unpruned: they are what the search has
         clusters = selection.clusters
         pruned: list[int] = []
         expansions: list[Action] = []
@@ -161,8 +163,7 @@ class Search:
             leaf.state = "retained"
             children = [self.tree.add_child(leaf) for _ in range(leaf.allocation)]
             expansions.append(self._expand(leaf, children))
-        actions: list[Action] = [Prune(tuple(pruned))] if pruned else []
-        return actions + (expansions or self._finish("kv_budget"))
+        return [Prune(tuple(pruned)), *expansions] if pruned else expansions
 
     def stop(self, reason: str) -> list[Action]:
         """End now with what there is."""
