@@ -1,0 +1,56 @@
+"""REBASE and even shares: sums, order, permutations, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_ets.allocation import even_allocation, rebase_allocation
+
+SCORES = st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=1, max_size=40)
+
+
+@settings(deadline=None, max_examples=200)
+@given(scores=SCORES, width=st.integers(0, 300), temperature=st.sampled_from([1e-3, 0.05, 0.2, 1.0, 1e3]))
+def test_rebase_shares_the_whole_width_and_favours_better_scores(
+    scores: list[float], width: int, temperature: float
+) -> None:
+    given_scores = np.array(scores)
+    shares = rebase_allocation(given_scores, width, temperature)
+    assert shares.sum() == width
+    assert shares.min() >= 0
+    order = np.argsort(-given_scores, kind="stable")
+    assert (np.diff(shares[order]) <= 0).all(), "a better score never gets less"
+
+
+@settings(deadline=None, max_examples=100)
+@given(scores=st.lists(st.integers(0, 1000), min_size=1, max_size=20, unique=True), seed=st.integers(0, 99))
+def test_rebase_does_not_depend_on_the_order_of_different_scores(scores: list[int], seed: int) -> None:
+    values = np.array(scores) / 1000
+    shuffled = np.random.default_rng(seed).permutation(values.size)
+    shares = rebase_allocation(values, 16, 0.2)
+    assert rebase_allocation(values[shuffled], 16, 0.2).tolist() == shares[shuffled].tolist()
+
+
+def test_rebase_by_hand() -> None:
+    # weights e^0, e^-1, e^-2: shares of 8 are 5.32, 1.96 and .72; each is rounded up while width is left
+    assert rebase_allocation(np.array([0.0, 0.2, 0.4]), 8, 0.2).tolist() == [0, 2, 6]
+    assert rebase_allocation(np.array([0.5, 0.5, 0.5, 0.5]), 6, 0.2).tolist() == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("scores", [[], [np.nan], [np.inf, 0.0]])
+def test_rebase_refuses_what_has_no_shares(scores: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite scores"):
+        rebase_allocation(np.array(scores), 4, 0.2)
+
+
+@settings(deadline=None, max_examples=100)
+@given(scores=SCORES, width=st.integers(1, 100))
+def test_even_shares_differ_by_one_at_most(scores: list[float], width: int) -> None:
+    kept = np.arange(0, len(scores), 2)
+    shares = even_allocation(np.array(scores), kept, width)
+    assert shares.sum() == width
+    assert set(np.flatnonzero(shares)) <= set(kept.tolist())
+    assert shares[kept].max() - shares[kept].min() <= 1
