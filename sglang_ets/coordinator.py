@@ -29,7 +29,7 @@ from sglang_ets.live import ROOT, Branch, LiveSearch, result_of
 from sglang_ets.metrics import finished_line, make_metrics, state_of
 from sglang_ets.pressure import relieve
 from sglang_ets.prm.engine import PrmEngine
-from sglang_ets.protocol import carried_config
+from sglang_ets.protocol import carried_config, prompt_text
 from sglang_ets.scoring import StepScoring
 from sglang_ets.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.selection import Selection, get_policy
@@ -175,8 +175,7 @@ class SearchCoordinator:
     def _prompt_ready(self, live: LiveSearch, hold: Hold) -> None:
         branch = Branch((), "", hold)
         live.branches[ROOT] = branch
-        text = live.req.tokenizer.decode(list(live.req.origin_input_ids))
-        branch.prm = self.prm.open_prompt(tuple(live.req.origin_input_ids), text)
+        branch.prm = self.prm.open_prompt(tuple(live.req.origin_input_ids), prompt_text(live.req))
         live.prm_tokens += len(branch.prm.token_ids)
         self.apply(live, live.search.start())
 

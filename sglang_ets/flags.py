@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from sglang_ets.config import MAX_WIDTH, Aggregation, Algorithm, AnswerRule, KvCost, SearchConfig
+from sglang_ets.prm.choose import AUTO, NAMES, WITHOUT_PRM
 
 OFF = "off"
 ENV_PREFIX = "SGLANG_ETS_"
@@ -40,7 +41,13 @@ FLAGS = (
         "search", "search", str, OFF, "Default algorithm of a search; off: stock sglang.", (*get_args(Algorithm), OFF)
     ),
     Flag("prm-model-path", "prm_model_path", str, None, "Process reward model: a folder or a name on the Hub."),
-    Flag("prm-format", "prm_format", str, "auto", "How the PRM reads steps and writes scores."),
+    Flag(
+        "prm-format",
+        "prm_format",
+        str,
+        "auto",
+        "How the PRM reads steps and writes scores: auto, " + ", ".join(NAMES) + ".",
+    ),
     Flag("prm-max-total-tokens", "prm_max_total_tokens", int, None, "Tokens in the PRM's KV pool."),
     Flag("search-max-width", "max_width", int, MAX_WIDTH, "Largest search_width that a request may ask for."),
     Flag("search-max-tokens", "max_tokens", int, None, "Tokens of one trajectory if a request sets no max_tokens."),
@@ -110,8 +117,13 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     settings["algorithm"] = settings["search"]
     if settings["step_delimiter"] is not None:
         settings["step_delimiter"] = settings["step_delimiter"].replace("\\n", "\n").replace("\\t", "\t")
-    if not settings["prm_model_path"]:
-        raise SystemExit("--search needs a process reward model; give --prm-model-path, or --search off")
+    if settings["prm_format"] not in (AUTO, *NAMES):
+        raise SystemExit(f"--prm-format must be one of {', '.join((AUTO, *NAMES))}, got {settings['prm_format']!r}")
+    if not settings["prm_model_path"] and settings["prm_format"] not in WITHOUT_PRM:
+        raise SystemExit(
+            "--search needs a process reward model; give --prm-model-path, or --prm-format confidence or judge to use the "
+            "policy model's own weights, or --search off"
+        )
     if not 2 <= settings["max_width"] <= MAX_WIDTH:
         raise SystemExit(f"--search-max-width must be from 2 to {MAX_WIDTH}, got {settings['max_width']}")
     try:

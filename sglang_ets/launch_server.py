@@ -15,6 +15,8 @@ from sglang_ets import cpu_shim
 
 cpu_shim.install()  # at module level: spawned children import this module before anything of sglang
 
+from sglang_ets.prm.choose import WITHOUT_PRM  # noqa: E402
+
 MODELS = Path(__file__).parent / "models"
 EMBEDDED = {
     "--model-path": str(MODELS / "policy"),
@@ -41,6 +43,8 @@ def chosen_flags(argv: Sequence[str], has_cuda: bool) -> list[str]:
     is_embedded = not is_given(argv, "--model-path") and not is_given(argv, "--config")
     if is_embedded:
         chosen |= EMBEDDED
+    if any(item.removeprefix("--prm-format=") in WITHOUT_PRM for item in argv):
+        chosen.pop("--prm-model-path", None)
     if not has_cuda:
         chosen |= CPU | (EMBEDDED_CPU if is_embedded else {})
         switches = CPU_SWITCHES

@@ -17,6 +17,7 @@ from sglang_ets.config import MAX_WIDTH, MIN_WIDTH, Aggregation, Algorithm, Answ
 
 RESULT_KEY = "search"  # of meta_info
 CUSTOM_KEY = "ets"  # of sampling_params.custom_params
+QUESTION_KEY = "ets_question"  # what the PRM is asked about, where that is not the whole prompt
 
 
 class SearchOptions(BaseModel):
@@ -171,6 +172,21 @@ def _check_refused(request: Any) -> None:
         )
     for message in getattr(request, "messages", None) or []:
         _check_text_only(message)
+
+
+def question_of(request: Any) -> str | None:
+    """The last user message of a chat: what a PRM is asked about. A completion's prompt is its question itself."""
+    for message in reversed(getattr(request, "messages", None) or []):
+        content = getattr(message, "content", None)
+        if getattr(message, "role", None) == "user" and content:
+            return content if isinstance(content, str) else "".join(part.text for part in content)
+    return None
+
+
+def prompt_text(req: Any) -> str:
+    """The question as the scheduler knows it: what came with the request, or its whole prompt as text."""
+    given = (req.sampling_params.custom_params or {}).get(QUESTION_KEY)
+    return given if given is not None else str(req.tokenizer.decode(list(req.origin_input_ids)))
 
 
 def _check_text_only(message: Any) -> None:

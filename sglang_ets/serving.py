@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from sglang_ets.protocol import CUSTOM_KEY, check_server, response_body, search_config
+from sglang_ets.protocol import CUSTOM_KEY, QUESTION_KEY, check_server, question_of, response_body, search_config
 from sglang_ets.streaming import last_report, stream_chunks
 
 
@@ -59,7 +59,11 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
     sampling = internal.sampling_params
     sampling["max_new_tokens"] = config.max_tokens
     sampling["stream_interval"] = 1  # progress carries no tokens, and must not wait for any
-    sampling["custom_params"] = {**(sampling.get("custom_params") or {}), CUSTOM_KEY: config.to_json()}
+    sampling["custom_params"] = {
+        **(sampling.get("custom_params") or {}),
+        CUSTOM_KEY: config.to_json(),
+        QUESTION_KEY: question_of(request),
+    }
     return internal
 
 

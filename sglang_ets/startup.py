@@ -19,7 +19,7 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
     flags = scheduler.server_args._ets
     logger.info("%s", describe_backend(get_device().device))
     settings = PrmSettings(
-        model_path=flags["prm_model_path"],
+        model_path=flags["prm_model_path"] or scheduler.server_args.model_path,
         format=flags["prm_format"],
         max_total_tokens=flags["prm_max_total_tokens"],
     )

@@ -191,6 +191,23 @@ def solve(problem: Problem, rng: random.Random) -> list[str]:
     return steps
 
 
+def reductions(text: str) -> list[str]:
+    """Every right line that may follow an expression, without its connector, once each.
+
+    Raises:
+        ValueError: the text is no expression.
+    """
+    expression = parse(text)
+    if not isinstance(expression, Operation):
+        return []
+    lines = set()
+    for pair in _reducible(expression):
+        left = _replace(expression, pair, evaluate(pair))
+        rest = f"{ANSWER_PREFIX}{left}" if isinstance(left, int) else f"{render(left)}\n"
+        lines.add(f"{render(pair)}={evaluate(pair)}:{rest}")
+    return sorted(lines)
+
+
 def _reducible(expression: Expression) -> Iterator[Operation]:
     if isinstance(expression, Operation):
         if isinstance(expression.left, int) and isinstance(expression.right, int):

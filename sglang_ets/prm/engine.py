@@ -28,10 +28,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils import broadcast_pyobj
+from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm import models
-from sglang_ets.prm.formats import AUTO, Likelihood, PrmFormat, choose_format
+from sglang_ets.prm.choose import AUTO, choose_format
+from sglang_ets.prm.formats import Head, PrmFormat, StepProbability, StepTokens
 from sglang_ets.prm.readout import embed_steps, read_score
 
 logger = logging.getLogger(__name__)
@@ -80,10 +82,6 @@ class ScoreJob:
     step_text: str
     depth: int
 
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.parent.token_ids + self.step_ids
-
 
 @dataclass(frozen=True)
 class _Sequence:
@@ -91,6 +89,22 @@ class _Sequence:
 
     token_ids: tuple[int, ...]
     reuse_tokens: int
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A step in the PRM's tokens, and what came before it."""
+
+    job: ScoreJob
+    tokens: StepTokens
+
+    @property
+    def kept_ids(self) -> tuple[int, ...]:
+        return self.job.parent.token_ids + self.tokens.path
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.job.parent.token_ids + self.tokens.read
 
 
 class _PrmReq(Req):
@@ -105,53 +119,47 @@ class _PrmReq(Req):
 class PrmEngine:
     """Scores steps. Owns the PRM's weights, KV pool and radix cache."""
 
-    def __init__(self, context: Any, worker: TpModelWorker, spec: PrmFormat, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        context: Any,
+        worker: TpModelWorker,
+        spec: PrmFormat,
+        tokenizer: Any,
+        has_policy_tokens: bool,
+        has_policy_weights: bool,
+    ) -> None:
         self._context = context
         self._worker = worker
         self._spec = spec
         self._tokenizer = tokenizer
+        self._has_policy_tokens = has_policy_tokens  # the PRM reads the policy model's own token ids
+        self._has_policy_weights = has_policy_weights
         self._num_requests = 0
         self._tp_group: Any = None
-        self.tokens_extended = 0  # over the life of the server
+        # Over the life of the server: tokens computed, and what scoring every trajectory from its start would have cost.
+        self.tokens_extended = 0
+        self.tokens_if_rescored = 0
 
     @classmethod
     def load(cls, scheduler: Any, settings: PrmSettings) -> PrmEngine:
         """Load the weights, before the policy model's KV pool is sized.
 
+        A PRM at the model path shares the policy model's weights.
+
         Raises:
-            SystemExit: the format is unknown, or the models do not share a vocabulary.
+            SystemExit: the format is unknown, or does not work on this server.
         """
-        spec = choose_format(settings.model_path, settings.format)
-        models.register()
-        main = get_context()
-        args = ServerArgs(
-            model_path=settings.model_path,
-            device=get_device().device,
-            dtype=scheduler.server_args.dtype,
-            attention_backend=scheduler.server_args.attention_backend,
-            tp_size=get_parallel().tp_size,
-            disable_overlap_schedule=True,
-            skip_tokenizer_init=True,
-            max_total_tokens=settings.max_total_tokens or DEFAULT_POOL_TOKENS,
-            disable_cuda_graph=True,
-            random_seed=scheduler.server_args.random_seed or 1,
-        )
-        ranks = SpawnRanks(world_rank=get_parallel().tp_rank, dp_rank=main.parallel.dp_rank, gpu_id=get_device().gpu_id)
-        context = create_context(args, role="scheduler", ranks=ranks)
-        # Process groups exist once per process: the PRM's context borrows those of the policy model.
-        groups = {name: group for name, group in main.parallel._stamp.items() if name not in context.parallel._stamp}
-        context.parallel.override_permanently(**groups)
-        with use_context(context):
-            worker = TpModelWorker(server_args=args, gpu_id=get_device().gpu_id, nccl_port=scheduler.nccl_port)
-        own, policy = worker.model_config.vocab_size, scheduler.model_config.vocab_size
-        if own != policy:
-            raise SystemExit(
-                f"--prm-model-path needs the policy model's vocabulary of {policy} tokens for format {spec.name}, "
-                f"got a model with {own}; use a PRM of the same model family"
-            )
-        if isinstance(spec, Likelihood) and get_parallel().tp_size > 1:
-            raise SystemExit("--prm-format likelihood needs --tp 1, because the head's rows are split over ranks")
-        return cls(context, worker, spec, scheduler)
+        policy = scheduler.server_args
+        tokenizer = get_tokenizer(settings.model_path, trust_remote_code=policy.trust_remote_code)
+        spec = choose_format(settings.model_path, settings.format, tokenizer)
+        if not isinstance(spec.readout, Head) and get_parallel().tp_size > 1:
+            raise SystemExit(f"--prm-format {spec.name} needs --tp 1, because the head's rows are split over ranks")
+        is_shared = settings.model_path == policy.model_path
+        context, worker = _start_worker(scheduler, settings, is_shared)
+        if is_shared:
+            worker.model_runner.model = scheduler.tp_worker.model_runner.model
+        is_same = is_shared or tokenizer.get_vocab() == scheduler.tokenizer.get_vocab()
+        return cls(context, worker, spec, tokenizer, spec.reads_policy_tokens and is_same, is_shared)
 
     def init_memory_pools(self) -> None:
         """Allocate the PRM's KV pool and make its radix cache."""
@@ -174,13 +182,13 @@ class PrmEngine:
         self._ledger = RadixLedger(self._cache, self._allocator)
         logger.info("PRM ready: format %s, KV pool of %d tokens", self._spec.name, self._allocator.available_size())
 
-    def open_prompt(self, prompt_ids: Sequence[int], _prompt_text: str) -> PrmPath:
+    def open_prompt(self, prompt_ids: Sequence[int], question: str) -> PrmPath:
         """Bring the prompt into the PRM's cache, once per search.
 
         Raises:
             PrmError: the prompt does not fit.
         """
-        ids = tuple(prompt_ids)
+        ids = tuple(prompt_ids) if self._has_policy_tokens else self._spec.layout.prompt(question)
         with use_context(self._context), torch.no_grad():
             done = self._extend([_Sequence(ids, len(ids))])
         if not done:
@@ -189,24 +197,25 @@ class PrmEngine:
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[tuple[StepScore, PrmPath] | PrmError]:
         """Score finished steps, in as few forward passes as the free KV allows. Outcomes in the order of the jobs."""
+        readings = [_Reading(job, self._tokens(job)) for job in jobs]
+        self.tokens_if_rescored += sum(len(reading.token_ids) for reading in readings)
         by_tokens: dict[tuple[int, ...], list[int]] = {}
-        for place, job in enumerate(jobs):
-            by_tokens.setdefault(job.token_ids, []).append(place)
+        for place, reading in enumerate(readings):
+            by_tokens.setdefault(reading.token_ids, []).append(place)
         outcomes: list[tuple[StepScore, PrmPath] | PrmError] = [PrmError("not scored")] * len(jobs)
         waiting = list(by_tokens)
         with use_context(self._context), torch.no_grad():
             while waiting:
-                first = [jobs[by_tokens[ids][0]] for ids in waiting]
-                wanted = [_Sequence(job.token_ids, len(job.parent.token_ids) - 1) for job in first]
-                done = self._extend(wanted)
+                first = [readings[by_tokens[ids][0]] for ids in waiting]
+                done = self._extend([_Sequence(r.token_ids, len(r.job.parent.token_ids) - 1) for r in first])
                 if not done:
                     for place in by_tokens[waiting.pop(0)]:
-                        outcomes[place] = self._too_large(jobs[place].token_ids)
+                        outcomes[place] = self._too_large(readings[place].token_ids)
                     continue
                 scores = self._read(first[: len(done)], [hidden for _, hidden in done])
-                for ids, score, (node, _) in zip(waiting, scores, done, strict=False):
-                    for place in by_tokens[ids]:  # identical steps share one computation, each with a lock of its own
-                        outcomes[place] = (score, PrmPath(ids, self._ledger.hold(OWNER, node)))
+                for reading, score, (node, _) in zip(first, scores, done, strict=False):
+                    for place in by_tokens[reading.token_ids]:  # identical steps share the work, each with its own lock
+                        outcomes[place] = (score, PrmPath(reading.kept_ids, self._ledger.hold(OWNER, node)))
                 del waiting[: len(done)]
         return outcomes
 
@@ -222,9 +231,12 @@ class PrmEngine:
         """For `/server_info`."""
         return {
             "format": self._spec.name,
+            "shares_policy_weights": self._has_policy_weights,
+            "shares_policy_tokens": self._has_policy_tokens,
             "held_kv_tokens": self._ledger.held_tokens(),
             "locks": self._ledger.num_holds,
             "tokens_extended": self.tokens_extended,
+            "tokens_if_rescored": self.tokens_if_rescored,
         }
 
     # ---- one forward pass ----
@@ -290,29 +302,30 @@ class PrmEngine:
         req.extend_end = len(req.full_untruncated_fill_ids)
         return req
 
-    def _read(self, jobs: Sequence[ScoreJob], hidden: Sequence[torch.Tensor]) -> list[StepScore]:
+    def _tokens(self, job: ScoreJob) -> StepTokens:
+        return StepTokens(job.step_ids) if self._has_policy_tokens else self._spec.layout.step(job.step_text, job.depth)
+
+    def _read(self, readings: Sequence[_Reading], hidden: Sequence[torch.Tensor]) -> list[StepScore]:
         """Scores and embeddings of steps whose hidden states (and those of the token before) were just computed."""
-        lengths = [len(job.step_ids) for job in jobs]
-        own = [piece[len(piece) - length :] for piece, length in zip(hidden, lengths, strict=True)]
-        embeddings = embed_steps(torch.cat(own), lengths).cpu().numpy()
+        own = [piece[len(piece) - len(r.tokens.read) :] for piece, r in zip(hidden, readings, strict=True)]
+        words = [states[r.tokens.words] for states, r in zip(own, readings, strict=True)]
+        embeddings = embed_steps(torch.cat(words), [len(states) for states in words]).cpu().numpy()
         scores = []
-        for job, piece, states in zip(jobs, hidden, own, strict=True):
+        for reading, piece, states in zip(readings, hidden, own, strict=True):
             before = piece[len(piece) - len(states) - 1 : -1]
-            first = self._first_scored(job)
-            scores.append(
-                read_score(
-                    self._spec, self._worker.model_runner.model, before, states, job.step_ids, first, job.parent_score
-                )
-            )
+            token_ids, parent_score = reading.tokens.read, reading.job.parent_score
+            model, first = self._worker.model_runner.model, self._first_scored(token_ids)
+            scores.append(read_score(self._spec.readout, model, before, states, token_ids, first, parent_score))
         if self._tp_group is not None:
             # Reductions may differ in the last bit per rank, and every rank must take the same decision.
             scores = broadcast_pyobj(scores, self._tp_group.rank, self._tp_group.cpu_group, src=self._tp_group.ranks[0])
         return [StepScore(score, embedding) for score, embedding in zip(scores, embeddings, strict=True)]
 
-    def _first_scored(self, job: ScoreJob) -> int:
-        if not isinstance(self._spec, Likelihood) or self._spec.score_after is None:
+    def _first_scored(self, token_ids: Sequence[int]) -> int:
+        readout = self._spec.readout
+        if not isinstance(readout, StepProbability) or readout.score_after is None:
             return 0
-        return self._spec.first_scored([self._tokenizer.tokenizer.decode([token]) for token in job.step_ids])
+        return readout.first_scored([self._tokenizer.decode([token]) for token in token_ids])
 
     def _too_large(self, token_ids: Sequence[int]) -> PrmError:
         free = self._allocator.available_size() + self._cache.evictable_size()
@@ -320,3 +333,30 @@ class PrmEngine:
             f"the PRM's KV pool has {free} tokens left for a trajectory of {len(token_ids)}; lower search_width or raise "
             "--prm-max-total-tokens"
         )
+
+
+def _start_worker(scheduler: Any, settings: PrmSettings, is_shared: bool) -> tuple[Any, TpModelWorker]:
+    """The PRM's runtime context and model worker. Weights that are shared are not read a second time."""
+    models.register()
+    main = get_context()
+    args = ServerArgs(
+        model_path=settings.model_path,
+        load_format="dummy" if is_shared else "auto",
+        trust_remote_code=scheduler.server_args.trust_remote_code,
+        device=get_device().device,
+        dtype=scheduler.server_args.dtype,
+        attention_backend=scheduler.server_args.attention_backend,
+        tp_size=get_parallel().tp_size,
+        disable_overlap_schedule=True,
+        skip_tokenizer_init=True,
+        max_total_tokens=settings.max_total_tokens or DEFAULT_POOL_TOKENS,
+        disable_cuda_graph=True,
+        random_seed=scheduler.server_args.random_seed or 1,
+    )
+    ranks = SpawnRanks(world_rank=get_parallel().tp_rank, dp_rank=main.parallel.dp_rank, gpu_id=get_device().gpu_id)
+    context = create_context(args, role="scheduler", ranks=ranks)
+    # Process groups exist once per process: the PRM's context borrows those of the policy model.
+    groups = {name: group for name, group in main.parallel._stamp.items() if name not in context.parallel._stamp}
+    context.parallel.override_permanently(**groups)
+    with use_context(context):
+        return context, TpModelWorker(server_args=args, gpu_id=get_device().gpu_id, nccl_port=scheduler.nccl_port)

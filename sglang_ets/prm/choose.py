@@ -1,0 +1,111 @@
+"""Which format a PRM checkpoint has: by name, by its own `prm_config.json`, by architecture or by a known name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sglang_ets.prm.formats import (
+    Conversation,
+    Head,
+    Judge,
+    Llemma,
+    PlainText,
+    PrmFormat,
+    QwenPrm,
+    Shepherd,
+    Skywork,
+    StepProbability,
+    Tokenizer,
+    TokenRows,
+    piece_id,
+    single_token,
+)
+
+AUTO = "auto"
+NAMES = (
+    "likelihood",
+    "token_classification",
+    "math_shepherd",
+    "llemma",
+    "rlhflow",
+    "qwen_prm",
+    "skywork",
+    "judge",
+    "confidence",
+)
+WITHOUT_PRM = ("judge", "confidence")  # the policy model's own weights serve, if no PRM is named
+CONFIG_FILE = "prm_config.json"  # beside the checkpoint: {"format": ..., "score_after": ...}
+CLASSIFIER_SUFFIX = "ForTokenClassification"
+ARCHITECTURES = {"Qwen2ForProcessRewardModel": "qwen_prm", "Qwen2ForPrmModel": "skywork"}
+KNOWN_NAMES = {"math-shepherd": "math_shepherd", "llemma-reward": "llemma", "llama3.1-8b-prm": "rlhflow"}
+LLEMMA_LABEL = 8094  # the token whose logit is the reward
+
+
+def choose_format(model_path: str, wanted: str, tokenizer: Tokenizer) -> PrmFormat:
+    """The format of a checkpoint.
+
+    Raises:
+        SystemExit: the name is unknown, nothing tells the format, or the tokenizer lacks a token that it needs.
+    """
+    own = read_json(model_path, CONFIG_FILE)
+    name = _told(model_path, own) if wanted == AUTO else wanted
+    if name not in NAMES:
+        raise SystemExit(
+            f"--prm-format must be one of {', '.join((AUTO, *NAMES))}, got {wanted!r}, and {model_path} does not tell "
+            "its own; name the format"
+        )
+    return _build(name, own, tokenizer)
+
+
+def _told(model_path: str, own: dict[str, object]) -> str | None:
+    if "format" in own:
+        return str(own["format"])
+    architecture = str((read_json(model_path, "config.json").get("architectures") or [""])[0])  # type: ignore[index]
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    if architecture.endswith(CLASSIFIER_SUFFIX):
+        return "token_classification"
+    name = model_path.rstrip("/").lower()
+    return next((known for part, known in KNOWN_NAMES.items() if part in name), None)
+
+
+def _build(name: str, own: dict[str, object], tokenizer: Tokenizer) -> PrmFormat:
+    plain = PlainText(tokenizer)
+    if name == "likelihood":
+        marker = own.get("score_after")
+        after = None if marker is None else str(marker)
+        return PrmFormat(name, plain, StepProbability("product", after), reads_policy_tokens=True)
+    if name == "confidence":
+        return PrmFormat(name, plain, StepProbability("mean"), reads_policy_tokens=True)
+    if name == "token_classification":
+        separator = str(own.get("separator", "\n"))
+        return PrmFormat(name, PlainText(tokenizer, separator), Head(), reads_policy_tokens=True)
+    if name == "qwen_prm":
+        single_token(tokenizer, "<extra_0>", name)
+        return PrmFormat(name, QwenPrm(tokenizer), Head())
+    if name == "skywork":
+        return PrmFormat(name, Skywork(tokenizer), Head("sigmoid", 0))
+    if name == "judge":
+        judge = Judge(tokenizer)
+        return PrmFormat(name, judge, judge.verdicts())
+    if name == "llemma":
+        label = int(str(own.get("label_id", LLEMMA_LABEL)))
+        return PrmFormat(name, Llemma(tokenizer), TokenRows((label,)))
+    if name == "rlhflow":
+        signs = tuple(single_token(tokenizer, sign, name) for sign in ("+", "-"))
+        return PrmFormat(name, Conversation(tokenizer), TokenRows(signs))
+    signs = tuple(piece_id(tokenizer, sign) for sign in ("+", "-"))
+    return PrmFormat(name, Shepherd(tokenizer), TokenRows(signs))
+
+
+def read_json(model_path: str, name: str) -> dict[str, object]:
+    """A JSON file of a checkpoint in a folder or on the Hub; empty if it has none."""
+    path: str | None = str(Path(model_path) / name)
+    if not Path(model_path).is_dir():
+        from transformers.utils import cached_file  # heavy, and not needed for folders
+
+        path = cached_file(model_path, name, _raise_exceptions_for_missing_entries=False)
+    if path is None or not Path(path).exists():
+        return {}
+    return dict(json.loads(Path(path).read_text(encoding="utf-8")))

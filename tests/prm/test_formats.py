@@ -1,0 +1,87 @@
+"""Layouts: step by step they give the tokens of the whole solution; formats are recognised; what lacks is said."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from bench.testbed.task import distinct_problems, solve
+from sglang_ets.prm.choose import AUTO, choose_format
+from sglang_ets.prm.formats import StepProbability, StepTokens
+from tests.prm.checkpoints import CASES, Case, Reference
+
+NAMES = [f"{case.format}-{case.architecture}" for case in CASES]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=NAMES)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, Path]:
+    folder = tmp_path_factory.mktemp("prm")
+    return Reference(request.param, folder), folder
+
+
+def test_tokens_do_not_drift(reference: tuple[Reference, Path]) -> None:
+    model, folder = reference
+    case: Case = model.case
+    spec = choose_format(str(folder), case.given, model.tokenizer)
+    assert spec.name == case.format
+    rng = random.Random(1)
+    for problem in distinct_problems("validation", 20):
+        steps = solve(problem, rng)
+        whole, _ = model.step_scores(problem.prompt, steps)
+        ids = list(spec.layout.prompt(problem.prompt))
+        for depth, step in enumerate(steps, 1):
+            made = spec.layout.step(step, depth)
+            read = ids + list(made.read)
+            ids += made.path
+            assert step.strip() in model.tokenizer.decode(list(made.path)[made.words])
+        assert read == whole
+
+
+@pytest.mark.parametrize("text", ["", "\n", "  ", "a\n\nb"])
+def test_odd_steps_have_tokens_to_read_and_words_to_embed(reference: tuple[Reference, Path], text: str) -> None:
+    model, folder = reference
+    layout = choose_format(str(folder), model.case.given, model.tokenizer).layout
+    for depth in (1, 3):
+        made = layout.step(text, depth)
+        assert made.read
+        assert made.path[made.words] or not made.path
+
+
+def test_words_of_a_step_without_words_are_the_whole_step() -> None:
+    assert StepTokens((4, 5), text_start=0, text_end=0).words == slice(0, 2)
+    assert StepTokens((4, 5, 6), (7,), 1, 2).words == slice(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("texts", "first"), [(["a", "=", "b"], 2), (["a", "b"], 0), (["a", "="], 0), (["x=y", "z"], 1)]
+)
+def test_first_scored(texts: list[str], first: int) -> None:
+    assert StepProbability("product", "=").first_scored(texts) == first
+
+
+def test_names_of_checkpoints_tell_their_format(tmp_path: Path) -> None:
+    model = Reference(CASES[5], tmp_path / "math-shepherd-mistral-7b-prm")
+    assert choose_format(str(tmp_path / "math-shepherd-mistral-7b-prm"), AUTO, model.tokenizer).name == "math_shepherd"
+
+
+def test_a_causal_model_tells_no_format(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(SystemExit, match="does not tell its own; name the format"):
+        choose_format(str(tmp_path), AUTO, None)
+
+
+def test_a_tokenizer_without_the_tag_is_refused(tmp_path: Path) -> None:
+    model = Reference(CASES[5], tmp_path)
+    model.tokenizer.add_tokens(["Yes"])  # one token, so that the message is about No or the tag
+    del model
+    from transformers import AutoTokenizer
+
+    import sglang_ets
+
+    embedded = AutoTokenizer.from_pretrained(Path(sglang_ets.__file__).parent / "models" / "policy")
+    for name in ("qwen_prm", "judge"):
+        with pytest.raises(SystemExit, match=f"{name} needs a tokenizer with one token"):
+            choose_format(str(tmp_path), name, embedded)
