@@ -120,8 +120,7 @@
     for (const row of rows) for (const node of row) drawNode(ctx, node);
     ctx.restore();
     drawLevels(ctx);
-    const first = ranks.size && selected === null ? "" : " ";
-    plot.dataset.drawn = String(rows.reduce((sum, row) => sum + row.length, 0)) + first.trim();
+    plot.dataset.drawn = String(rows.reduce((sum, row) => sum + row.length, 0));
   }
   function drawNode(ctx, node) {
     const b = box(node);
@@ -147,9 +146,9 @@
     ctx.font = "11px system-ui"; ctx.textAlign = "left";
     const twoLines = b.h >= 28, low = b.y + b.h - (twoLines ? 5 : b.h / 2 - 4);
     if (twoLines) ctx.fillText(line(node.text).slice(0, Math.ceil(b.w / 4)), b.x + 4, b.y + 13);
-    if (node.score !== null) ctx.fillText(number(node.score).slice(0, b.w > 44 ? 8 : 4), b.x + 4, low);
-    if (node.cluster !== null && b.w > 56) { ctx.textAlign = "right"; ctx.fillText(`c${node.cluster}`, b.x + b.w - 4, low); }
+    if (node.score !== null) ctx.fillText(b.w > 44 ? number(node.score) : node.score.toFixed(2), b.x + 4, low);
     ctx.restore();
+    if (node.cluster !== null) { ctx.fillStyle = theme.soft; ctx.font = "9px system-ui"; ctx.textAlign = "right"; ctx.fillText(`c${node.cluster}`, b.x + b.w, b.y - 3); }
   }
   // Label on the left, KV bars on the right; both stay where they are when the tree is moved sideways.
   function drawLevels(ctx) {
@@ -278,7 +277,7 @@
     requestAnimationFrame(drawOver);
   }
   let drag = null;
-  plot.addEventListener("pointerdown", (event) => { drag = { x: event.clientX, y: event.clientY, ...{ vx: view.x, vy: view.y }, moved: false }; });
+  plot.addEventListener("pointerdown", (event) => { drag = { x: event.clientX, y: event.clientY, vx: view.x, vy: view.y, moved: false }; });
   window.addEventListener("pointerup", () => { setTimeout(() => { drag = null; }); });
   plot.addEventListener("pointermove", (event) => {
     if (drag && (drag.moved || Math.hypot(event.clientX - drag.x, event.clientY - drag.y) > 4)) {
