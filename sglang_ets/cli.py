@@ -1,0 +1,62 @@
+"""`sglang-ets COMMAND`: the server and the tools beside it. Nothing heavy is imported before a command is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+SERVER = "sglang_ets.launch_server"
+# Name: the module whose `main` takes the rest of the command line, and what it does.
+COMMANDS = {
+    "serve": (SERVER, "start sglang's server with search; takes all of its flags"),
+    "ask": ("sglang_ets.ask", "solve one problem on a running server and watch the search"),
+    "view": ("sglang_ets.view", "write a returned search tree as one HTML page"),
+    "calibrate": ("sglang_ets.calibrate", "suggest a cluster cut for a PRM"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="sglang-ets",
+        description="PRM-guided tree search inside the SGLang scheduler.",
+        epilog="Flags without a command start the server: sglang-ets --model-path M is sglang-ets serve --model-path M.",
+    )
+    commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, what) in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    return found
+
+
+def serve(flags: Sequence[str]) -> None:
+    """Become the server. Does not return.
+
+    A process of its own kind instead of a call: sglang's workers import the main module of their parent again, and
+    that has to be the launcher, which prepares them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", SERVER, *flags])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. Without `argv`, the one of the command line.
+
+    Raises:
+        SystemExit: as the command does; 2 for a command that does not exist.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv = ["serve", *argv]
+    args = parser().parse_args(argv[:1])
+    module, _ = COMMANDS[args.command]
+    if module == SERVER:
+        serve(argv[1:])
+        return
+    importlib.import_module(module).main(argv[1:])
+
+
+if __name__ == "__main__":
+    main()
