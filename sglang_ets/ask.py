@@ -193,11 +193,11 @@ def show(console: Console, client: openai.OpenAI, question: Question) -> Watched
                 live.update(live_view(watched))
             else:
                 for progress in watched.progress[num_shown:]:
-                    console.print(Text(level_line(progress)))
+                    console.print(Text(level_line(progress)), soft_wrap=True)
             num_shown = len(watched.progress)
-    console.print(Text(watched.final_text.rstrip(), style="bold"))
+    console.print(Text(watched.final_text.rstrip(), style="bold"), soft_wrap=True)
     console.print(answers_table(watched))
-    console.print(Text(summary_line(watched)))
+    console.print(Text(summary_line(watched)), soft_wrap=True)
     return watched
 
 
