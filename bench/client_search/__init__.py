@@ -1,0 +1,12 @@
+"""The same search, driven by a client over HTTP: the architecture of the original ETS and REBASE, as a baseline.
+
+Two stock sglang servers (policy model, PRM), a sentence encoder for the clusters and PuLP with CBC for the integer program, one
+thread a problem. The search itself (levels, allocation, widths, answers) is the pure core of `sglang_ets`, so that both
+sides of a comparison follow the same policy and differ in where the loop runs.
+
+    wire.py      what goes over HTTP and how an answer is read; pure
+    servers.py   one connection pool to one server, and the two stock servers
+    encoder.py   texts -> sentence embeddings
+    choose.py    the published selection on the client's own account of KV
+    driver.py    one problem from its prompt to its answer, with the time each part takes
+"""

@@ -1,0 +1,61 @@
+"""Selection as a client can do it: KV counted in its own tree, the published integer program, PuLP and CBC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bench.published_ilp import solve_published
+from sglang_ets.allocation import rebase_allocation
+from sglang_ets.clusters import cluster_labels
+from sglang_ets.config import SearchConfig
+from sglang_ets.ilp import CostTree
+from sglang_ets.selection import Level, Selection, get_policy
+from sglang_ets.tree import Node, SearchTree
+
+
+def cost_tree(tree: SearchTree, leaf_ids: Sequence[int]) -> CostTree:
+    """The leaves' paths as a forest, cost = tokens of each step; equal steps after the same path are one node.
+
+    A client cannot ask the allocator. This is its best estimate: it misses only what steps with different texts share.
+    """
+    parent: list[int] = []
+    cost: list[float] = []
+    places: dict[tuple[int, tuple[int, ...]], int] = {}
+    leaf: list[int] = []
+    for leaf_id in leaf_ids:
+        at = -1
+        for step in tree.path(tree.nodes[leaf_id]):
+            key = (at, step.token_ids)
+            if key not in places:
+                places[key] = len(parent)
+                parent.append(at)
+                cost.append(float(len(step.token_ids)))
+            at = places[key]
+        leaf.append(at)
+    return CostTree(np.array(parent, dtype=np.int64), np.array(cost), np.array(leaf, dtype=np.int64))
+
+
+def choose(level: Level, config: SearchConfig) -> Selection:
+    """As the core selects, with the integer program of ETS in its published form and solved by CBC."""
+    if config.algorithm not in ("ets", "ets_kv"):
+        return get_policy(config.algorithm).select(level, config)
+    shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
+    clusters, weight = np.zeros(level.scores.size, dtype=np.int64), 0.0  # ets_kv: one cluster that is worth nothing
+    if config.algorithm == "ets":
+        if level.embeddings is None:
+            raise ValueError("ets needs an embedding of every leaf, got none; use --encoder or the algorithm ets_kv")
+        clusters, weight = cluster_labels(level.embeddings, config.cluster_distance), config.coverage_weight
+    tree = level.kv if config.kv_cost == "tokens" else level.nodes
+    kept = solve_published(shares / level.remaining_width, tree, config.kv_cost_weight, clusters, weight)
+    places = np.flatnonzero(kept)
+    allocation = np.zeros_like(shares)
+    allocation[places] = rebase_allocation(level.scores[places], level.remaining_width, config.rebase_temperature)
+    return Selection(allocation, clusters if config.algorithm == "ets" else None)
+
+
+def needs_embedding(node: Node, config: SearchConfig) -> bool:
+    """Whether selection will ask for this step's embedding: ets only, and only leaves that may grow."""
+    at_end = node.trajectory_tokens >= config.max_tokens or node.depth >= config.max_steps
+    return config.algorithm == "ets" and node.finish != "stop" and not at_end

