@@ -26,6 +26,7 @@ from sglang_ets.config import Algorithm
 DEFAULT_URL = "http://127.0.0.1:30000"
 DEFAULT_WIDTH = 16
 MOST_ANSWERS = 4
+LIVE_LEVELS, LIVE_LINES = 10, 8  # newest ones; what is taller than a terminal could not be drawn over
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -141,8 +142,9 @@ def level_line(progress: Mapping[str, Any]) -> str:
 
 def live_view(watched: Watched) -> Group:
     """The display while the search runs: its levels, and the text that is final already."""
-    lines = [Text(level_line(progress)) for progress in watched.progress] or [Text("waiting for the first level")]
-    return Group(*lines, Text(), Text(watched.final_text, style="bold"))
+    levels = [Text(level_line(progress)) for progress in watched.progress[-LIVE_LEVELS:]]
+    text = "\n".join(watched.final_text.splitlines()[-LIVE_LINES:])
+    return Group(*levels or [Text("waiting for the first level")], Text(), Text(text, style="bold"))
 
 
 def answers_table(watched: Watched) -> Table:

@@ -135,6 +135,7 @@
     }
     if (node.state === "failed") { ctx.beginPath(); ctx.moveTo(b.x, b.y); ctx.lineTo(b.x + b.w, b.y + b.h); ctx.moveTo(b.x + b.w, b.y); ctx.lineTo(b.x, b.y + b.h); ctx.stroke(); }
     if (b.w > 24) drawWords(ctx, node, b);
+    if (b.w > 13 && node.cluster !== null) { ctx.fillStyle = theme.soft; ctx.font = "9px system-ui"; ctx.textAlign = "right"; ctx.fillText(`c${node.cluster}`, b.x + b.w, b.y - 3); }
     ctx.globalAlpha = 1;
     if (ranks.has(node.id) && b.w > 7) { ctx.fillStyle = theme.fg; ctx.font = "700 11px system-ui"; ctx.textAlign = "center"; ctx.fillText(`#${ranks.get(node.id)}`, b.x + b.w / 2, b.y + b.h + 12); }
   }
@@ -148,7 +149,6 @@
     if (twoLines) ctx.fillText(line(node.text).slice(0, Math.ceil(b.w / 4)), b.x + 4, b.y + 13);
     if (node.score !== null) ctx.fillText(b.w > 44 ? number(node.score) : node.score.toFixed(2), b.x + 4, low);
     ctx.restore();
-    if (node.cluster !== null) { ctx.fillStyle = theme.soft; ctx.font = "9px system-ui"; ctx.textAlign = "right"; ctx.fillText(`c${node.cluster}`, b.x + b.w, b.y - 3); }
   }
   // Label on the left, KV bars on the right; both stay where they are when the tree is moved sideways.
   function drawLevels(ctx) {
