@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sglang_ets import cli
+from sglang_ets.metrics import METRICS, PREFIX
 
 HEAVY = ("sglang", "torch", "openai")
 
@@ -73,3 +76,12 @@ def test_view_imports_no_engine() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert "no-such-file.json" in done.stderr
+
+
+def test_docs_name_metrics_and_commands_that_exist() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "observability.md").read_text(encoding="utf-8")
+    exposed = {name for metric in METRICS for name in metric.exposed_names}
+    named = set(re.findall(rf"\b{PREFIX}\w+", page))
+    assert named and named <= exposed
+    commands = set(re.findall(r"^    sglang-ets (\w+)", page, re.MULTILINE))
+    assert commands == {"ask", "view"} and commands <= set(cli.COMMANDS)
