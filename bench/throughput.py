@@ -174,8 +174,8 @@ def all_systems(in_flight: int, pool_tokens: int, encoder: Path | None) -> Itera
     torch.set_num_threads(1)  # the encoder shares the cores with the servers
     encode = SentenceEncoder(encoder) if encoder else None
     flags = [search_flags(pool_tokens), stock_flags("policy", pool_tokens), stock_flags("prm", pool_tokens)]
-    with running(flags, lambda seconds: print(f"\rservers start: {seconds:.0f} s", end="", file=sys.stderr)) as servers:
-        print(file=sys.stderr)
+    print("three servers start: a minute or two", file=sys.stderr)
+    with running(flags) as servers:
         search, policy, prm = servers
         links = [Server(server.url, in_flight) for server in servers]
         tokenizer = AutoTokenizer.from_pretrained(MODELS / "policy")

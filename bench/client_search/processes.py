@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,16 +54,19 @@ def stock_flags(model: str, pool_tokens: int) -> list[str]:
 
 
 @contextmanager
-def running(all_flags: Sequence[Sequence[str]], waiting: Callable[[float], None]) -> Iterator[list[Running]]:
-    """One server after the other; each is frozen as soon as it serves. All are ended in the end."""
+def running(all_flags: Sequence[Sequence[str]]) -> Iterator[list[Running]]:
+    """Start all servers at once; each is frozen as soon as it serves. All are ended in the end."""
     with ExitStack() as stack:
-        servers = []
-        started = time.monotonic()
-        for flags in all_flags:
-            url = stack.enter_context(running_server(flags, waiting=lambda _: waiting(time.monotonic() - started)))
-            servers.append(Running(url, _processes_of(url)))
-            stack.callback(servers[-1].thaw)  # a frozen process does not hear that it shall end
-            servers[-1].freeze()
+
+        def start(flags: Sequence[str]) -> Running:
+            url = stack.enter_context(running_server(flags))
+            server = Running(url, _processes_of(url))
+            stack.callback(server.thaw)  # a frozen process does not hear that it shall end
+            server.freeze()
+            return server
+
+        with ThreadPoolExecutor(len(all_flags)) as pool:
+            servers = list(pool.map(start, all_flags))
         yield servers
 
 
