@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.published_ilp import solve_published
 from sglang_ets.allocation import rebase_allocation
@@ -38,21 +39,35 @@ def cost_tree(tree: SearchTree, leaf_ids: Sequence[int]) -> CostTree:
 
 
 def choose(level: Level, config: SearchConfig) -> Selection:
-    """As the core selects, with the integer program of ETS in its published form and solved by CBC."""
+    """As the core selects, with the integer program of ETS in its published form and solved by CBC.
+
+    Raises:
+        ValueError: ets without an embedding of every leaf.
+    """
     if config.algorithm not in ("ets", "ets_kv"):
         return get_policy(config.algorithm).select(level, config)
-    shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
-    clusters, weight = np.zeros(level.scores.size, dtype=np.int64), 0.0  # ets_kv: one cluster that is worth nothing
+    clusters = None
     if config.algorithm == "ets":
         if level.embeddings is None:
             raise ValueError("ets needs an embedding of every leaf, got none; use --encoder or the algorithm ets_kv")
-        clusters, weight = cluster_labels(level.embeddings, config.cluster_distance), config.coverage_weight
-    tree = level.kv if config.kv_cost == "tokens" else level.nodes
-    kept = solve_published(shares / level.remaining_width, tree, config.kv_cost_weight, clusters, weight)
-    places = np.flatnonzero(kept)
-    allocation = np.zeros_like(shares)
+        clusters = cluster_labels(level.embeddings, config.cluster_distance)
+    places = np.flatnonzero(kept_leaves(level, config, clusters))
+    allocation = np.zeros(level.scores.size, dtype=np.int64)
     allocation[places] = rebase_allocation(level.scores[places], level.remaining_width, config.rebase_temperature)
-    return Selection(allocation, clusters if config.algorithm == "ets" else None)
+    return Selection(allocation, clusters)
+
+
+def kept_leaves(
+    level: Level,  # of L leaves
+    config: SearchConfig,
+    clusters: NDArray[np.int64] | None,  # int64[L]; None: coverage is worth nothing
+) -> NDArray[np.bool_]:  # bool[L]
+    """The leaves that the integer program keeps."""
+    shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
+    tree = level.kv if config.kv_cost == "tokens" else level.nodes
+    labels = np.zeros(level.scores.size, dtype=np.int64) if clusters is None else clusters
+    weight = 0.0 if clusters is None else config.coverage_weight
+    return solve_published(shares / level.remaining_width, tree, config.kv_cost_weight, labels, weight)
 
 
 def needs_embedding(node: Node, config: SearchConfig) -> bool:
