@@ -100,6 +100,11 @@ class Systems:
     def servers(self, system: str) -> Sequence[Running]:
         return self.stock if system == "client" else (self.search,)
 
+    def reconnect(self) -> None:
+        """Open new connections to all servers."""
+        for server in (self.server, self.client.policy, self.client.prm):
+            server.reconnect()
+
     def solver(self, job: Job) -> Callable[[str], Outcome]:
         return {"in_scheduler": self._search, "client": self._client, "sampling": self._sample}[job.system](job)
 
@@ -147,6 +152,7 @@ def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> d
     """Solve the problems with `in_flight` at a time. Their servers are awake meanwhile, all others frozen."""
     servers = systems.servers(job.system)
     solve = systems.solver(job)
+    systems.reconnect()
     with awake(servers), ThreadPoolExecutor(job.in_flight) as pool:
         used = time.process_time() + sum(server.cpu_s() for server in servers)
         started = time.perf_counter()

@@ -16,7 +16,13 @@ class Server:
 
     def __init__(self, url: str, num_connections: int) -> None:
         self._url = url
-        self._pool = urllib3.PoolManager(maxsize=num_connections, retries=False, timeout=TIMEOUT_S)
+        # A server closes a connection that was idle for some seconds; a call that meets such a one is made again.
+        again = urllib3.Retry(1, allowed_methods=None)
+        self._pool = urllib3.PoolManager(maxsize=num_connections, retries=again, timeout=TIMEOUT_S)
+
+    def reconnect(self) -> None:
+        """Forget the open connections: a frozen server could not say that it wants to close them."""
+        self._pool.clear()
 
     def generate(self, body: Mapping[str, Any]) -> Any:
         """Answer of `/generate`: a list of objects, or one.
