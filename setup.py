@@ -36,11 +36,11 @@ setup(
         "sglang_ets.patches",
     ],
     package_dir={"sglang_ets.kernels": "kernels", "sglang_ets.patches": "patches"},
-    package_data={"sglang_ets": ["models/*", "models/*/*", "stand_in/*/*", "py.typed"]},
+    package_data={"sglang_ets": ["models/*", "models/*/*", "stand_in/*/*", "py.typed", "view_page.*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"test": TEST_REQUIRES},
     entry_points={
         "sglang.srt.plugins": ["sglang_ets = sglang_ets.plugin:register"],
-        "console_scripts": ["sglang-ets = sglang_ets.launch_server:main"],
+        "console_scripts": ["sglang-ets = sglang_ets.cli:main"],
     },
 )

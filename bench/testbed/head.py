@@ -86,7 +86,8 @@ def collect(policy: LlamaForCausalLM, recipe: HeadRecipe) -> list[Labelled]:
     """The policy model's solutions of training problems, labelled."""
     chosen = list(islice(problems("train", recipe.seed + 1), recipe.num_problems))
     solutions = sample(policy, chosen, SAMPLES_A_PROBLEM, temperature=1.0, seed=recipe.seed)
-    return [label(problem, text) for problem, texts in zip(chosen, solutions, strict=True) for text in texts]
+    pairs = [(problem, text) for problem, texts in zip(chosen, solutions, strict=True) for text in texts]
+    return [label(problem, text) for problem, text in pairs if "?" not in text]  # a special token reads as "?"
 
 
 def padded(rows: Sequence[Labelled]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +201,7 @@ def train(recipe: HeadRecipe, models: Path, output: Path) -> None:
     verifier = LlamaForCausalLM.from_pretrained(models / "prm", dtype=torch.float32)
     held_out = list(islice(problems("validation", recipe.seed), 60))
     texts = sample(policy, held_out, 8, temperature=1.0, seed=recipe.seed + 1)
-    probed = [(problem, text) for problem, own in zip(held_out, texts, strict=True) for text in own]
+    probed = [(problem, text) for problem, own in zip(held_out, texts, strict=True) for text in own if "?" not in text]
     examples = collect(policy, recipe)
     print(f"{time.monotonic() - started:7.1f} s {len(examples)} solutions", flush=True)
     trainee, rng = HeadTrainee(verifier, recipe), random.Random(recipe.seed)

@@ -7,6 +7,7 @@ The references are written from the model cards: they render and tokenise a whol
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.models import llama, mistral, qwen2, qwen3
 
 from bench.testbed.task import distinct_problems, solve
@@ -32,8 +33,6 @@ WIDTH = 64
 
 
 def corpus() -> list[str]:
-    import random
-
     rng = random.Random(0)
     texts = ["Yes No Yes No", "user assistant system + - + -", SYSTEM, "# Question # Solution Problem: Solution:"] * 40
     texts += [
@@ -140,7 +139,8 @@ class Reference:
         if case.settings:
             (folder / "prm_config.json").write_text(json.dumps(dict(case.settings)))
         save_tokenizer(case.tokenizer, folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        # As the file says: AutoTokenizer would put Qwen2's own splitting of digits in place of this one's.
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
 
     @torch.no_grad()
     def hidden(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -165,6 +165,7 @@ class Reference:
         words = {"math_shepherd": ("▁+", "▁-"), "rlhflow": ("+", "-"), "judge": ("Yes", "No")}[form]
         return logits[:, [vocabulary[word] for word in words]].softmax(-1)[:, 0]
 
+    @torch.no_grad()
     def step_scores(self, question: str, steps: Sequence[str]) -> tuple[list[int], list[float]]:
         """Tokens of the whole solution and the score of every step."""
         if self.case.format == "judge":

@@ -7,7 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+import sglang_ets
 from bench.testbed.task import distinct_problems, solve
 from sglang_ets.prm.choose import AUTO, choose_format
 from sglang_ets.prm.formats import StepProbability, StepTokens
@@ -74,13 +76,6 @@ def test_a_causal_model_tells_no_format(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_the_tag_is_refused(tmp_path: Path) -> None:
-    model = Reference(CASES[5], tmp_path)
-    model.tokenizer.add_tokens(["Yes"])  # one token, so that the message is about No or the tag
-    del model
-    from transformers import AutoTokenizer
-
-    import sglang_ets
-
     embedded = AutoTokenizer.from_pretrained(Path(sglang_ets.__file__).parent / "models" / "policy")
     for name in ("qwen_prm", "judge"):
         with pytest.raises(SystemExit, match=f"{name} needs a tokenizer with one token"):
