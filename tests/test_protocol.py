@@ -15,10 +15,13 @@ from sglang_ets.patches.openai_api import answer_search
 from sglang_ets import protocol
 from sglang_ets.config import SearchConfig
 from sglang_ets.protocol import (
+    QUESTION_KEY,
     ChatCompletionRequest,
     CompletionRequest,
     SearchOptions,
     check_server,
+    prompt_text,
+    question_of,
     response_body,
     search_config,
 )
@@ -273,3 +276,17 @@ def test_errors_have_a_status_and_one_sentence(outcome: Any, fields: dict[str, A
     message = json.loads(response.body)["message"]
     assert named in message
     assert "\n" not in message
+
+
+def test_a_prm_is_asked_about_the_last_user_message_or_the_whole_prompt() -> None:
+    part = SimpleNamespace(type="text", text="2+2?")
+    turns = [("user", "hi"), ("assistant", "yes?"), ("user", [part]), ("assistant", "4")]
+    messages = [SimpleNamespace(role=role, content=content) for role, content in turns]
+    assert question_of(SimpleNamespace(messages=messages)) == "2+2?"
+    assert question_of(SimpleNamespace(prompt="1+1=")) is None
+    assert question_of(SimpleNamespace(messages=messages[1:2])) is None
+    tokenizer = SimpleNamespace(decode=lambda ids: f"<{len(ids)}>")
+    for custom, expected in ((None, "<2>"), ({QUESTION_KEY: None}, "<2>"), ({QUESTION_KEY: "q"}, "q")):
+        sampling = SimpleNamespace(custom_params=custom)
+        req = SimpleNamespace(sampling_params=sampling, tokenizer=tokenizer, origin_input_ids=[1, 2])
+        assert prompt_text(req) == expected
