@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Job:
     in_flight: int
     round: int
     seed: int
+    pool_tokens: int = POOL_TOKENS
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -192,7 +193,7 @@ def all_systems(in_flight: int, pool_tokens: int, encoder: Path | None) -> Itera
 def jobs(args: argparse.Namespace) -> list[Job]:
     """Rounds on the outside and the systems in turn on the inside, so that an interrupted run compares equal rounds."""
     return [
-        Job(system, algorithm, width, in_flight, number, args.seed)
+        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens)
         for number in range(args.rounds)
         for width, in_flight in zip(args.widths, args.in_flight, strict=True)
         for algorithm in args.algorithms
@@ -242,7 +243,7 @@ def main() -> None:
     args = parsed()
     out = args.out or rows.RESULTS / ("throughput_smoke.jsonl" if args.smoke else "throughput.jsonl")
     problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
-    known = {tuple(row[name] for name in Job.__dataclass_fields__) for row in rows.read(out)}
+    known = {tuple(row.get(field.name, field.default) for field in fields(Job)) for row in rows.read(out)}
     todo = [job for job in jobs(args) if job.key not in known]
     if todo:
         with all_systems(max(args.in_flight), args.pool_tokens, args.encoder) as systems:

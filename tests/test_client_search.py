@@ -251,4 +251,4 @@ def test_ratios_are_taken_within_rounds_and_open_rounds_left_out() -> None:
     assert "3.00x (2.00 to 4.00)" in text
     assert "75 % (50 to 100)" in text
     assert "1.00 (20 %)" in text
-    assert "| 16 | rebase | 8 | 2 | 16 |" in text
+    assert "| 16 | rebase | 8 | 20000 | 2 | 16 |" in text

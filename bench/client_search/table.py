@@ -11,7 +11,9 @@ from typing import Any
 from bench import rows
 
 Row = dict[str, Any]
-Setting = tuple[int, str, int]  # width, algorithm, problems in flight
+Setting = tuple[int, str, int, int]
+SETTING = ["width", "algorithm", "in flight", "KV pool"]
+POOL_TOKENS = 20_000  # of rows that do not say it
 PARTS = ("generate", "score", "encode", "select", "other")
 
 
@@ -19,7 +21,8 @@ def rounds_of(done: Sequence[Row]) -> dict[Setting, list[dict[str, Row]]]:
     """Rounds that all three systems have done, by setting: system -> row."""
     found: dict[Setting, dict[int, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in done:
-        found[row["width"], row["algorithm"], row["in_flight"]][row["round"]][row["system"]] = row
+        setting = (row["width"], row["algorithm"], row["in_flight"], row.get("pool_tokens", POOL_TOKENS))
+        found[setting][row["round"]][row["system"]] = row
     complete = {
         setting: [systems for _, systems in sorted(by_round.items()) if len(systems) == 3]
         for setting, by_round in sorted(found.items())
@@ -39,16 +42,16 @@ def tables(done: Sequence[Row]) -> str:
 
 
 def _problems(settings: dict[Setting, list[dict[str, Row]]]) -> str:
-    header = ["width", "algorithm", "in flight", "rounds", "problems"]
+    header = [*SETTING, "rounds", "problems"]
     header += ["in scheduler (problems/s)", "client (problems/s)", "ratio (min to max)"]
     header += ["CPU s/problem: in scheduler, client", "CPU ratio", "right: in scheduler, client"]
     cells = []
-    for (width, algorithm, in_flight), rounds in settings.items():
+    for setting, rounds in settings.items():
         ours, theirs = ([systems[name] for systems in rounds] for name in ("in_scheduler", "client"))
         cpu = [[row["cpu_s"] / row["problems"] for row in side] for side in (ours, theirs)]
         right = [f"{sum(row['right'] for row in side)}" for side in (ours, theirs)]
         cells.append([
-            width, algorithm, in_flight, len(rounds), sum(row["problems"] for row in ours),
+            *setting, len(rounds), sum(row["problems"] for row in ours),
             statistics.median(map(rate, ours)), statistics.median(map(rate, theirs)),
             _ratios(ours, theirs, rate),
             f"{statistics.median(cpu[0]):.2f}, {statistics.median(cpu[1]):.2f}",
@@ -58,14 +61,14 @@ def _problems(settings: dict[Setting, list[dict[str, Row]]]) -> str:
 
 
 def _tokens(settings: dict[Setting, list[dict[str, Row]]]) -> str:
-    header = ["width", "algorithm", "search (tokens/s)", "plain sampling (tokens/s)", "kept (min to max)",
+    header = [*SETTING, "search (tokens/s)", "plain sampling (tokens/s)", "kept (min to max)",
               "tokens/CPU s: search, sampling", "kept by CPU"]  # fmt: skip
     cells = []
-    for (width, algorithm, _), rounds in settings.items():
+    for setting, rounds in settings.items():
         ours, plain = ([systems[name] for systems in rounds] for name in ("in_scheduler", "sampling"))
         by_cpu = [[row["completion_tokens"] / row["cpu_s"] for row in side] for side in (ours, plain)]
         cells.append([
-            width, algorithm,
+            *setting,
             f"{statistics.median(rate(row, 'completion_tokens') for row in ours):.0f}",
             f"{statistics.median(rate(row, 'completion_tokens') for row in plain):.0f}",
             _ratios(ours, plain, lambda row: rate(row, "completion_tokens"), percent=True),
@@ -76,13 +79,13 @@ def _tokens(settings: dict[Setting, list[dict[str, Row]]]) -> str:
 
 
 def _parts(settings: dict[Setting, list[dict[str, Row]]]) -> str:
-    header = ["width", "algorithm", "client: s/problem in its thread", *(f"{part} (share)" for part in PARTS)]
+    header = [*SETTING, "client: s/problem in its thread", *(f"{part} (share)" for part in PARTS)]
     cells = []
-    for (width, algorithm, _), rounds in settings.items():
+    for setting, rounds in settings.items():
         mean = {part: statistics.fmean(systems["client"][f"{part}_s"] for systems in rounds) for part in PARTS}
         total = sum(mean.values())
         shares = [f"{mean[part]:.2f} ({100 * mean[part] / total:.0f} %)" for part in PARTS]
-        cells.append([width, algorithm, f"{total:.2f}", *shares])
+        cells.append([*setting, f"{total:.2f}", *shares])
     return rows.markdown(header, cells)
 
 
@@ -103,7 +106,7 @@ def plot(done: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     settings = rounds_of(done)
-    names = [f"{algorithm}\nwidth {width}" for width, algorithm, _ in settings]
+    names = [f"{algorithm}, width {width}\n{in_flight} in flight" for width, algorithm, in_flight, _ in settings]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for place, name in enumerate(("in_scheduler", "client")):
         heights = [statistics.median(rate(systems[name]) for systems in rounds) for rounds in settings.values()]
