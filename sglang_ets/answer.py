@@ -10,7 +10,7 @@ from typing import Literal
 from sglang_ets.config import Aggregation, SearchConfig
 from sglang_ets.patterns import extract_answer
 
-Equal = Callable[[str, str], bool]
+Partition = Callable[[Sequence[str]], Sequence[int]]  # different answers -> a label each; equal labels are one vote
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ def aggregate(step_scores: Sequence[float], rule: Aggregation) -> float:
     return math.prod(step_scores)
 
 
-def rank(trajectories: Sequence[Trajectory], config: SearchConfig, equal: Equal | None = None) -> list[RankedAnswer]:
+def rank(trajectories: Sequence[Trajectory], config: SearchConfig, same: Partition | None = None) -> list[RankedAnswer]:
     """Best first, all trajectories. Pure.
 
     `best` orders by score. The majorities order groups of equal answers by votes, then by summed score; each group's
     best trajectory comes first, so that the first results are different answers; trajectories without an answer come last.
-    All ties go to the trajectory that was made first. `equal` may join answers whose normalised texts differ.
+    All ties go to the trajectory that was made first. `same` may join answers whose normalised texts differ.
     """
     scores = [aggregate(trajectory.step_scores, config.score_aggregation) for trajectory in trajectories]
     answers = [extract_answer(trajectory.text, config.answer_pattern) for trajectory in trajectories]
-    groups = _groups(answers, equal)
+    groups = _groups(answers, same)
     votes = [0.0] * len(trajectories)
     for members in groups:
         total = math.fsum(scores[i] for i in members) if config.answer == "weighted_majority" else float(len(members))
@@ -73,17 +73,16 @@ def rank(trajectories: Sequence[Trajectory], config: SearchConfig, equal: Equal 
     return [_ranked(trajectories[i], scores[i], answers[i], votes[i]) for i in order]
 
 
-def _groups(answers: Sequence[str | None], equal: Equal | None) -> list[list[int]]:
+def _groups(answers: Sequence[str | None], same: Partition | None) -> list[list[int]]:
     """Indices by equal answer, in order of first occurrence."""
-    by_text: dict[str, list[int]] = {}
+    texts = list(dict.fromkeys(answer for answer in answers if answer is not None))
+    labels = same(texts) if same is not None and len(texts) > 1 else range(len(texts))
+    label_of = dict(zip(texts, labels, strict=True))
+    groups: dict[int, list[int]] = {}
     for i, answer in enumerate(answers):
-        if answer is None:
-            continue
-        text = answer
-        if equal is not None and answer not in by_text:
-            text = next((known for known in by_text if equal(known, answer)), answer)
-        by_text.setdefault(text, []).append(i)
-    return list(by_text.values())
+        if answer is not None:
+            groups.setdefault(label_of[answer], []).append(i)
+    return list(groups.values())
 
 
 def _by_votes(groups: Sequence[Sequence[int]], votes: Sequence[float], scores: Sequence[float]) -> list[int]:

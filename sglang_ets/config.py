@@ -12,6 +12,7 @@ Algorithm = Literal["best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets"]
 KvCost = Literal["tokens", "nodes"]
 Aggregation = Literal["last", "min", "mean", "prod"]
 AnswerRule = Literal["best", "majority", "weighted_majority"]
+AnswerEquality = Literal["math", "text"]
 
 MIN_WIDTH, MAX_WIDTH = 2, 1024
 MAX_STEPS_LIMIT = 1024
@@ -50,6 +51,7 @@ class SearchConfig:
     score_aggregation: Aggregation = "last"  # step scores -> score of a trajectory, for ranking
     answer: AnswerRule = "best"
     answer_pattern: str = "boxed"  # a preset of `answer.PRESETS`, or a regular expression with one group
+    answer_equality: AnswerEquality = "math"  # votes of answers equal in value are one (math-verify), or of equal texts
     kv_budget_tokens: int | None = None  # hard limit on KV held beyond the prompt; ets and ets_kv only
     deadline_s: float | None = None  # the search answers with what it has after this long
     return_tree: bool = False
@@ -72,6 +74,7 @@ class SearchConfig:
         _number("rebase_temperature", self.rebase_temperature, 1e-3, 1e3)
         _choice("score_aggregation", self.score_aggregation, get_args(Aggregation))
         _choice("answer", self.answer, get_args(AnswerRule))
+        _choice("answer_equality", self.answer_equality, get_args(AnswerEquality))
         _pattern(self.answer_pattern)
         self._check_limits()
 

@@ -21,7 +21,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_ets.answer import RankedAnswer, rank
+from sglang_ets.answer import RankedAnswer
 from sglang_ets.children import ChildReq, make_child, step_end
 from sglang_ets.config import SearchConfig
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
@@ -34,6 +34,7 @@ from sglang_ets.scoring import StepScoring
 from sglang_ets.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.selection import Selection, get_policy
 from sglang_ets.streaming import answerable, report_progress
+from sglang_ets.voting import Voting
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class SearchCoordinator:
         self._scoring = StepScoring(self)
         self._ledger: RadixLedger | None = None
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-ets")
+        self._voting = Voting()
 
     @property
     def ledger(self) -> RadixLedger:
@@ -323,7 +325,7 @@ class SearchCoordinator:
 
     def _finish(self, live: LiveSearch, reason: str) -> None:
         live.end_reason = reason
-        live.awaited = ("answer", self._workers.submit(rank, answerable(live), live.config))
+        live.awaited = ("answer", self._voting.submit(answerable(live), live.config, get_parallel().tp_size))
         self._abort_children(live)
 
     def _answer(self, live: LiveSearch, answers: list[RankedAnswer]) -> None:

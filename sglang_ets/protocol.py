@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from sglang.srt.entrypoints.openai import protocol as openai_protocol
 
-from sglang_ets.config import MAX_WIDTH, MIN_WIDTH, Aggregation, Algorithm, AnswerRule, KvCost, SearchConfig
+from sglang_ets.config import (
+    MAX_WIDTH,
+    MIN_WIDTH,
+    Aggregation,
+    Algorithm,
+    AnswerEquality,
+    AnswerRule,
+    KvCost,
+    SearchConfig,
+)
 
 RESULT_KEY = "search"  # of meta_info
 CUSTOM_KEY = "ets"  # of sampling_params.custom_params
@@ -37,6 +46,9 @@ class SearchOptions(BaseModel):
     score_aggregation: Aggregation | None = Field(None, description="Step scores to the score of a trajectory.")
     answer: AnswerRule | None = Field(None, description="How trajectories are ranked.")
     answer_pattern: str | None = Field(None, description="Preset or regular expression of the final answer.")
+    answer_equality: AnswerEquality | None = Field(
+        None, description="Votes of equal values are one, or of equal texts."
+    )
     kv_budget_tokens: int | None = Field(None, description="Limit on KV held beyond the prompt (ets, ets_kv).")
     deadline_s: float | None = Field(None, description="Answer with what there is after this many seconds.")
     return_tree: bool | None = Field(None, description="Return the whole search tree in the metadata.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -46,3 +47,18 @@ def test_aggregation(rule: str, score: float) -> None:
 def test_trajectories_without_any_score_are_ranked_last() -> None:
     found = rank([trajectory(1, "1"), trajectory(2, "2", 0.1)], config("best"))
     assert [answer.answer for answer in found] == ["2", "1"]
+
+
+def test_votes_of_answers_that_the_caller_joins_are_one() -> None:
+    given = [trajectory(1, "1", 0.5), trajectory(2, "2", 0.4), trajectory(3, "3", 0.4), trajectory(4, "2", 0.1)]
+    asked: list[list[str]] = []
+
+    def odd_and_even(answers: Sequence[str]) -> list[int]:
+        asked.append(list(answers))
+        return [int(answer) % 2 for answer in answers]
+
+    found = rank(given, config("majority"), odd_and_even)
+    assert asked == [["1", "2", "3"]]
+    assert [(answer.answer, answer.votes) for answer in found] == [("1", 2), ("2", 2), ("3", 2), ("2", 2)]
+    rank(given[:1], config("majority"), odd_and_even)
+    assert len(asked) == 1  # one answer equals itself

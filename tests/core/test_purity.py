@@ -16,6 +16,8 @@ CORE = [
     "search",
     "answer",
     "patterns",
+    "voting",
+    "math_groups",
     "calibrate",
 ]
 
