@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sglang_ets.patches import openai_api, scheduler, server_args, server_info, torch_native
+from sglang_ets.patches import cpu_sampler, openai_api, scheduler, server_args, server_info, torch_native
 from sglang_ets.patches.record import Kind, Patch, PatchDrift, drift_message
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,7 @@ PATCHES: tuple[Patch, ...] = (
     *scheduler.PATCHES,
     *server_info.PATCHES,
     *torch_native.PATCHES,
+    *cpu_sampler.PATCHES,
 )
 _installed: list[Patch] = []
 

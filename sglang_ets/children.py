@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from sglang_ets.live import LiveSearch
 
 SEED_STRIDE = 1_000_003  # a prime: sampling seeds of different searches and nodes do not fall together
-SEED_RANGE = 2**31 - 1
+SEED_RANGE = 2**61 - 1  # a prime
 NAN_STOP = "NaN happened"  # what sglang reports as the matched stop string when the logits are not finite
 
 
@@ -71,7 +72,7 @@ def _step_params(live: LiveSearch, node_id: int, max_new_tokens: int) -> Any:
     params.custom_params = None
     params.n = 1
     params.max_new_tokens = max_new_tokens
-    params.sampling_seed = (live.config.seed * SEED_STRIDE + node_id) % SEED_RANGE
+    params.sampling_seed = child_seed(live.config.seed, live.req.origin_input_ids, node_id)
     if max_new_tokens == 0:
         return params
     strings = [d for d in live.config.step_delimiter if isinstance(d, str)]
@@ -81,6 +82,11 @@ def _step_params(live: LiveSearch, node_id: int, max_new_tokens: int) -> Any:
     params.stop_str_max_len = max([params.stop_str_max_len, *lengths])
     params.stop_token_ids = (params.stop_token_ids or set()) | token_ids or None
     return params
+
+
+def child_seed(seed: int, prompt_ids: array[int], node_id: int) -> int:
+    """Sampling seed of a node. The prompt is in it: searches of one seed on two prompts draw independently."""
+    return ((seed << 32 | zlib.crc32(prompt_ids)) * SEED_STRIDE + node_id) % SEED_RANGE
 
 
 def step_end(child: ChildReq) -> StepEnd:

@@ -6,7 +6,9 @@ one sentence with HTTP 400 instead of a validation report.
 
 from __future__ import annotations
 
+import random
 import time
+import zlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -54,6 +56,8 @@ class SearchOptions(BaseModel):
     return_tree: bool | None = Field(None, description="Return the whole search tree in the metadata.")
     return_embeddings: bool | None = Field(None, description="The returned tree carries the embedding of each step.")
 
+
+SEED_BITS = 31  # of the seed of a request that has none
 
 WidthField = Annotated[
     Any,
@@ -128,8 +132,11 @@ def search_config(request: Any, settings: Mapping[str, Any], context_tokens: int
     if max_tokens is None:
         default = defaults.get("max_tokens") or SearchConfig().max_tokens
         defaults["max_tokens"] = min(default, max(1, context_tokens // 2))
+    seed = (
+        random.getrandbits(SEED_BITS) if request.seed is None else request.seed
+    )  # told in the answer, to be had again
     config = SearchConfig.from_request(
-        request.search_width, request.search, defaults, n=request.n, max_tokens=max_tokens, seed=request.seed
+        request.search_width, request.search, defaults, n=request.n, max_tokens=max_tokens, seed=seed
     )
     _check_width(config, settings)
     if config.max_tokens >= context_tokens:
@@ -308,7 +315,8 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
         settings,
         n=outer["n"],
         max_tokens=req.sampling_params.max_new_tokens,
-        seed=outer["seed"],
+        # Every tensor-parallel rank reads this request, and all must find the same seed.
+        seed=zlib.crc32(req.rid.encode()) if outer["seed"] is None else outer["seed"],
     )
     _check_width(config, settings)
     return config

@@ -132,7 +132,7 @@ def test_each_field_that_a_search_cannot_honour_is_refused(make: Any, name: str)
 def native(given: Any, sampling: dict[str, Any] | None = None, **fields: Any) -> Any:
     """A request of `/generate` as it reaches the scheduler."""
     params = {"custom_params": {"ets": given}, "max_new_tokens": 50, **(sampling or {})}
-    return SimpleNamespace(sampling_params=SimpleNamespace(**params), **fields)
+    return SimpleNamespace(rid="native", sampling_params=SimpleNamespace(**params), **fields)
 
 
 def test_native_requests_carry_a_flat_object_or_validated_text() -> None:
@@ -141,6 +141,8 @@ def test_native_requests_carry_a_flat_object_or_validated_text() -> None:
     expected = SearchConfig(algorithm="ets", width=8, num_results=2, max_tokens=50, step_delimiter=("\n",), seed=4)
     assert config == expected
     assert protocol.carried_config(native(expected.to_json()), SETTINGS) == expected
+    unseeded = [protocol.carried_config(native({"search_width": 8}), SETTINGS).seed for _ in range(2)]
+    assert unseeded[0] == unseeded[1]  # every rank finds the same seed for one request
 
 
 @pytest.mark.parametrize("attribute", [*protocol.REFUSED_NATIVE])
