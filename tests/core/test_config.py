@@ -1,0 +1,164 @@
+"""Settings of a search: each rule, each limit, the way from a request, and the way through plain text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_ets.config import MAX_STEPS_LIMIT, MAX_WEIGHT, MAX_WIDTH, OUTER_FIELDS, SearchConfig
+
+ALLOWED: list[dict[str, Any]] = [
+    {"width": 2, "num_results": 2},
+    {"width": MAX_WIDTH, "num_results": MAX_WIDTH},
+    {"max_tokens": 1, "max_steps": 1, "max_step_tokens": 1},
+    {"max_steps": MAX_STEPS_LIMIT},
+    {"step_delimiter": ("\n", 0, "\u00b6")},
+    {"step_delimiter": tuple(range(16))},
+    {"kv_cost_weight": 0, "diversity_weight": 0},
+    {"kv_cost_weight": MAX_WEIGHT, "diversity_weight": MAX_WEIGHT},
+    {"cluster_distance": 0.0},
+    {"cluster_distance": 2},
+    {"rebase_temperature": 1e-3},
+    {"rebase_temperature": 1e3},
+    {"kv_budget_tokens": 1, "algorithm": "ets_kv"},
+    {"deadline_s": 1e-3},
+    {"answer_pattern": r"result (\d+)"},
+    {"return_tree": True, "return_embeddings": True},
+    {"seed": 2**63 - 1},
+]
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"algorithm": "mcts"}, "algorithm must be one of best_of_n, beam, dvts, rebase, ets_kv, ets, got 'mcts'"),
+    ({"algorithm": None}, "algorithm must be one of"),
+    ({"width": 1}, "search_width must be an integer from 2 to 1024, got 1"),
+    ({"width": MAX_WIDTH + 1}, "search_width must be"),
+    ({"width": 16.0}, "search_width must be"),
+    ({"width": True}, "search_width must be"),
+    ({"num_results": 0}, "n must be an integer from 1 to 16, got 0"),
+    ({"num_results": 17}, "n must be an integer from 1 to 16, got 17"),
+    ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
+    ({"max_steps": 0}, "max_steps must be"),
+    ({"max_steps": MAX_STEPS_LIMIT + 1}, "max_steps must be"),
+    ({"max_step_tokens": "8"}, "max_step_tokens must be"),
+    ({"step_delimiter": ()}, "step_delimiter must be 1 to 16 texts or token ids"),
+    ({"step_delimiter": tuple(range(17))}, "step_delimiter must be"),
+    ({"step_delimiter": "\n"}, "step_delimiter must be"),
+    ({"step_delimiter": ("",)}, "'' is neither a non-empty text nor a token id"),
+    ({"step_delimiter": (-1,)}, "-1 is neither"),
+    ({"step_delimiter": (True,)}, "True is neither"),
+    ({"kv_cost_weight": -0.1}, "kv_cost_weight must be a number from 0 to 1e"),
+    ({"kv_cost_weight": math.nan}, "kv_cost_weight must be"),
+    ({"kv_cost_weight": None}, "kv_cost_weight must be"),
+    ({"diversity_weight": math.inf}, "diversity_weight must be"),
+    ({"kv_cost": "bytes"}, "kv_cost must be one of tokens, nodes"),
+    ({"cluster_distance": 2.1}, "cluster_distance must be a number from 0 to 2, got 2.1"),
+    ({"rebase_temperature": 0}, "rebase_temperature must be"),
+    ({"score_aggregation": "sum"}, "score_aggregation must be one of last, min, mean, prod"),
+    ({"answer": "worst"}, "answer must be one of best, majority, weighted_majority"),
+    ({"answer_equality": "close"}, "answer_equality must be one of math, text"),
+    ({"answer_pattern": ""}, "answer_pattern must be"),
+    ({"answer_pattern": "a" * 501}, "answer_pattern must be"),
+    ({"answer_pattern": "(a"}, "it does not compile"),
+    ({"answer_pattern": "a"}, "it has 0 groups"),
+    ({"kv_budget_tokens": 0}, "kv_budget_tokens must be"),
+    ({"kv_budget_tokens": 9, "algorithm": "rebase"}, "kv_budget_tokens needs algorithm ets or ets_kv"),
+    ({"kv_budget_tokens": 9, "kv_cost": "nodes"}, "kv_cost must be tokens when kv_budget_tokens is set"),
+    ({"deadline_s": 0}, "deadline_s must be"),
+    ({"deadline_s": False}, "deadline_s must be"),
+    ({"return_tree": 1}, "return_tree must be true or false"),
+    ({"return_embeddings": True}, "return_embeddings must be true or false, and false without return_tree"),
+    ({"seed": -1}, "seed must be"),
+    ({"seed": 2**63}, "seed must be"),
+]
+
+
+def from_request(search: dict[str, Any] | None = None, **fields: Any) -> SearchConfig:
+    given_fields = {"search_width": 8, "defaults": {}, "n": None, "max_tokens": None, "seed": None, **fields}
+    return SearchConfig.from_request(
+        given_fields.pop("search_width"), search, given_fields.pop("defaults"), **given_fields
+    )
+
+
+@pytest.mark.parametrize("fields", ALLOWED, ids=str)
+def test_values_at_the_limits_are_allowed_and_cross_as_text(fields: dict[str, Any]) -> None:
+    config = SearchConfig(**fields)
+    assert SearchConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(("fields", "message"), BROKEN, ids=[str(case[0])[:60] for case in BROKEN])
+def test_a_broken_rule_is_one_sentence_with_field_rule_and_value(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="; ") as caught:
+        SearchConfig(**fields)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SearchConfig().width = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("width", "weight"), [(2, 1.5), (16, 1.5), (40, 1.5), (41, 1.4), (64, 1.4), (160, 1.4), (161, 1.45), (1024, 1.45)]
+)
+def test_coverage_weight_is_the_published_one_of_the_nearest_width(width: int, weight: float) -> None:
+    assert SearchConfig(width=width).coverage_weight == weight
+    assert SearchConfig(width=width, diversity_weight=0.0).coverage_weight == 0.0
+
+
+def test_a_request_wins_over_the_server_and_the_server_over_the_fields() -> None:
+    defaults = {"algorithm": "rebase", "max_steps": 9, "max_tokens": 50, "max_width": 64, "deadline_s": None, "port": 1}
+    config = from_request({"max_steps": 7, "step_delimiter": "#"}, defaults=defaults, n=3, seed=5)
+    expected = SearchConfig(
+        algorithm="rebase", width=8, num_results=3, max_tokens=50, max_steps=7, step_delimiter=("#",), seed=5
+    )
+    assert config == expected
+    assert from_request(defaults=defaults, max_tokens=60).max_tokens == 60
+
+
+def test_null_means_not_given_except_where_null_is_a_value() -> None:
+    defaults = {"algorithm": "beam", "diversity_weight": 0.5, "deadline_s": 2.0}
+    assert from_request({"algorithm": None, "max_steps": None}, defaults=defaults).algorithm == "beam"
+    config = from_request({"diversity_weight": None, "deadline_s": None}, defaults=defaults)
+    assert (config.diversity_weight, config.deadline_s) == (None, None)
+
+
+@pytest.mark.parametrize("name", [*OUTER_FIELDS, "search_width", "n", "widht"])
+def test_a_setting_that_does_not_exist_inside_search_lists_those_that_do(name: str) -> None:
+    with pytest.raises(ValueError, match=f"search has no setting '{name}'; valid settings are algorithm, max_steps,"):
+        from_request({name: 4})
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"widht": 4}', "null"])
+def test_text_that_holds_no_settings_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be a JSON object with the fields algorithm, width"):
+        SearchConfig.from_json(text)
+    with pytest.raises(ValueError, match="search_width must be"):
+        SearchConfig.from_json(json.dumps({"width": 1}))
+
+
+@given(
+    width=st.integers(2, MAX_WIDTH),
+    delimiters=st.lists(st.one_of(st.text(min_size=1), st.integers(0, 10**6)), min_size=1, max_size=16),
+    weight=st.floats(0, MAX_WEIGHT),
+    temperature=st.floats(1e-3, 1e3),
+    budget=st.none() | st.integers(1, 10**9),
+    data=st.data(),
+)
+def test_every_config_survives_the_way_through_text(
+    width: int, delimiters: list[str | int], weight: float, temperature: float, budget: int | None, data: st.DataObject
+) -> None:
+    config = SearchConfig(
+        width=width,
+        num_results=data.draw(st.integers(1, width)),
+        step_delimiter=tuple(delimiters),
+        kv_cost_weight=weight,
+        rebase_temperature=temperature,
+        kv_budget_tokens=budget,
+    )
+    assert SearchConfig.from_json(config.to_json()) == config
