@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,17 @@ class Setting:
         return f"{self.name}@{self.width}"
 
 
-def settings(widths: list[int], kv_weights: list[float]) -> list[Setting]:
-    """Greedy once; per width self-consistency, the five plain policies and ETS at each cost weight."""
+def settings(widths: list[int], kv_weights: list[float], kv_costs: list[str]) -> list[Setting]:
+    """Greedy once; per width self-consistency, the four plain policies and ETS at each cost and cost weight."""
     made = [Setting("greedy", 1, {})]
     for width in widths:
         made.append(Setting("self_consistency", width, {}))
         made += [Setting(name, width, {"algorithm": name}) for name in ("best_of_n", "beam", "dvts", "rebase")]
-        for weight in kv_weights:
-            made.append(Setting(f"ets_kv b={weight:g}", width, {"algorithm": "ets_kv", "kv_cost_weight": weight}))
-            made.append(Setting(f"ets b={weight:g}", width, {"algorithm": "ets", "kv_cost_weight": weight}))
+        for weight, cost in product(kv_weights, kv_costs):
+            search = {"kv_cost_weight": weight, "kv_cost": cost}
+            suffix = "" if cost == "tokens" else f" {cost}"
+            for name in ("ets_kv", "ets"):
+                made.append(Setting(f"{name} b={weight:g}{suffix}", width, {"algorithm": name, **search}))
     return made
 
 
@@ -208,6 +211,7 @@ def main() -> None:
     parser.add_argument("--url", help="a running server; default: start one with the embedded models")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--kv-weights", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--kv-costs", nargs="+", default=["tokens"], choices=["tokens", "nodes"])
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -222,7 +226,7 @@ def main() -> None:
     todo = [
         (setting, problem)
         for problem in problems  # problem by problem, so that an interrupted run compares equal sets
-        for setting in settings(args.widths, args.kv_weights)
+        for setting in settings(args.widths, args.kv_weights, args.kv_costs)
         if (setting.key, problem["prompt"], args.seed) not in known
     ]
     with _server(args.url) as url, ThreadPoolExecutor(args.in_flight) as pool:
