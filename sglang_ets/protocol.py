@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from sglang.srt.entrypoints.openai import protocol as openai_protocol
 
 from sglang_ets.config import (
@@ -76,6 +76,15 @@ class CompletionRequest(openai_protocol.CompletionRequest):
 
     search_width: WidthField = None
     search: SearchField = None
+
+    @model_validator(mode="after")
+    def _unwrap_single_prompt(self) -> CompletionRequest:
+        """Clients that can batch send one prompt as a list of one: `["text"]` or `[[1, 2]]`. A search takes it as that one."""
+        prompt = self.prompt
+        is_list_of_one = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
+        if is_list_of_one and self.search_width not in (None, 1):
+            self.prompt = prompt[0]
+        return self
 
 
 class ChatCompletionRequest(openai_protocol.ChatCompletionRequest):

@@ -75,6 +75,20 @@ def test_max_completion_tokens_counts_for_chat() -> None:
     assert search_config(chat(max_completion_tokens=77), SETTINGS, CONTEXT_TOKENS).max_tokens == 77
 
 
+@pytest.mark.parametrize("prompt", ["1+2=", [5, 6], [5]])
+def test_a_list_of_one_prompt_is_that_prompt(prompt: Any) -> None:
+    """lm-evaluation-harness sends token ids like this, LangChain texts."""
+    assert completion(prompt=[prompt]).prompt == prompt
+    search_config(completion(prompt=[prompt]), SETTINGS, CONTEXT_TOKENS)
+    for width in (None, 1):
+        assert completion(prompt=[prompt], search_width=width).prompt == [prompt], "an ordinary request stays as sent"
+
+
+@pytest.mark.parametrize("prompt", ["1+2=", [5], [], ["a", "b"], [[1], [2]]])
+def test_any_other_prompt_stays_as_sent(prompt: Any) -> None:
+    assert completion(prompt=prompt).prompt == prompt
+
+
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (completion, {"search_width": 0}, "search_width"),
     (completion, {"search_width": True}, "search_width"),
