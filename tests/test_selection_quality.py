@@ -23,7 +23,7 @@ def node(number: int, parent: int, depth: int, text: str, score: float, axis: in
 NODES = [
     node(1, 0, 1, "so 1+2=3:3+3\n", 0.9, 0),
     node(2, 0, 1, "so 1+2=3:3+3\n", 0.9, 0),
-    node(3, 0, 1, "so 1+2=4:4+3\n", 0.8, 1),
+    node(3, 0, 1, "so 1+2=4:4+3\n", 0.9, 1),
     node(4, 1, 2, "so 3+3=6:The answer is 6", 0.9, 0),  # all leaves of its level are right: nothing to judge
 ]
 
