@@ -250,7 +250,7 @@ class Serving(OpenAIServingBase):
         self.sent.append(internal)
         if isinstance(self.outcome, Exception):
             raise self.outcome
-        yield {"meta_info": {"id": "id", **self.outcome}}
+        yield {"meta_info": {"id": "id", "finish_reason": {"type": "stop"}, **self.outcome}}
 
 
 def post(outcome: Any, **fields: Any) -> tuple[Any, list[Any]]:
