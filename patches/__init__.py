@@ -86,6 +86,11 @@ def check_installed() -> None:
     logger.info("sglang-ets: %d patches in effect", len(_installed))
 
 
+def in_effect() -> list[str]:
+    """What this process has patched: kind and target of each hook, in the order of the list."""
+    return [f"{patch.kind} {patch.target.removeprefix('sglang.srt.')}" for patch in PATCHES if patch in _installed]
+
+
 def is_applied(patch: Patch) -> bool:
     """Whether the patch's hook is in the chain of wrappers at its target."""
     hook, found = patch.resolve_hook(), patch.resolve_target()
@@ -130,6 +135,7 @@ __all__ = [
     "PatchDrift",
     "check_installed",
     "hashes",
+    "in_effect",
     "install",
     "table",
     "verify",

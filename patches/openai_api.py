@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,19 @@ async def answer_search(original: Callable[..., Any], serving: Any, request: Any
     from sglang_ets.serving import answer
 
     return await answer(serving, request, raw_request)
+
+
+def add_search_pages(result: Any, serving: Any, *_args: Any, **_kwargs: Any) -> Any:
+    # Only an HTTP server has the module loaded, and its handlers are made before it answers anything.
+    if (server := sys.modules.get("sglang.srt.entrypoints.http_server")) is not None:
+        add_routes(server.app, serving.tokenizer_manager.server_args._ets)
+    return result
+
+
+def add_routes(app: Any, settings: dict[str, Any]) -> None:
+    from sglang_ets import trace_pages
+
+    trace_pages.add_routes(app, settings)
 
 
 FIELDS = "`search_width` and `search` are fields of a request, documented in `/openapi.json`"
@@ -49,5 +63,14 @@ PATCHES: tuple[Patch, ...] = (
         "a search is validated, sent as one request and answered with several ranked choices",
         "none: search inside the scheduler is new",
         "sglang offers search as a sampling mode",
+    ),
+    Patch(
+        f"{OPENAI}.serving_base.OpenAIServingBase.__init__",
+        "after",
+        "sglang_ets.patches.openai_api:add_search_pages",
+        "1aaebdfa3a341c01949710f6ad1fb397eeec54b8f1bdb5baafd5187975e36203",
+        "`/search` and the live pages under it are routes of the server",
+        "none: the pages are ours",
+        "sglang lets plugins add routes",
     ),
 )

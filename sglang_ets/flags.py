@@ -17,12 +17,13 @@ from sglang_ets.prm.choose import AUTO, NAMES, WITHOUT_PRM
 
 OFF = "off"
 ENV_PREFIX = "SGLANG_ETS_"
+YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 SEARCH_ENV = f"{ENV_PREFIX}SEARCH"  # set for child processes, which learn from it whether to patch
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag: `--{name}` on the command line, `settings[key]` in the program."""
+    """One flag: `--{name}` on the command line, `settings[key]` in the program. One of type bool takes no value."""
 
     name: str
     key: str
@@ -34,6 +35,19 @@ class Flag:
     @property
     def env(self) -> str:
         return ENV_PREFIX + self.name.removeprefix("search-").replace("-", "_").upper()
+
+    def from_environment(self) -> Any:
+        """What the environment says, else the default. A text is left to argparse, which applies the type to it.
+
+        Raises:
+            SystemExit: a switch has a value that is neither yes nor no.
+        """
+        text = os.environ.get(self.env)
+        if text is None or self.type is not bool:
+            return self.default if text is None else text
+        if text.lower() not in YES + NO:
+            raise SystemExit(f"{self.env} must be 1 or 0, got {text!r}; leave it out for {int(self.default)}")
+        return text.lower() in YES
 
 
 FLAGS = (
@@ -62,6 +76,7 @@ FLAGS = (
     Flag("search-score-aggregation", "score_aggregation", str, None, "Steps to one score.", get_args(Aggregation)),
     Flag("search-answer", "answer", str, None, "How the answer is chosen.", get_args(AnswerRule)),
     Flag("search-answer-pattern", "answer_pattern", str, None, "Preset or regular expression of the final answer."),
+    Flag("search-trace", "trace", bool, False, "Show searches, running and just ended, as live pages under /search."),
 )
 
 
@@ -71,13 +86,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         return
     group = parser.add_argument_group("search (sglang-ets)")
     for flag in FLAGS:
-        group.add_argument(
-            f"--{flag.name}",
-            type=flag.type,
-            default=os.environ.get(flag.env, flag.default),  # argparse applies the type to a text
-            choices=flag.choices,
-            help=f"{flag.help} Also {flag.env}. Default: {flag.default}",
-        )
+        is_switch = flag.type is bool
+        kind: dict[str, Any] = {"action": "store_true"} if is_switch else {"type": flag.type, "choices": flag.choices}
+        shown = f"{flag.help} Also {flag.env}. Default: {'off' if is_switch else flag.default}"
+        group.add_argument(f"--{flag.name}", default=flag.from_environment(), help=shown, **kind)
 
 
 def from_namespace(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +99,8 @@ def from_namespace(namespace: argparse.Namespace) -> dict[str, Any]:
         SystemExit: a value breaks its rule, or a search has no PRM.
     """
     values = {flag.key: getattr(namespace, flag.name.replace("-", "_"), flag.default) for flag in FLAGS}
+    if values["trace"] and getattr(namespace, "tokenizer_worker_num", 1) > 1:
+        raise SystemExit("--search-trace needs --tokenizer-worker-num 1, because one process must know every search")
     return checked(values)
 
 

@@ -11,6 +11,7 @@ from sglang_ets.answer import RankedAnswer
 from sglang_ets.config import SearchConfig
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.search import Search
+from sglang_ets.trace import TRACE_KEY, TRACE_PARAM, TreeNews
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -66,6 +67,11 @@ class LiveSearch:
     select_started_s: float = 0.0  # of the last selection, by time.perf_counter
     select_blocked_ms: list[float] = field(default_factory=list)
     solver_reports: list[Any] = field(default_factory=list)
+    news: TreeNews | None = None  # what the live page of this search has not been told; None: nobody traces it
+
+    def __post_init__(self) -> None:
+        if (self.req.sampling_params.custom_params or {}).get(TRACE_PARAM) is True:
+            self.news = TreeNews()
 
     @property
     def owner(self) -> str:
@@ -102,8 +108,7 @@ class LiveSearch:
 
 def result_of(live: LiveSearch, answers: list[RankedAnswer]) -> dict[str, Any]:
     """What travels back to the API server: ranked results, usage and figures, as plain data."""
-    nodes = [node for node in live.search.tree.nodes if node.id != ROOT]
-    completion_tokens = sum(len(node.token_ids) for node in nodes)
+    completion_tokens = sum(len(node.token_ids) for node in live.search.tree.nodes)
     returned = answers[: live.config.num_results]
     result: dict[str, Any] = {
         "results": [_answer_dict(answer) for answer in returned],
@@ -113,8 +118,10 @@ def result_of(live: LiveSearch, answers: list[RankedAnswer]) -> dict[str, Any]:
             "answer_tokens": sum(len(answer.token_ids) for answer in returned),
             "prm_tokens": live.prm_tokens,
         },
-        "search": _figures(live, nodes),
+        "search": figures_of(live),
     }
+    if live.news is not None:
+        result[TRACE_KEY] = news_of(live, live.news)
     if live.config.return_tree:
         result["tree"] = live.search.tree.to_dict(with_embeddings=live.config.return_embeddings)
     return result
@@ -132,7 +139,14 @@ def _answer_dict(answer: RankedAnswer) -> dict[str, Any]:
     }
 
 
-def _figures(live: LiveSearch, nodes: list[Any]) -> dict[str, Any]:
+def news_of(live: LiveSearch, news: TreeNews) -> dict[str, Any]:
+    """What a live page needs beyond what it was told before: the figures so far, and the steps that changed."""
+    return {"figures": figures_of(live), **news.take(live.search.tree)}
+
+
+def figures_of(live: LiveSearch) -> dict[str, Any]:
+    """`metadata.search` of a response without the tree, or how far it is while the search runs."""
+    nodes = [node for node in live.search.tree.nodes if node.id != ROOT]
     config = live.config
     held = [sample.held_tokens for sample in live.kv] or [0]
     referenced = [sample.referenced_tokens for sample in live.kv] or [0]
@@ -142,6 +156,7 @@ def _figures(live: LiveSearch, nodes: list[Any]) -> dict[str, Any]:
         "algorithm": config.algorithm,
         "width": config.width,
         "seed": config.seed,
+        "rebase_temperature": config.rebase_temperature,
         "finish_reason": live.end_reason,
         "levels": len(live.kv),
         "nodes_made": len(nodes),

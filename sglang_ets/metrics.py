@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
+
+from sglang_ets.config import MIN_WIDTH, OUTER_FIELDS, SearchConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -183,9 +187,15 @@ def outcome_of(live: LiveSearch) -> str:
 
 
 def state_of(coordinator: SearchCoordinator) -> dict[str, Any]:
-    """What the searches of a scheduler hold right now, for `/server_info`; known with metrics off too."""
+    """What this server is and what its searches hold right now, for `/server_info`; known with metrics off too."""
+    from sglang_ets import patches
+
     ledger = coordinator.ledger
     return {
+        "version": version("sglang-ets"),
+        "patches": patches.in_effect(),
+        "defaults": _defaults(coordinator.scheduler.server_args._ets),
+        "searches": [_live_state(coordinator, live) for live in coordinator.searches.values()],
         "live": len(coordinator.searches),
         "done": coordinator.num_done,
         "failed": coordinator.num_failed,
@@ -193,6 +203,25 @@ def state_of(coordinator: SearchCoordinator) -> dict[str, Any]:
         "locks": ledger.num_holds,
         "kv_freed_at_once_tokens": ledger.freed_tokens,
         "prm": coordinator.prm.stats(),
+    }
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a search whose request gives none; `diversity_weight` None follows the width."""
+    config = SearchConfig.from_request(MIN_WIDTH, None, settings, n=None, max_tokens=None, seed=None)
+    own = {name: value for name, value in asdict(config).items() if name not in OUTER_FIELDS}
+    return {**own, "step_delimiter": list(config.step_delimiter), "max_tokens": config.max_tokens}
+
+
+def _live_state(coordinator: SearchCoordinator, live: LiveSearch) -> dict[str, Any]:
+    return {
+        "id": live.owner,
+        "algorithm": live.config.algorithm,
+        "width": live.config.width,
+        "levels": len(live.kv),
+        "nodes_made": len(live.search.tree.nodes) - 1,
+        "held_kv_tokens": coordinator.ledger.held_tokens(live.owner),
+        "seconds": time.monotonic() - live.started_s,
     }
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from sglang_ets.config import SearchConfig
 from sglang_ets.protocol import CUSTOM_KEY, QUESTION_KEY, check_server, question_of, response_body, search_config
 from sglang_ets.streaming import last_report, stream_chunks
+from sglang_ets.trace import TRACE_PARAM, TRACES
+
+TITLE_CHARS = 80
 
 
 async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
@@ -25,8 +31,10 @@ async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
             raise ValueError(refusal)
         # Rendering and tokenizing a long prompt would hold up the event loop.
         internal = await asyncio.get_running_loop().run_in_executor(None, _convert, serving, request, raw_request)
-        sent = serving.tokenizer_manager.generate_request(internal, raw_request)
+        sent = _sent(serving.tokenizer_manager, request, internal, raw_request)
         answered = await anext(sent)
+        if not request.stream:
+            answered = await _last(answered, sent, serving.tokenizer_manager, raw_request)
         report = _report(answered)
     except ValueError as error:
         return _error(str(error), "BadRequest", 400)
@@ -63,8 +71,50 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
         **(sampling.get("custom_params") or {}),
         CUSTOM_KEY: config.to_json(),
         QUESTION_KEY: question_of(request),
+        TRACE_PARAM: is_traced(manager),
     }
+    if is_traced(manager):
+        internal.stream = True  # what the scheduler tells on the way is for the live page
+        internal.rid = internal.rid or uuid.uuid4().hex
     return internal
+
+
+def is_traced(manager: Any) -> bool:
+    """Whether searches of this server have live pages."""
+    return bool(manager.server_args._ets.get("trace"))
+
+
+def _sent(manager: Any, request: Any, internal: Any, raw_request: Any) -> AsyncIterator[dict[str, Any]]:
+    """What the scheduler sends for one search; followed by its live page where searches are traced."""
+    sent: AsyncIterator[dict[str, Any]] = manager.generate_request(internal, raw_request)
+    if not is_traced(manager):
+        return sent
+    config = SearchConfig.from_json(internal.sampling_params["custom_params"][CUSTOM_KEY])
+    prompt = getattr(request, "prompt", None)
+    question = question_of(request) or (prompt if isinstance(prompt, str) else "")
+    title = " ".join(question.split())[:TITLE_CHARS] or internal.rid
+    trace = TRACES.begin(internal.rid, title, {"algorithm": config.algorithm, "width": config.width})
+    return TRACES.follow(trace, sent)
+
+
+async def _last(
+    answered: dict[str, Any], rest: AsyncIterator[dict[str, Any]], manager: Any, raw_request: Any
+) -> dict[str, Any]:
+    """The end of a search that its client does not stream. Without tracing the first report is the end.
+
+    Raises:
+        ValueError: the client is gone; its search is aborted.
+        HTTPException: the scheduler sent no end.
+    """
+    while last_report(answered) is not None and not answered["meta_info"].get("finish_reason"):
+        if raw_request is not None and await raw_request.is_disconnected():
+            manager.abort_request(answered["meta_info"]["id"])
+            raise ValueError("the client went away before its search ended")
+        following = await anext(rest, None)
+        if following is None:
+            raise HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, "the scheduler returned no result")
+        answered = following
+    return answered
 
 
 def _report(answered: dict[str, Any]) -> dict[str, Any]:

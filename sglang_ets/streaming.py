@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_ets.protocol import RESULT_KEY, details_of, finish_reason_of, head_of, metadata_of, usage_of
+from sglang_ets.trace import TRACE_KEY
 
 if TYPE_CHECKING:
     from sglang_ets.answer import Trajectory
@@ -42,6 +43,8 @@ class Progress:
 def report_progress(coordinator: SearchCoordinator, live: LiveSearch) -> None:
     """After a selection: fix the final text and, if the client streams, send it with the figures of the level.
 
+    A search that is traced is a stream for the API server whatever its client asked for, and its tree goes along.
+
     Text and figures travel beside the tokens, as the result does: no token of the request leaves before its end, because
     the tokens of the shared text may differ from trajectory to trajectory.
     """
@@ -60,7 +63,12 @@ def report_progress(coordinator: SearchCoordinator, live: LiveSearch) -> None:
         kv_held_tokens=coordinator.ledger.held_tokens(live.owner),
         text=live.final_text,
     )
-    live.req.customized_info = {RESULT_KEY: [{PROGRESS_KEY: asdict(progress)}]}
+    report: dict[str, Any] = {PROGRESS_KEY: asdict(progress)}
+    if live.news is not None:
+        from sglang_ets.live import news_of
+
+        report[TRACE_KEY] = news_of(live, live.news)
+    live.req.customized_info = {RESULT_KEY: [report]}
     coordinator.scheduler.output_streamer.stream_output([live.req], False)
 
 

@@ -113,7 +113,7 @@ class SearchTree:
 
     def to_dict(self, *, with_embeddings: bool = False) -> dict[str, Any]:
         """Plain data for `return_tree`."""
-        nodes = [_node_dict(node) for node in self.nodes[1:]]
+        nodes = [node_dict(node) for node in self.nodes[1:]]
         if with_embeddings:
             for node, plain in zip(self.nodes[1:], nodes, strict=True):
                 plain["embedding"] = None if node.embedding is None else np.round(node.embedding, 6).tolist()
@@ -126,7 +126,8 @@ class SearchTree:
             at = at.parent
 
 
-def _node_dict(node: Node) -> dict[str, Any]:
+def node_dict(node: Node) -> dict[str, Any]:
+    """One node as plain data, without its embedding."""
     return {
         "id": node.id,
         "parent": node.parent.id if node.parent is not None else None,

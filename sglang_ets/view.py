@@ -21,6 +21,8 @@ from sglang_ets.view_tree import KvLevel, ViewNode, kv_levels, read_nodes
 FIGURES = ("algorithm", "width", "seed", "finish_reason", "kv_tokens_peak", "kv_tokens_mean", "seconds")
 EXIT_BAD_INPUT = 2
 # Inside <script> only these can end the element or open a comment, and JSON reads the escapes back.
+OFFLINE, LIVE = "", "; connect-src 'self'"  # a live page may ask its own server, nothing else
+DEFAULT_TEMPERATURE = 0.2
 SCRIPT_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
@@ -46,15 +48,19 @@ class SearchView:
     levels: tuple[KvLevel, ...]
     answers: tuple[Answer, ...]
     rebase_temperature: float
+    is_live: bool = False  # the search still runs, and the page follows it
+    note: str = ""  # why it has no answer
 
 
-def read_view(data: Any, title: str, rebase_temperature: float = 0.2) -> SearchView:
-    """The page's content from what a client was given.
+def read_view(data: Any, title: str, rebase_temperature: float | None = None) -> SearchView:
+    """The page's content from what a client was given. Without a temperature REBASE gets the one of the search.
 
     Raises:
         ValueError: no tree is inside, or it breaks the schema of docs/api.md; one sentence.
     """
     figures, tree = _parts(data)
+    if rebase_temperature is None:
+        rebase_temperature = _temperature_of(figures)
     if not rebase_temperature > 0:
         raise ValueError(f"the temperature of REBASE must be above 0, got {rebase_temperature}; the default is 0.2")
     nodes = read_nodes(tree)
@@ -68,14 +74,33 @@ def read_view(data: Any, title: str, rebase_temperature: float = 0.2) -> SearchV
     return SearchView(title, shown, prompt_tokens, nodes, levels, answers, rebase_temperature)
 
 
+def empty_view(data: Mapping[str, Any], title: str) -> SearchView:
+    """The content of a search that has no steps yet, or never got any; `data` as `read_view` takes it."""
+    figures, tree = _parts(data)
+    shown = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), (str, int, float))}
+    return SearchView(title, shown, tree["prompt_tokens"], (), (), (), _temperature_of(figures))
+
+
 def render(view: SearchView) -> str:
     """The page, self-contained. Text of the model stands in it as escaped JSON only."""
+    page = _asset("html").replace("/*STYLE*/", _asset("css")).replace("/*SCRIPT*/", _asset("js"))
+    page = page.replace("/*CONNECT*/", LIVE if view.is_live else OFFLINE)
+    return page.replace("/*DATA*/", page_data(view))  # last, so that nothing in the data is taken for a mark
+
+
+def page_data(view: SearchView) -> str:
+    """The view as the page's script reads it: JSON on one line that no HTML can end."""
     data = asdict(view)
     for node in data["nodes"]:
         node["tokens"] = len(node.pop("token_ids"))
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).translate(SCRIPT_ESCAPES)
-    page = _asset("html").replace("/*STYLE*/", _asset("css")).replace("/*SCRIPT*/", _asset("js"))
-    return page.replace("/*DATA*/", text)  # last, so that nothing in the data is taken for a mark
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).translate(SCRIPT_ESCAPES)
+
+
+def _temperature_of(figures: Mapping[str, Any]) -> float:
+    """REBASE's temperature in this search; answers of earlier servers do not tell it."""
+    value = figures.get("rebase_temperature")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return float(value) if is_number else DEFAULT_TEMPERATURE  # type: ignore[arg-type]
 
 
 def _asset(kind: str) -> str:
@@ -151,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("tree", type=Path, metavar="TREE.json", help="an answer with return_tree, or its tree")
     parser.add_argument("-o", "--output", type=Path, help="the page; default: TREE.html beside the tree")
     parser.add_argument(
-        "--rebase-temperature", type=float, default=0.2, help="of the REBASE that is compared with (default 0.2)"
+        "--rebase-temperature", type=float, help="of the REBASE that is compared with; default: what the search had"
     )
     args = parser.parse_args(arguments)
     output = args.output or args.tree.with_suffix(".html")

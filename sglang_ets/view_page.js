@@ -1,6 +1,5 @@
 "use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
   const KV_PX = 210, LABEL_PX = 62, HEAD_PX = 34, MIN_BOX_PX = 1.2, NO_STATE = { zoom: 1, x: 0, y: 0 };
   // Dark blue to yellow over grey-green: lightness rises evenly, and red and green carry nothing alone.
@@ -8,19 +7,25 @@
 
   // ---- the tree ----
 
-  const nodes = data.nodes, byId = new Map(nodes.map((node) => [node.id, node]));
-  const root = { id: 0, children: [], depth: 0, x: 0, w: 0 };
-  for (const node of nodes) node.children = [];
-  for (const node of nodes) (byId.get(node.parent) || root).children.push(node);
-  const levels = [];
-  for (let row = root.children; row.length; row = row.flatMap((node) => node.children)) levels.push(row);
-  const ranks = new Map();
-  data.answers.forEach((answer, i) => { if (answer.node !== null && i < 9) ranks.set(answer.node, i + 1); });
-  const scores = nodes.map((node) => node.score).filter((score) => score !== null);
-  const isUnit = scores.every((score) => score >= 0 && score <= 1);
-  const least = isUnit ? 0 : scores.reduce((a, b) => Math.min(a, b));
-  const most = isUnit ? 1 : scores.reduce((a, b) => Math.max(a, b));
-  const hasClusters = nodes.some((node) => node.cluster !== null);
+  let data, nodes, byId, root, levels, ranks, least, most, hasClusters, isRebase, showsRebase;
+  function read(given) {
+    data = given; nodes = data.nodes; byId = new Map(nodes.map((node) => [node.id, node]));
+    root = { id: 0, children: [], depth: 0, x: 0, w: 0 };
+    for (const node of nodes) node.children = [];
+    for (const node of nodes) (byId.get(node.parent) || root).children.push(node);
+    levels = [];
+    for (let row = root.children; row.length; row = row.flatMap((node) => node.children)) levels.push(row);
+    ranks = new Map();
+    data.answers.forEach((answer, i) => { if (answer.node !== null && i < 9) ranks.set(answer.node, i + 1); });
+    const scores = nodes.map((node) => node.score).filter((score) => score !== null);
+    const isUnit = scores.every((score) => score >= 0 && score <= 1);
+    least = isUnit ? 0 : scores.reduce((a, b) => Math.min(a, b));
+    most = isUnit ? 1 : scores.reduce((a, b) => Math.max(a, b));
+    hasClusters = nodes.some((node) => node.cluster !== null);
+    isRebase = data.figures.algorithm === "rebase";
+    showsRebase = !isRebase && data.levels.some((l) => l.rebase_tokens !== null);
+  }
+  read(JSON.parse(document.getElementById("data").textContent));
   const parentOf = (node) => byId.get(node.parent) || null;
 
   function pathOf(node) {
@@ -35,7 +40,7 @@
   function layOut(showsPruned) {
     const shown = levels.map((row) => row.filter((node) => showsPruned || node.state !== "pruned"));
     const tokens = nodes.reduce((sum, node) => sum + node.tokens, 0);
-    gap = Math.max(1, (0.12 * tokens) / nodes.length);
+    gap = Math.max(1, (0.12 * tokens) / Math.max(1, nodes.length));
     for (const node of nodes) { node.w = Math.max(1, node.tokens); node.shown = false; }
     extent = Math.max(1, ...shown.map((row) => row.reduce((sum, node) => sum + node.w + 2 * gap, 0)));
     root.x = 0; root.w = extent;
@@ -204,8 +209,6 @@
 
   // ---- what is selected ----
 
-  const isRebase = data.figures.algorithm === "rebase";
-  const showsRebase = !isRebase && data.levels.some((l) => l.rebase_tokens !== null);
   function add(parent, tag, text) {
     const element = document.createElement(tag);
     if (text !== undefined) element.textContent = text;  // never as HTML: the text is the model's
@@ -312,6 +315,7 @@
   // ---- the page around the tree ----
 
   function fill() {
+    for (const id of ["answers", "levels"]) $(id).replaceChildren();
     document.title = `${data.title}: search tree`;
     $("title").textContent = data.title;
     const f = data.figures, shown = [];
@@ -319,14 +323,15 @@
     shown.push(`${levels.length} levels, ${nodes.length} steps, ${nodes.filter((n) => n.state === "pruned").length} pruned`);
     if (f.kv_tokens_peak) shown.push(`KV peak ${f.kv_tokens_peak} tokens`);
     if (f.seconds) shown.push(`${f.seconds.toFixed(1)} s`);
-    if (f.finish_reason) shown.push(f.finish_reason);
+    if (f.finish_reason || data.note) shown.push(data.note || f.finish_reason);
+    $("live").hidden = !data.is_live; $("live").textContent = "running";
     $("figures").textContent = shown.join(" · ");
     $("low").textContent = Number(least.toPrecision(3)); $("high").textContent = Number(most.toPrecision(3));
     $("cluster-key").hidden = !hasClusters;
     $("cluster-key").style.display = hasClusters ? "" : "none";
     $("rebase-key").style.display = showsRebase ? "" : "none";
     $("rebase-name").textContent = `after REBASE on the same leaves (T ${data.rebase_temperature})`;
-    $("answers-title").textContent = data.answers.length ? "Answers, best first" : "No complete trajectory";
+    $("answers-title").textContent = data.answers.length ? "Answers, best first" : data.is_live ? "No complete trajectory yet" : "No complete trajectory";
     data.answers.forEach((answer, i) => {
       const button = add(add($("answers"), "li"), "button");
       button.type = "button"; button.disabled = answer.node === null;
@@ -345,11 +350,29 @@
     const found = /^#node=(\d+)$/.exec(location.hash);
     if (found && byId.has(Number(found[1]))) select(byId.get(Number(found[1])));
   }
+
+  // ---- a search that still runs ----
+
+  function update(given) {
+    const kept = selected && selected.id;
+    read(given); rows = layOut($("show-pruned").checked);
+    selected = null; hover(null); readTheme(); fill(); keepInside();
+    if (byId.has(kept)) select(byId.get(kept));
+    plot.dataset.updates = String(Number(plot.dataset.updates || 0) + 1);
+    redraw();
+  }
+  function follow() {
+    const source = new EventSource(`${location.pathname}/events`);
+    source.onmessage = (event) => { update(JSON.parse(event.data)); if (!data.is_live) source.close(); };
+    source.onerror = () => { $("live").textContent = source.readyState === EventSource.CLOSED ? "the server does not know this search any more" : "connection lost, trying again"; };
+  }
+
   readTheme(); fill();
   new ResizeObserver(resize).observe(plot);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readTheme(); redraw(); });
   window.addEventListener("hashchange", fromHash);
   size = { w: plot.clientWidth, h: plot.clientHeight };
   drawBase(); fromHash(); drawOver();
+  if (data.is_live) follow();
   window.treePage = { boxOf: (id) => box(byId.get(id)), colourOf: (id) => colour(byId.get(id).score) };  // for tests
 })();

@@ -45,6 +45,31 @@ def test_environment_gives_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "is_on"), [(None, False), ("1", True), ("Yes", True), ("0", False), ("off", False), ("", False)]
+)
+def test_a_switch_takes_no_value_and_reads_the_environment(
+    text: str | None, is_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        monkeypatch.setenv("SGLANG_ETS_TRACE", text)
+    assert parsed()["trace"] is is_on
+    assert parsed("--search-trace")["trace"] is True
+    assert flags.from_environment()["trace"] is is_on
+
+
+def test_a_switch_that_is_neither_on_nor_off_ends_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ETS_TRACE", "maybe")
+    with pytest.raises(SystemExit, match="SGLANG_ETS_TRACE must be 1 or 0, got 'maybe'"):
+        parsed()
+
+
+def test_live_pages_need_one_tokenizer_process() -> None:
+    values = argparse.Namespace(search="off", search_trace=True, tokenizer_worker_num=2)
+    with pytest.raises(SystemExit, match="--tokenizer-worker-num 1"):
+        flags.from_namespace(values)
+
+
+@pytest.mark.parametrize(
     ("argv", "named"),
     [
         (["--search", "ets"], "--prm-model-path"),
@@ -59,7 +84,7 @@ def test_wrong_flags_end_the_launch_with_a_sentence(argv: list[str], named: str)
 
 
 def test_every_search_flag_is_a_setting_that_a_search_reads() -> None:
-    own = {"search", "prm_model_path", "prm_format", "prm_max_total_tokens", "max_width"}
+    own = {"search", "prm_model_path", "prm_format", "prm_max_total_tokens", "max_width", "trace"}
     assert {flag.key for flag in flags.FLAGS} - own <= set(SearchConfig.__dataclass_fields__)
 
 

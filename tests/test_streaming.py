@@ -43,6 +43,7 @@ class Scripted:
             req=SimpleNamespace(stream=stream, customized_info=None),
             is_answered=False,
             final_text="",
+            news=None,
             branches={0: SimpleNamespace(text="")},
         )
         self.coordinator: Any = SimpleNamespace(
