@@ -8,7 +8,8 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
-.PHONY: install python demo serve test lint types unit e2e bench bench-ilp bench-kernels bench-clusters bench-kv clean
+.PHONY: install python demo serve test lint types unit e2e bench bench-ilp bench-kernels bench-clusters bench-kv \
+	bench-throughput bench-coverage bench-selection bench-variants bench-real smollm2 clean
 
 install: $(STAMP)
 
@@ -46,6 +47,8 @@ bench: install
 	$(RUN) -m bench.bench_kernels --smoke
 	$(RUN) -m bench.bench_clusters --smoke
 	$(RUN) -m bench.kv_footprint --smoke
+	$(RUN) -m bench.coverage --smoke
+	$(RUN) -m bench.throughput --smoke
 
 bench-ilp: install
 	$(RUN) -m bench.bench_ilp $(ARGS)
@@ -58,6 +61,26 @@ bench-clusters: install
 
 bench-kv: install
 	$(RUN) -m bench.kv_footprint $(ARGS)
+
+bench-throughput: install
+	$(RUN) -m bench.throughput $(ARGS)
+
+bench-coverage: install
+	$(RUN) -m bench.coverage $(ARGS)
+
+bench-selection: install
+	$(RUN) -m bench.selection_quality $(ARGS)
+
+bench-variants: install
+	$(RUN) -m bench.cluster_variants $(ARGS)
+
+# Needs ARGS="--data gsm8k.jsonl".
+bench-real: install
+	$(RUN) -m bench.real_model $(ARGS)
+
+# A real language model as a checkpoint in the user's cache; prints its folder.
+smollm2: install
+	@$(PY) -m bench.smollm2
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import kv_footprint, rows
+from bench import coverage, kv_footprint, rows, selection_quality
+from bench.client_search import table as throughput
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -57,7 +58,29 @@ def kv_table() -> str:
     return kv_footprint.table(list(rows.read(rows.RESULTS / "kv_footprint.jsonl")), seed=0)[0]
 
 
-TABLES: dict[str, Callable[[], str]] = {"selection": selection_table, "clusters": cluster_table, "kv": kv_table}
+def coverage_table() -> str:
+    """All complete problems of `coverage.py`."""
+    return coverage.table(coverage.summaries(list(rows.read(rows.RESULTS / "coverage.jsonl")), seed=0))
+
+
+def kept_table() -> str:
+    """Latest row of each policy of `selection_quality.py`."""
+    return selection_quality.table(list(rows.read(rows.RESULTS / "selection_quality.jsonl")))
+
+
+def throughput_table() -> str:
+    """Search in the scheduler against a client, and against plain sampling, by `throughput.py`."""
+    return "\n\n".join(throughput.tables(list(rows.read(rows.RESULTS / "throughput.jsonl"))).split("\n\n")[:2])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "selection": selection_table,
+    "clusters": cluster_table,
+    "kv": kv_table,
+    "coverage": coverage_table,
+    "kept": kept_table,
+    "throughput": throughput_table,
+}
 
 
 def _latest(name: str, key: tuple[str, ...]) -> list[dict[str, Any]]:
