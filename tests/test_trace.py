@@ -191,8 +191,8 @@ def test_an_id_that_comes_again_shows_the_new_search() -> None:
     assert store.newest_first() == [new]
 
 
-async def _begin(store: TraceStore) -> Trace:
-    return store.begin("a", "again", {})
+async def _begin(store: TraceStore, name: str = "a", title: str = "again") -> Trace:
+    return store.begin(name, title, {"algorithm": "ets", "width": 16})
 
 
 # ---- the routes ----
@@ -206,8 +206,7 @@ def client_of(store: TraceStore, **settings: Any) -> TestClient:
 
 
 def events_in(text: str) -> list[dict[str, Any]]:
-    found = [json.loads(data) for data in re.findall(r"^data: (.*)$", text, flags=re.MULTILINE)]
-    return found
+    return [json.loads(data) for data in re.findall(r"^data: (.*)$", text, flags=re.MULTILINE)]
 
 
 def test_page_of_an_ended_search_is_the_page_of_its_answer() -> None:
@@ -279,7 +278,7 @@ def test_the_list_is_json_or_a_page_and_hostile_text_stays_text() -> None:
     store = TraceStore()
     finished(store)
     hostile_id = "<script>/x/../events?#"
-    asyncio.run(_hostile(store, hostile_id))
+    asyncio.run(_begin(store, hostile_id, HOSTILE))
     client = client_of(store)
     rows = client.get("/search").json()["searches"]
     assert [(row["id"], row["state"], row["levels"]) for row in rows] == [
@@ -295,10 +294,6 @@ def test_the_list_is_json_or_a_page_and_hostile_text_stays_text() -> None:
     assert shown.status_code == 200
     assert embedded(shown.text)["title"] == HOSTILE
     assert shown.text.count("</script>") == 2
-
-
-async def _hostile(store: TraceStore, name: str) -> None:
-    store.begin(name, HOSTILE, {"algorithm": "ets"})
 
 
 @pytest.mark.parametrize("path", ["/search/none", "/search/none/events", "/search/a/b"])
@@ -368,8 +363,7 @@ def test_a_body_is_the_same_with_and_without_tracing(make: Any, monkeypatch: pyt
     monkeypatch.setattr(serving, "TRACES", store := TraceStore())
     plain, untraced = answered(make, [{**result(1), "trace": None}], SETTINGS)
     traced, server = answered(make, [progress(1), progress(2), result(3)], TRACED)
-    first, second = json.loads(plain.body), json.loads(traced.body)
-    assert {**first, "created": 0} == {**second, "created": 0}
+    assert {**json.loads(plain.body), "created": 0} == {**json.loads(traced.body), "created": 0}
     assert (untraced.internal.stream, untraced.internal.rid) == (False, None)
     assert server.internal.stream and server.internal.sampling_params["custom_params"]["ets_trace"] is True
     assert untraced.internal.sampling_params["custom_params"]["ets_trace"] is False
