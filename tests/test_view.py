@@ -210,6 +210,17 @@ def test_temperature_of_rebase_must_be_positive() -> None:
         read_view(real(), "", 0.0)
 
 
+def test_rebase_is_compared_at_the_temperature_of_the_search() -> None:
+    answer = real()
+    assert read_view(answer, "").rebase_temperature == 0.2  # recorded before servers told it
+    answer["metadata"]["search"]["rebase_temperature"] = 5.0
+    flat = read_view(answer, "")
+    assert flat.rebase_temperature == 5.0
+    assert flat.levels != read_view(answer, "", 0.2).levels
+    answer["metadata"]["search"]["rebase_temperature"] = "hot"
+    assert read_view(answer, "").rebase_temperature == 0.2
+
+
 def test_colours_rise_in_lightness() -> None:
     """A scale that is read without telling red from green must be ordered by lightness alone."""
     script = (Path(view.__file__).parent / "view_page.js").read_text(encoding="utf-8")
