@@ -44,13 +44,13 @@ def solve(client: openai.OpenAI, problem: dict[str, Any], width: int, cut: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--cuts", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.05, 0.1])
+    parser.add_argument("--cuts", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.6])
     parser.add_argument("--problems", type=int, default=40, help="taken from the end of the held-out set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two problems at width 8, into a file of its own")
     args = parser.parse_args()
     if args.smoke:
-        args.width, args.problems, args.cuts = 8, 2, [0.02, 0.05]
+        args.width, args.problems, args.cuts = 8, 2, [0.2, 0.3]
     out = rows.RESULTS / ("clusters_smoke.jsonl" if args.smoke else "clusters.jsonl")
     problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()][-args.problems :]
     made = []

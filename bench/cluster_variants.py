@@ -17,6 +17,7 @@ import argparse
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from bench.server import running_server
 from bench.testbed.likelihood import area_under_curve
 from bench.testbed.task import distinct_problems
 from sglang_ets.calibrate import suggest_cut
-from sglang_ets.clusters import cluster_labels, cosine_distances
+from sglang_ets.clusters import RunningCenter, cluster_labels, cosine_distances
 
 MODELS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models"
 SYMBOLS = re.compile(r"\d+(?:\.\d+)?|[-+*/=%]")
@@ -63,8 +64,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one level: texts, meanings, and float32[L, H] by (layer, pooling)."""
+    """The steps of one level: its tree, texts, meanings, and float32[L, H] by (layer, pooling)."""
 
+    tree: int
     texts: tuple[str, ...]
     meanings: tuple[str, ...]
     embeddings: dict[tuple[int, str], Embeddings]
@@ -123,7 +125,7 @@ def levels(source: Source, seed: int) -> Iterator[Steps]:
     grown = list(zip(source.prompts, trees(source, seed), strict=True))
     tokenizer: Any = AutoTokenizer.from_pretrained(source.path)
     model = AutoModel.from_pretrained(source.path, dtype=torch.float32)
-    for prompt, nodes in tqdm(grown, unit="tree", desc="hidden states"):
+    for tree, (prompt, nodes) in enumerate(tqdm(grown, unit="tree", desc="hidden states")):
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         pooled = _pooled(model, prompt_ids, nodes, source.layers)
         for depth in sorted({node["depth"] for node in nodes}):
@@ -134,6 +136,7 @@ def levels(source: Source, seed: int) -> Iterator[Steps]:
                 continue
             names = pooled[kept[0]["id"]]
             yield Steps(
+                tree,
                 tuple(node["text"] for node in kept),
                 tuple(source.meaning(node["text"]) for node in kept),
                 {name: np.stack([pooled[node["id"]][name] for node in kept]) for name in names},
@@ -171,16 +174,35 @@ def _pooled(
     return found
 
 
-NORMALISATIONS = ("raw", "centred on the level", "centred on all", "standardised on all")
+NORMALISATIONS = (
+    "raw",
+    "centred on the level",
+    "centred on the search so far",
+    "centred on other prompts",
+    "centred on all",
+    "standardised on all",
+)
 
 
-def normalised(sets: Sequence[Embeddings], how: str) -> list[Embeddings]:
-    """Every level's embeddings under one normalisation; "on all" uses the statistics of all levels."""
+def normalised(sets: Sequence[Embeddings], trees_of: Sequence[int], how: str) -> list[Embeddings]:
+    """Every level's embeddings under one normalisation; "on all" uses the statistics of all levels.
+
+    "The search so far" is the levels of the same tree up to this one, as served. "Other prompts" are trees of the other parity:
+    a mean that was measured before.
+    """
     everything = np.concatenate(sets)
     if how == "raw":
         return list(sets)
     if how == "centred on the level":
         return [one - one.mean(0) for one in sets]
+    if how == "centred on the search so far":
+        centers: dict[int, RunningCenter] = defaultdict(RunningCenter)
+        return [centers[tree].centered(one) for one, tree in zip(sets, trees_of, strict=True)]
+    if how == "centred on other prompts":
+        means = [
+            np.concatenate([one for one, t in zip(sets, trees_of, strict=True) if t % 2 == p]).mean(0) for p in (0, 1)
+        ]
+        return [one - means[1 - t % 2] for one, t in zip(sets, trees_of, strict=True)]
     scale = np.maximum(everything.std(0), MIN_STD) if how == "standardised on all" else 1.0
     return [((one - everything.mean(0)) / scale).astype(np.float32) for one in sets]
 
@@ -246,6 +268,7 @@ def main() -> None:
     source = embedded(args.problems, args.seed) if args.model == "embedded" else smollm2(args.problems, args.data)
     torch.set_num_threads(1)
     found = list(levels(source, args.seed))
+    trees_of = [level.tree for level in found]
     for layer, pooling in found[0].embeddings:
         sets = [level.embeddings[layer, pooling] for level in found]
         for how in NORMALISATIONS:
@@ -256,7 +279,7 @@ def main() -> None:
                 "normalisation": how,
                 "problems": args.problems,
             }
-            rows.append(args.out, {**row, "seed": args.seed, **figures(found, normalised(sets, how))})
+            rows.append(args.out, {**row, "seed": args.seed, **figures(found, normalised(sets, trees_of, how))})
     text = table(list(rows.read(args.out)))
     args.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -5,7 +5,8 @@
 
 ETS-KV is ETS without its coverage term: it trusts the PRM alone. The strong PRM is the shipped one. The weak one is the policy
 model itself, judging the probability of its own results: it is sure of its own mistakes. Both see the same problems, and each
-policy is run at several cost weights, so that curves of accuracy against KV are compared and not single settings.
+policy is run at several cost weights, so that curves of accuracy against KV are compared and not single settings. The coverage
+term is the published one, the same for every cluster, on clusters of embeddings as they are.
 
 One problem under one setting is a row; a run that was interrupted goes on where it stopped.
 """
@@ -35,6 +36,7 @@ from bench.testbed.task import distinct_problems
 MODELS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models"
 BASELINE = "rebase"
 IN_FLIGHT = 4
+PUBLISHED = {"coverage": "uniform", "cluster_distance": 0.05, "center_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Grid:
         made = [Setting(name, self.width, {"algorithm": name}) for name in (BASELINE, "best_of_n", "dvts")]
         for kv_weight in self.kv_weights:
             for weight in self.diversity_weights:
-                search = {"algorithm": "ets", "kv_cost_weight": kv_weight, "diversity_weight": weight}
+                search = {"algorithm": "ets", "kv_cost_weight": kv_weight, "diversity_weight": weight, **PUBLISHED}
                 made.append(Setting(f"ets b={kv_weight:g} d={weight:g}", self.width, search))
         return made
 

@@ -19,10 +19,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import openai
@@ -54,17 +55,26 @@ class Setting:
         return f"{self.name}@{self.width}"
 
 
-def settings(widths: list[int], kv_weights: list[float], kv_costs: list[str]) -> list[Setting]:
-    """Greedy once; per width self-consistency, the four plain policies and ETS at each cost and cost weight."""
+def settings(
+    widths: list[int], kv_weights: list[float], kv_costs: list[str], equal_weights: list[float]
+) -> list[Setting]:
+    """Greedy once; per width self-consistency, the four plain policies and ETS at each cost and cost weight.
+
+    `ets` covers by reward, `ets uniform` as published. `equal_weights`: settings where coverage weighs as much as KV.
+    """
     made = [Setting("greedy", 1, {})]
     for width in widths:
         made.append(Setting("self_consistency", width, {}))
         made += [Setting(name, width, {"algorithm": name}) for name in ("best_of_n", "beam", "dvts", "rebase")]
         for weight, cost in product(kv_weights, kv_costs):
             search = {"kv_cost_weight": weight, "kv_cost": cost}
-            suffix = "" if cost == "tokens" else f" {cost}"
-            for name in ("ets_kv", "ets"):
-                made.append(Setting(f"{name} b={weight:g}{suffix}", width, {"algorithm": name, **search}))
+            suffix = f"b={weight:g}" if cost == "tokens" else f"b={weight:g} {cost}"
+            made.append(Setting(f"ets_kv {suffix}", width, {"algorithm": "ets_kv", **search}))
+            made.append(Setting(f"ets {suffix}", width, {"algorithm": "ets", "coverage": "reward", **search}))
+            made.append(Setting(f"ets uniform {suffix}", width, {"algorithm": "ets", "coverage": "uniform", **search}))
+        for weight in equal_weights:
+            search = {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": weight, "diversity_weight": weight}
+            made.append(Setting(f"ets b=d={weight:g}", width, search))
     return made
 
 
@@ -198,12 +208,10 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
 
 
 @contextmanager
-def _server(url: str | None) -> Iterator[str]:
-    if url:
-        yield url
-    else:
-        with running_server(["--search", "ets"]) as started:
-            yield started
+def _clients(url: str | None, num_servers: int) -> Iterator[list[openai.OpenAI]]:
+    with ExitStack() as stack:
+        urls = [url] if url else [stack.enter_context(running_server(["--search", "ets"])) for _ in range(num_servers)]
+        yield [openai.OpenAI(base_url=f"{one}/v1", api_key="none", timeout=600, max_retries=0) for one in urls]
 
 
 def main() -> None:
@@ -212,26 +220,45 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--kv-weights", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--kv-costs", nargs="+", default=["tokens"], choices=["tokens", "nodes"])
+    parser.add_argument(
+        "--equal-weights", type=float, nargs="+", default=[4.0], help="of both KV and coverage, for ets"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="POLICY", help="of all policies, by their names in the table, these"
+    )
     parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--in-flight", type=int, default=4)
+    parser.add_argument("--in-flight", type=int, default=4, help="at each server")
+    parser.add_argument(
+        "--servers", type=int, default=1, help="to start, for more cores; each takes a share of the runs"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="4 problems at width 8, into a file of its own")
     parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/kv_footprint.jsonl")
     args = parser.parse_args()
     if args.smoke:
-        args.widths, args.kv_weights, args.problems = [8], [1.0], 4
+        args.widths, args.kv_weights, args.equal_weights, args.problems = [8], [1.0], [4.0], 4
     out = args.out or rows.RESULTS / ("kv_footprint_smoke.jsonl" if args.smoke else "kv_footprint.jsonl")
     problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()][: args.problems]
     known = {(row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
     todo = [
         (setting, problem)
         for problem in problems  # problem by problem, so that an interrupted run compares equal sets
-        for setting in settings(args.widths, args.kv_weights, args.kv_costs)
-        if (setting.key, problem["prompt"], args.seed) not in known
+        for setting in settings(args.widths, args.kv_weights, args.kv_costs, args.equal_weights)
+        if (not args.only or setting.name in args.only) and (setting.key, problem["prompt"], args.seed) not in known
     ]
-    with _server(args.url) as url, ThreadPoolExecutor(args.in_flight) as pool:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
-        for row in tqdm(pool.map(lambda job: solve(client, *job, args.seed), todo), total=len(todo), unit="run"):
+    with _clients(args.url, args.servers) as clients, ThreadPoolExecutor(args.in_flight * len(clients)) as pool:
+        free = SimpleQueue[openai.OpenAI]()
+        for client in clients * args.in_flight:
+            free.put(client)
+
+        def run(job: tuple[Setting, dict[str, Any]]) -> dict[str, Any]:
+            client = free.get()
+            try:
+                return solve(client, *job, args.seed)
+            finally:
+                free.put(client)
+
+        for row in tqdm(pool.map(run, todo), total=len(todo), unit="run"):
             rows.append(out, row)
     text, summaries = table([row for row in rows.read(out) if row["seed"] == args.seed], args.seed)
     out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ def solve_published(
     kv_weight: float,
     clusters: NDArray[np.int64],  # int64[L], 0..K-1
     diversity_weight: float,
+    worth: NDArray[np.float64] | None = None,  # float64[K]; None: 1 / K each, as published
 ) -> NDArray[np.bool_]:  # bool[L]
     """The leaves that CBC keeps."""
     model = pulp.LpProblem(sense=pulp.LpMaximize)
@@ -26,11 +27,12 @@ def solve_published(
     y = [pulp.LpVariable(f"y{j}", cat="Binary") for j in range(tree.parent.size)]
     num_clusters = int(clusters.max()) + 1
     z = [pulp.LpVariable(f"z{k}", cat="Binary") for k in range(num_clusters)]
+    worths = np.full(num_clusters, 1 / num_clusters) if worth is None else worth
     total = float(tree.cost.sum()) or 1.0
     model += (
         pulp.lpSum(float(r) * v for r, v in zip(reward, x, strict=True))
         - kv_weight * pulp.lpSum(float(c) / total * v for c, v in zip(tree.cost, y, strict=True))
-        + diversity_weight / num_clusters * pulp.lpSum(z)
+        + diversity_weight * pulp.lpSum(float(w) * v for w, v in zip(worths, z, strict=True))
     )
     for leaf, end in enumerate(tree.leaf.tolist()):
         node = end

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import rows
 from bench.server import running_server
 from bench.testbed.task import Problem, distinct_problems, step_is_right
+from sglang_ets.clusters import RunningCenter
 from sglang_ets.config import SearchConfig
 from sglang_ets.ilp import CostTree
 from sglang_ets.selection import Level, get_policy
@@ -49,9 +50,12 @@ def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem, width: int)
     right: dict[int, bool] = {0: True}
     for node in nodes:  # a parent comes before its children
         right[node["id"]] = right[node["parent"]] and step_is_right(problem, node["text"])
+    center = RunningCenter()
     for depth in sorted({node["depth"] for node in nodes}):
         leaves = [n for n in nodes if n["depth"] == depth and n["finish"] == "step" and n["embedding"] is not None]
         truth = np.array([right[leaf["id"]] for leaf in leaves])
+        if leaves:
+            embeddings = center.centered(np.array([leaf["embedding"] for leaf in leaves], dtype=np.float32))
         if len(leaves) < 2 or truth.all() or not truth.any():
             continue
         paths = [_path(leaf, by_id) for leaf in leaves]
@@ -59,7 +63,7 @@ def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem, width: int)
             scores=np.array([leaf["score"] for leaf in leaves]),
             kv=_trie([[tuple(step["token_ids"]) for step in path] for path in paths], by_tokens=True),
             nodes=_trie([[(step["id"],) for step in path] for path in paths], by_tokens=False),
-            embeddings=np.array([leaf["embedding"] for leaf in leaves], dtype=np.float32),
+            embeddings=embeddings,
             subtree=np.zeros(len(leaves), dtype=np.int64),
             growth_tokens=0.0,
             remaining_width=len(leaves),
@@ -126,15 +130,19 @@ def quality(judged: Sequence[Judged], config: SearchConfig) -> dict[str, float]:
 
 
 def configs(width: int) -> Iterator[SearchConfig]:
-    """REBASE, beam, and ETS over costs, cost weights and diversity weights. DVTS needs trees of its own."""
+    """REBASE, beam, and ETS over costs, cost weights, diversity weights, both coverages. DVTS needs trees of its own."""
     for name in ("rebase", "beam"):
         yield SearchConfig(algorithm=name, width=width)  # type: ignore[arg-type]
     for cost in ("tokens", "nodes"):
         for kv_weight in (0.5, 1.0, 2.0):
             for weight in (0.0, 0.5, None):
                 yield SearchConfig(
-                    algorithm="ets", width=width, kv_cost=cost, kv_cost_weight=kv_weight, diversity_weight=weight  # type: ignore[arg-type]
+                    algorithm="ets", width=width, kv_cost=cost, kv_cost_weight=kv_weight, diversity_weight=weight,  # type: ignore[arg-type]
+                    coverage="uniform",
                 )  # fmt: skip
+    for kv_weight in (1.0, 2.0, 4.0):
+        for weight in (None, kv_weight):
+            yield SearchConfig(algorithm="ets", width=width, kv_cost_weight=kv_weight, diversity_weight=weight)
 
 
 def trees(
@@ -179,7 +187,8 @@ def table(done: Sequence[dict[str, Any]]) -> str:
 def name_of(config: SearchConfig) -> str:
     if config.algorithm != "ets":
         return config.algorithm
-    return f"ets b={config.kv_cost_weight:g} d={config.coverage_weight:g} {config.kv_cost}"
+    coverage = " reward" if config.coverage == "reward" else ""
+    return f"ets b={config.kv_cost_weight:g} d={config.coverage_weight:g} {config.kv_cost}{coverage}"
 
 
 def main() -> None:

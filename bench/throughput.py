@@ -76,6 +76,9 @@ class Job:
             step_delimiter=("\n",),
             answer="weighted_majority",
             answer_pattern=PATTERN,
+            coverage="uniform",  # as published, with the published cut, for the client knows nothing else
+            cluster_distance=0.05,
+            center_embeddings=False,
             seed=self.seed,
         )
 

@@ -49,6 +49,26 @@ def rebase_allocation(
     return allocation
 
 
+def inherited_scores(
+    scores: NDArray[np.float64],  # float64[L]
+    clusters: NDArray[np.int64],  # int64[L], labels 0..K-1
+    kept: NDArray[np.bool_],  # bool[L]
+    temperature: float,
+) -> NDArray[np.float64]:  # float64[L]
+    """Scores with which the kept leaves of each cluster weigh in REBASE's softmax what all leaves of the cluster weighed.
+
+    Of several kept leaves each is raised by the same amount. Scores of leaves that are not kept are returned as they are.
+    """
+    weights = np.exp((scores - scores.max()) / temperature)
+    num_clusters = int(clusters.max()) + 1
+    whole = np.bincount(clusters, weights=weights, minlength=num_clusters)
+    held = np.bincount(clusters[kept], weights=weights[kept], minlength=num_clusters)
+    raised = scores.copy()
+    heirs = np.flatnonzero(kept & (weights > 0.0))  # a weight of zero has nothing to scale
+    raised[heirs] += temperature * np.log(whole[clusters[heirs]] / held[clusters[heirs]])
+    return raised
+
+
 def even_allocation(
     scores: NDArray[np.float64],  # float64[L]
     kept: NDArray[np.int64],  # int64[R], indices of the leaves kept

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_ets.clusters import cluster_labels, cosine_distances
+from sglang_ets.clusters import RunningCenter, cluster_labels, cosine_distances
 
 SMALLEST = 1e-5  # distances below this are rounding
 NUM_BINS = 48
@@ -30,13 +30,17 @@ NUM_EMBEDDED = 8
 
 
 def level_embeddings(nodes: Sequence[dict[str, Any]]) -> list[tuple[list[str], NDArray[np.float32]]]:
-    """Texts and embeddings (float32[L, H]) of the unfinished leaves of each level of a returned tree."""
+    """Texts and centered embeddings (float32[L, H]) of the unfinished leaves of each level of a returned tree."""
+    center = RunningCenter()
     levels: dict[int, list[dict[str, Any]]] = {}
     for node in nodes:
         if node["embedding"] is not None and node["finish"] == "step":
             levels.setdefault(node["depth"], []).append(node)
     return [
-        ([leaf["text"] for leaf in leaves], np.array([leaf["embedding"] for leaf in leaves], dtype=np.float32))
+        (
+            [leaf["text"] for leaf in leaves],
+            center.centered(np.array([leaf["embedding"] for leaf in leaves], dtype=np.float32)),
+        )
         for _, leaves in sorted(levels.items())
     ]
 
@@ -134,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     leaves = np.mean([len(texts) for texts, _ in levels])
     texts_mean = np.mean([len(set(texts)) for texts, _ in levels])
-    for candidate in sorted({0.01, 0.02, 0.05, 0.1, cut}):
+    for candidate in sorted({0.1, 0.2, 0.3, 0.4, 0.6, cut}):
         found = np.mean([cluster_labels(embeddings, candidate).max() + 1 for _, embeddings in levels])
         print(f"  {candidate:7.4f}  {found:6.2f} clusters of {leaves:.2f} leaves, {texts_mean:.2f} texts")
 

@@ -8,15 +8,43 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 MIN_NORM = 1e-12
+AT_CENTER = 1e-4  # of its length: an embedding this close to the mean differs from it by rounding only
+
+
+class RunningCenter:
+    """The mean of all embeddings of a search so far.
+
+    Hidden states of one prompt share a large common direction, which makes all cosines alike. What is left after taking it away
+    tells meanings apart (`bench/cluster_variants.py`). It depends on the search alone, so equal searches cluster equally.
+    """
+
+    def __init__(self) -> None:
+        self._sum: NDArray[np.float64] | None = None
+        self._count = 0
+
+    def centered(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32[L, H] of one level, L >= 1 -> less the mean of this and all levels before; zero where nothing is left."""
+        own = embeddings.sum(axis=0, dtype=np.float64)
+        self._sum = own if self._sum is None else self._sum + own
+        self._count += embeddings.shape[0]
+        rest = embeddings - self._sum / self._count
+        lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+        rest[np.linalg.norm(rest, axis=1) <= AT_CENTER * lengths] = 0.0
+        return np.asarray(rest, dtype=np.float32)
 
 
 def cosine_distances(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
-    """float32[L, H] -> float64[L, L], 1 - cosine, exactly symmetric with a zero diagonal; a zero vector is far from all."""
+    """float32[L, H] -> float64[L, L], 1 - cosine, exactly symmetric with a zero diagonal.
+
+    A zero vector is at distance 0 from other zero vectors and 1 from all else.
+    """
     vectors = embeddings.astype(np.float64)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors = vectors / np.maximum(norms, MIN_NORM)
     distances = 1.0 - vectors @ vectors.T
     distances = np.clip((distances + distances.T) / 2, 0.0, 2.0)
+    at_zero = np.flatnonzero(norms[:, 0] <= MIN_NORM)
+    distances[np.ix_(at_zero, at_zero)] = 0.0
     np.fill_diagonal(distances, 0.0)
     return np.asarray(distances, dtype=np.float64)
 

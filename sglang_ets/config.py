@@ -12,6 +12,7 @@ Algorithm = Literal["best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets"]
 KvCost = Literal["tokens", "nodes"]
 Aggregation = Literal["last", "min", "mean", "prod"]
 AnswerRule = Literal["best", "majority", "weighted_majority"]
+Coverage = Literal["uniform", "reward"]
 AnswerEquality = Literal["math", "text"]
 
 MIN_WIDTH, MAX_WIDTH = 2, 1024
@@ -45,8 +46,12 @@ class SearchConfig:
     step_delimiter: tuple[str | int, ...] = ("\n\n",)  # texts or token ids that end a step
     kv_cost_weight: float = 1.0  # lambda_b: worth of the whole level's KV against the whole level's score (ETS: 1.0)
     diversity_weight: float | None = None  # lambda_d: worth of covering every cluster; None: published for the width
+    coverage: Coverage = "reward"  # what a cluster is worth: the reward of its leaves, or as much as any other (ETS)
     kv_cost: KvCost = "tokens"  # what kept KV is counted in
-    cluster_distance: float = 0.05  # cosine distance below which steps mean the same, 0..2 (ETS: 0.05 with a BERT)
+    cluster_distance: float = 0.3  # cosine distance below which steps mean the same, 0..2 (ETS: 0.05 with a BERT)
+    center_embeddings: bool = (
+        True  # distances are measured from the mean of the search's steps so far, not from the origin
+    )
     rebase_temperature: float = 0.2  # softmax temperature over step scores (REBASE: 0.2)
     score_aggregation: Aggregation = "last"  # step scores -> score of a trajectory, for ranking
     answer: AnswerRule = "best"
@@ -69,6 +74,7 @@ class SearchConfig:
         _number("kv_cost_weight", self.kv_cost_weight, 0.0, MAX_WEIGHT)
         if self.diversity_weight is not None:
             _number("diversity_weight", self.diversity_weight, 0.0, MAX_WEIGHT)
+        _choice("coverage", self.coverage, get_args(Coverage))
         _choice("kv_cost", self.kv_cost, get_args(KvCost))
         _number("cluster_distance", self.cluster_distance, 0.0, 2.0)
         _number("rebase_temperature", self.rebase_temperature, 1e-3, 1e3)
@@ -90,8 +96,9 @@ class SearchConfig:
                 raise _wrong("kv_cost", "tokens when kv_budget_tokens is set", self.kv_cost, "a budget counts tokens")
         if self.deadline_s is not None:
             _number("deadline_s", self.deadline_s, 1e-3, 1e6)
-        if not isinstance(self.return_tree, bool):
-            raise _wrong("return_tree", "true or false", self.return_tree, "send a JSON boolean")
+        for name in ("center_embeddings", "return_tree"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "true or false", getattr(self, name), "send a JSON boolean")
         if not isinstance(self.return_embeddings, bool) or (self.return_embeddings and not self.return_tree):
             rule = "true or false, and false without return_tree"
             raise _wrong("return_embeddings", rule, self.return_embeddings, "set return_tree to true as well")

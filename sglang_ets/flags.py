@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sglang_ets.config import MAX_WIDTH, Aggregation, Algorithm, AnswerRule, KvCost, SearchConfig
+from sglang_ets.config import MAX_WIDTH, Aggregation, Algorithm, AnswerRule, Coverage, KvCost, SearchConfig
 from sglang_ets.prm.choose import AUTO, NAMES, WITHOUT_PRM
 
 OFF = "off"
@@ -68,6 +68,7 @@ FLAGS = (
     Flag("search-max-steps", "max_steps", int, None, "Steps of one trajectory at most."),
     Flag("search-max-step-tokens", "max_step_tokens", int, None, "Tokens of one step at most."),
     Flag("search-step-delimiter", "step_delimiter", str, None, r"Text that ends a step; \n is a line break."),
+    Flag("search-coverage", "coverage", str, None, "What covering a cluster is worth.", get_args(Coverage)),
     Flag("search-kv-cost", "kv_cost", str, None, "What kept KV is counted in.", get_args(KvCost)),
     Flag("search-kv-cost-weight", "kv_cost_weight", float, None, "Worth of KV against scores (ets, ets_kv)."),
     Flag("search-diversity-weight", "diversity_weight", float, None, "Worth of covering clusters of steps (ets)."),

@@ -1,6 +1,6 @@
 """The integer program of one level: which leaves are worth the KV that keeping them holds. The only file that speaks to HiGHS.
 
-    maximise   sum_i reward_i x_i  -  kv_weight * sum_j cost_j y_j / sum_j cost_j  +  diversity_weight / K * sum_k z_k
+    maximise   sum_i reward_i x_i  -  kv_weight * sum_j cost_j y_j / sum_j cost_j  +  diversity_weight * sum_k worth_k z_k
     subject to x_i <= y_leaf(i)              a kept leaf keeps the last cost node of its path
                y_j <= y_parent(j)            a kept cost node keeps its parent
                z_k <= sum_{i in cluster k} x_i
@@ -10,7 +10,8 @@
 
 y and z need no integrality: at an optimum with binary x, y_j is the largest x below it (its cost is not negative) and z_k the
 smaller of 1 and its row. Leaves that end in the same cost node stand or fall together, because keeping the second is free;
-they are merged. Source: ETS, arXiv 2502.13575, with costs in tokens.
+they are merged. Source: ETS, arXiv 2502.13575, with costs in tokens. There every cluster is
+worth the same, worth_k = 1 / K.
 
 Three ways lead to the optimum, the cheapest first: `reduction.reduce_level` decides all there is; HiGHS solves the linear
 relaxation of the core, and it is integral; HiGHS solves the core as an integer program. A level whose best set is empty or
@@ -123,6 +124,7 @@ def solve(
     clusters: NDArray[np.int64] | None,  # int64[L], labels 0..K-1
     diversity_weight: float,
     budget: float | None = None,
+    worth: NDArray[np.float64] | None = None,  # float64[K], not negative, sums to 1; None: 1 / K each
 ) -> tuple[NDArray[np.bool_], SolverReport]:  # bool[L]
     """The leaves to keep. Deterministic: equal input gives equal output.
 
@@ -132,9 +134,10 @@ def solve(
     """
     started = time.perf_counter()
     labels = clusters if diversity_weight > 0 else None
-    core = _reduced(reward, tree, kv_weight, labels, diversity_weight)
+    bonus = _bonus(labels, diversity_weight, worth)
+    core = _reduced(reward, tree, kv_weight, labels, bonus)
     built = time.perf_counter()
-    values, path, answer, size = _solve_core(core, _bonus(labels, diversity_weight))
+    values, path, answer, size = _solve_core(core, bonus)
     held = np.zeros(tree.parent.size + 1, dtype=np.bool_)
     held[-1] = True  # leaf -1: the path costs nothing
     held[core.kept] = True
@@ -142,16 +145,18 @@ def solve(
         if value > KEPT:
             held[members] = True
     kept = held[tree.leaf]
-    value = _value(kept, held[:-1], reward, tree, kv_weight, labels, diversity_weight)
+    value = _value(kept, held[:-1], reward, tree, kv_weight, labels, bonus)
     if not kept.any() or (budget is not None and float(tree.cost[held[:-1]].sum()) > budget):
         path, size = "full", (0, 0)
-        kept, answer = _solve_full(reward, tree, kv_weight, labels, diversity_weight, budget)
-    num_clusters = int(labels.max()) + 1 if labels is not None else 0
+        kept, answer = _solve_full(reward, tree, kv_weight, labels, bonus, budget)
+    num_clusters = bonus.size
     num_groups = np.unique(tree.leaf).size
     report = SolverReport(
         status=answer.status,
         path=path,
-        objective=value if path != "full" else objective(kept, reward, tree, kv_weight, clusters, diversity_weight),
+        objective=value
+        if path != "full"
+        else objective(kept, reward, tree, kv_weight, clusters, diversity_weight, worth),
         gap=answer.gap,
         rows=num_groups + int((tree.parent >= 0).sum()) + num_clusters + 1,
         columns=num_groups + tree.parent.size + num_clusters,
@@ -170,18 +175,23 @@ def _value(
     tree: CostTree,
     kv_weight: float,
     clusters: NDArray[np.int64] | None,
-    diversity_weight: float,
+    bonus: NDArray[np.float64],  # float64[K]
 ) -> float:
     """`objective`, where the held cost nodes are known."""
     total = float(tree.cost.sum())
     cost = float(tree.cost[held].sum()) / total if total > 0 else 0.0
-    covered = np.unique(clusters[kept]).size * _bonus(clusters, diversity_weight) if clusters is not None else 0.0
+    covered = float(bonus[np.unique(clusters[kept])].sum()) if clusters is not None else 0.0
     return float(reward[kept].sum()) - kv_weight * cost + covered
 
 
-def _bonus(clusters: NDArray[np.int64] | None, diversity_weight: float) -> float:
-    """Worth of one covered cluster."""
-    return diversity_weight / (int(clusters.max()) + 1) if clusters is not None else 0.0
+def _bonus(
+    clusters: NDArray[np.int64] | None, diversity_weight: float, worth: NDArray[np.float64] | None
+) -> NDArray[np.float64]:  # float64[K]
+    """What covering each cluster adds to the objective."""
+    if clusters is None:
+        return np.zeros(0)
+    num_clusters = int(clusters.max()) + 1
+    return np.full(num_clusters, diversity_weight / num_clusters) if worth is None else diversity_weight * worth
 
 
 def _reduced(
@@ -189,7 +199,7 @@ def _reduced(
     tree: CostTree,
     kv_weight: float,
     clusters: NDArray[np.int64] | None,
-    diversity_weight: float,
+    bonus: NDArray[np.float64],  # float64[K]
 ) -> Core:
     num_nodes = tree.parent.size
     total = float(tree.cost.sum())
@@ -200,10 +210,10 @@ def _reduced(
         for node, cluster in zip(tree.leaf.tolist(), clusters.tolist(), strict=True):
             covers.setdefault(node, set()).add(cluster)
     free = covers.pop(-1, set())  # of leaves whose path costs nothing
-    return reduce_level(weight.tolist(), tree.parent.tolist(), covers, free, _bonus(clusters, diversity_weight))
+    return reduce_level(weight.tolist(), tree.parent.tolist(), covers, free, bonus.tolist())
 
 
-def _solve_core(core: Core, bonus: float) -> tuple[NDArray[np.float64], Path, _Answer, tuple[int, int]]:
+def _solve_core(core: Core, bonus: NDArray[np.float64]) -> tuple[NDArray[np.float64], Path, _Answer, tuple[int, int]]:
     """Values of the core's nodes, how they were found, and the core's rows and columns."""
     if not core.members:
         return np.zeros(0), "reduced", _Answer(np.zeros(0), "optimal", 0.0), (0, 0)
@@ -217,7 +227,7 @@ def _solve_core(core: Core, bonus: float) -> tuple[NDArray[np.float64], Path, _A
             nodes_of.setdefault(cluster, []).append(node)
     for place, cluster in enumerate(sorted(nodes_of)):
         rows.add_cover(num_nodes + place, np.array(nodes_of[cluster], dtype=np.int64))
-    gain = np.concatenate([core.weight, np.full(len(nodes_of), bonus)])
+    gain = np.concatenate([core.weight, bonus[sorted(nodes_of)]])
     answer = _run(_lp(gain, 0, rows))
     nodes = answer.values[:num_nodes]
     path: Path = "relaxation"
@@ -232,12 +242,12 @@ def _solve_full(
     tree: CostTree,
     kv_weight: float,
     clusters: NDArray[np.int64] | None,
-    diversity_weight: float,
+    bonus: NDArray[np.float64],  # float64[K]
     budget: float | None,
 ) -> tuple[NDArray[np.bool_], _Answer]:
     """The level as it stands, with the rows that the reductions do not know: at least one leaf, and the budget."""
     group_node, group_of_leaf = np.unique(tree.leaf, return_inverse=True)
-    answer = _run(_model(reward, tree, kv_weight, clusters, diversity_weight, budget, group_node, group_of_leaf))
+    answer = _run(_model(reward, tree, kv_weight, clusters, bonus, budget, group_node, group_of_leaf))
     return answer.values[: group_node.size][group_of_leaf] > KEPT, answer
 
 
@@ -265,6 +275,7 @@ def objective(
     kv_weight: float,
     clusters: NDArray[np.int64] | None,
     diversity_weight: float,
+    worth: NDArray[np.float64] | None = None,  # float64[K]
 ) -> float:
     """Value of a set of leaves, straight from the definition. The oracle of the tests."""
     held: set[int] = set()
@@ -274,7 +285,10 @@ def objective(
             node = int(tree.parent[node])
     total = float(tree.cost.sum())
     cost = float(tree.cost[sorted(held)].sum()) / total if total > 0 else 0.0
-    covered = len(set(clusters[kept].tolist())) / len(set(clusters.tolist())) if clusters is not None else 0.0
+    covered = 0.0
+    if clusters is not None:
+        num_clusters = len(set(clusters.tolist()))
+        covered = sum(1 / num_clusters if worth is None else float(worth[k]) for k in set(clusters[kept].tolist()))
     return float(reward[kept].sum()) - kv_weight * cost + diversity_weight * covered
 
 
@@ -283,18 +297,17 @@ def _model(
     tree: CostTree,
     kv_weight: float,
     clusters: NDArray[np.int64] | None,
-    diversity_weight: float,
+    bonus: NDArray[np.float64],  # float64[K]
     budget: float | None,
     group_node: NDArray[np.int64],  # int64[G], the cost node of each group of merged leaves
     group_of_leaf: NDArray[np.int64],  # int64[L]
 ) -> highspy.HighsLp:
     """Columns: G groups of leaves, M cost nodes, K clusters."""
     num_groups, num_nodes = group_node.size, tree.parent.size
-    num_clusters = int(clusters.max()) + 1 if clusters is not None and diversity_weight > 0 else 0
+    num_clusters = bonus.size
     total = float(tree.cost.sum())
     gain = np.bincount(group_of_leaf, weights=reward, minlength=num_groups)
     price = -kv_weight * tree.cost / total if total > 0 else np.zeros(num_nodes)
-    cover = np.full(num_clusters, diversity_weight / max(1, num_clusters))
 
     rows = _Rows([], [], [], [], [])
     groups = np.arange(num_groups)
@@ -308,7 +321,7 @@ def _model(
     if num_clusters and clusters is not None:
         for cluster in range(num_clusters):
             rows.add_cover(num_groups + num_nodes + cluster, np.unique(group_of_leaf[clusters == cluster]))
-    return _lp(np.concatenate([gain, price, cover]), num_groups, rows)
+    return _lp(np.concatenate([gain, price, bonus]), num_groups, rows)
 
 
 def _lp(gain: NDArray[np.float64], num_integer: int, rows: _Rows) -> highspy.HighsLp:

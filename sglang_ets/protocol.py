@@ -22,6 +22,7 @@ from sglang_ets.config import (
     Algorithm,
     AnswerEquality,
     AnswerRule,
+    Coverage,
     KvCost,
     SearchConfig,
 )
@@ -42,8 +43,14 @@ class SearchOptions(BaseModel):
     step_delimiter: str | list[str | int] | None = Field(None, description="Texts or token ids that end a step.")
     kv_cost_weight: float | None = Field(None, description="Worth of KV against scores (ets, ets_kv).")
     diversity_weight: float | None = Field(None, description="Worth of covering clusters of steps (ets).")
+    coverage: Coverage | None = Field(
+        None, description="What a cluster is worth: as much as any other, or the reward of its leaves."
+    )
     kv_cost: KvCost | None = Field(None, description="What kept KV is counted in.")
     cluster_distance: float | None = Field(None, description="Cosine distance below which two steps are one.")
+    center_embeddings: bool | None = Field(
+        None, description="Measure distances from the mean of the search's steps so far, not from the origin."
+    )
     rebase_temperature: float | None = Field(None, description="Softmax temperature over step scores.")
     score_aggregation: Aggregation | None = Field(None, description="Step scores to the score of a trajectory.")
     answer: AnswerRule | None = Field(None, description="How trajectories are ranked.")

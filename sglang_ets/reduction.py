@@ -1,7 +1,7 @@
 """What the integer program need not decide: exact reductions of a level before HiGHS sees it.
 
 A level is a forest of cost nodes. Keeping node v needs its parent, yields `weight[v]` (rewards of the leaves that end there
-minus its KV cost) and covers the clusters `covers[v]`, each worth `bonus` once. Without a KV budget, these keep an optimum:
+minus its KV cost) and covers the clusters `covers[v]`, each worth its `bonus` once. Without a KV budget, these keep an optimum:
 
 - worth keeping by itself (weight >= 0): kept whenever its parent is, so it becomes part of its parent; at a root it is kept;
 - never worth it: even with every cluster below it counted as new, the subtree loses: dropped;
@@ -52,7 +52,7 @@ def reduce_level(
     parent: list[int],  # M, a parent comes before its children; -1 at a root
     covers: dict[int, set[int]],  # by node; nodes that cover nothing are left out
     covered: set[int],  # clusters that free leaves cover already
-    bonus: float,  # worth of one covered cluster, not negative
+    bonus: list[float],  # worth of each cluster when it is covered, not negative
 ) -> Core:
     """Decide what can be decided. Changes its arguments."""
     num_nodes = len(weight)
@@ -71,7 +71,7 @@ def reduce_level(
     )
 
 
-def _pass(forest: _Forest, bonus: float) -> bool:
+def _pass(forest: _Forest, bonus: list[float]) -> bool:
     """One pass from the leaves to the roots. Returns whether another one may decide more."""
     size = len(forest.parent)
     num_folded = _fold_single_clusters(forest, bonus)
@@ -88,11 +88,11 @@ def _pass(forest: _Forest, bonus: float) -> bool:
     return bool(undecided) and (len(undecided) < size or num_folded > 0)
 
 
-def _decide(forest: _Forest, children: dict[int, list[int]], node: int, bonus: float) -> None:
+def _decide(forest: _Forest, children: dict[int, list[int]], node: int, bonus: list[float]) -> None:
     """Kept with its parent, dropped, made one with its only child, or left undecided as a child of its parent."""
     above = forest.parent[node]
     below = children.pop(node, [])
-    if len(below) > 1 and bonus > 0.0:
+    if len(below) > 1 and bonus:
         below = _without_dominated(forest, children, below)
     weight = forest.weight[node]
     if weight >= 0.0:
@@ -101,7 +101,7 @@ def _decide(forest: _Forest, children: dict[int, list[int]], node: int, bonus: f
             children.setdefault(above, []).extend(below)
         return
     covers = forest.covers.get(node, NOTHING)
-    upper = weight + bonus * len(covers) + sum([forest.upper[child] for child in below])
+    upper = weight + sum([bonus[cluster] for cluster in covers]) + sum([forest.upper[child] for child in below])
     if upper < 0.0:
         return
     if not covers and len(below) == 1:
@@ -148,7 +148,7 @@ def _without_dominated(forest: _Forest, children: dict[int, list[int]], below: l
     return [child for child in sorted(below) if child not in useless]
 
 
-def _fold_single_clusters(forest: _Forest, bonus: float) -> int:
+def _fold_single_clusters(forest: _Forest, bonus: list[float]) -> int:
     """Forget clusters covered for sure; give the worth of those that one node covers to that node. Returns how many."""
     owner: dict[int, int] = {}  # cluster -> the only node that covers it, or NOWHERE
     num_folded = 0
@@ -163,7 +163,7 @@ def _fold_single_clusters(forest: _Forest, bonus: float) -> int:
             owner[cluster] = NOWHERE if cluster in owner else node
     for cluster, node in owner.items():
         if node != NOWHERE:
-            forest.weight[node] += bonus
+            forest.weight[node] += bonus[cluster]
             forest.covers[node].discard(cluster)
             num_folded += 1
     return num_folded

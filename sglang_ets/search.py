@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_ets.answer import Trajectory
+from sglang_ets.clusters import RunningCenter
 from sglang_ets.config import SearchConfig
 from sglang_ets.ilp import CostTree
 from sglang_ets.selection import Level, Selection, num_groups
@@ -85,6 +86,7 @@ class Search:
         self._level: list[Node] = []  # nodes of the level that is being made
         self._leaves: list[Node] = []  # what `Select` asked about
         self._num_measured = 0
+        self._center = RunningCenter()
 
     @property
     def _waits_for_levels(self) -> bool:
@@ -127,15 +129,17 @@ class Search:
         return self._settled(node)
 
     def level(self, kv: CostTree) -> Level:
-        """The level that the last `Select` asked about; `kv` is the radix ledger's account of its leaves, in order."""
+        """The level that the last `Select` asked about; `kv` is the radix ledger's account of its leaves, in order.
+
+        To be asked for once a level: its embeddings become part of the running center.
+        """
         leaves = self._leaves
-        embeddings = [leaf.embedding for leaf in leaves]
         steps = [len(leaf.token_ids) for leaf in leaves]
         return Level(
             scores=np.array([leaf.score for leaf in leaves], dtype=np.float64),
             kv=kv,
             nodes=self._node_costs(leaves),
-            embeddings=None if any(e is None for e in embeddings) else np.stack(embeddings),  # type: ignore[arg-type]
+            embeddings=self._embeddings(leaves),
             subtree=np.array([leaf.subtree for leaf in leaves], dtype=np.int64),
             growth_tokens=self.remaining_width * sum(steps) / len(steps),
             remaining_width=self.remaining_width,
@@ -248,6 +252,14 @@ class Search:
             cost=np.ones(len(used)),
             leaf=np.array([index[leaf.id] for leaf in leaves], dtype=np.int64),
         )
+
+    def _embeddings(self, leaves: list[Node]) -> NDArray[np.float32] | None:
+        """float32[L, H] as clusters want them; None if the PRM gave none for some leaf."""
+        known = [leaf.embedding for leaf in leaves if leaf.embedding is not None]
+        if len(known) < len(leaves):
+            return None
+        embeddings = np.stack(known)
+        return self._center.centered(embeddings) if self.config.center_embeddings else embeddings
 
     def _forget_embedding(self, node: Node) -> None:
         """An embedding is only needed until its level is selected, unless the client wants to see it."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_ets.allocation import even_allocation, rebase_allocation
+from sglang_ets.allocation import even_allocation, inherited_scores, rebase_allocation
 from sglang_ets.clusters import cluster_labels
 from sglang_ets.config import Algorithm, SearchConfig
 from sglang_ets.ilp import BudgetTooSmall, CostTree, SolverFailure, SolverReport, solve
@@ -83,15 +83,21 @@ class Rebase:
 
 @dataclass(frozen=True)
 class Ets:
-    """The integer program chooses the leaves, REBASE shares the width over them. Source: arXiv 2502.13575."""
+    """The integer program chooses the leaves, REBASE shares the width over them. Source: arXiv 2502.13575.
+
+    With `coverage="reward"` (ours), a cluster is worth the reward of its leaves: keeping one of them earns what all that mean
+    the same were worth, and the kept leaves of a cluster inherit the width of those that are not kept.
+    """
 
     with_coverage: bool
 
     def select(self, level: Level, config: SearchConfig) -> Selection:
         shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
-        clusters = None
+        clusters = worth = None
         if self.with_coverage and level.embeddings is not None and config.coverage_weight > 0:
             clusters = cluster_labels(level.embeddings, config.cluster_distance)
+            if config.coverage == "reward":
+                worth = np.bincount(clusters, weights=shares / level.remaining_width).astype(np.float64)
         budget = None
         if config.kv_budget_tokens is not None:
             budget = config.kv_budget_tokens - level.growth_tokens
@@ -103,14 +109,18 @@ class Ets:
                 clusters,
                 config.coverage_weight,
                 budget,
+                worth,
             )
         except BudgetTooSmall:
             return Selection(np.zeros_like(shares), clusters)
         except SolverFailure:
             return Selection(shares, clusters, is_fallback=True)
         places = np.flatnonzero(kept)
+        scores = level.scores[places]
+        if clusters is not None and worth is not None:
+            scores = inherited_scores(level.scores, clusters, kept, config.rebase_temperature)[places]
         allocation = np.zeros_like(shares)
-        allocation[places] = rebase_allocation(level.scores[places], level.remaining_width, config.rebase_temperature)
+        allocation[places] = rebase_allocation(scores, level.remaining_width, config.rebase_temperature)
         return Selection(allocation, clusters, report)
 
 

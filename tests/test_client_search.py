@@ -136,7 +136,9 @@ def test_the_client_selects_as_well_as_the_core(
         scores=draw.random(size), kv=costs, nodes=costs, embeddings=draw.normal(size=(size, 3)).astype(np.float32),
         subtree=np.arange(size) % 2, growth_tokens=1.0, remaining_width=16, depth=3,
     )  # fmt: skip
-    config = SearchConfig(algorithm=algorithm, width=16, kv_cost_weight=weight, cluster_distance=0.3)
+    config = SearchConfig(
+        algorithm=algorithm, width=16, kv_cost_weight=weight, cluster_distance=0.3, coverage="uniform"
+    )
     client, core = choose(level, config), get_policy(algorithm).select(level, config)
     assert client.allocation.sum() == core.allocation.sum() == 16
     if algorithm in ("rebase", "dvts"):
@@ -159,6 +161,8 @@ def test_ets_without_embeddings_is_refused() -> None:
     size = len(leaf_ids)
     level = Level(np.ones(size), costs, costs, None, np.zeros(size, dtype=np.int64), 1.0, 4, 3)
     with pytest.raises(ValueError, match="encoder"):
+        choose(level, SearchConfig(algorithm="ets", width=4, coverage="uniform"))
+    with pytest.raises(ValueError, match="coverage must be uniform"):
         choose(level, SearchConfig(algorithm="ets", width=4))
 
 
@@ -214,7 +218,12 @@ def test_a_search_makes_two_calls_a_level(algorithm: Any) -> None:
 
     client = Client(policy, prm, Letters(), "=", encode)  # type: ignore[arg-type]
     config = SearchConfig(
-        width=4, step_delimiter=("\n",), algorithm=algorithm, max_tokens=64, answer_pattern="the_answer_is"
+        coverage="uniform",
+        width=4,
+        step_delimiter=("\n",),
+        algorithm=algorithm,
+        max_tokens=64,
+        answer_pattern="the_answer_is",
     )
     solved = client.solve("1+1\n", config)
     assert [len(side.calls) for side in (policy, prm)] == [2, 2]

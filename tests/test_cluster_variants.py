@@ -14,12 +14,14 @@ def steps(common: float, count: int = 6) -> list[Steps]:
     """Levels of two meanings along two axes, with a common direction of the given size and a little noise."""
     draw = np.random.default_rng(0)
     made = []
-    for _ in range(count):
+    for level in range(count):
+        tree = level // 2
         kinds = [0, 0, 0, 1, 1, 1]
         axes = np.eye(8)[kinds] + NOISE * draw.normal(size=(6, 8))
         axes[:, 7] += common
         made.append(
             Steps(
+                tree,
                 tuple(f"text {place}" for place in range(6)),
                 tuple(str(kind) for kind in kinds),
                 {(-1, "mean"): axes.astype(np.float32)},
@@ -39,9 +41,20 @@ def test_separate_meanings_are_found_with_the_right_number_of_clusters() -> None
 def test_a_common_direction_shrinks_distances_and_centring_gives_them_back() -> None:
     found = steps(common=10.0)
     sets = [level.embeddings[-1, "mean"] for level in found]
-    raw, centred = (figures(found, normalised(sets, how)) for how in ("raw", "centred on all"))
-    assert raw["median_other"] < 0.05 < centred["median_other"]
-    assert centred["auc"] == pytest.approx(1.0)
+    trees_of = [level.tree for level in found]
+    raw = figures(found, normalised(sets, trees_of, "raw"))
+    for how in ("centred on all", "centred on the search so far", "centred on other prompts"):
+        centred = figures(found, normalised(sets, trees_of, how))
+        assert raw["median_other"] < 0.05 < centred["median_other"]
+        assert centred["auc"] == pytest.approx(1.0)
+
+
+def test_the_search_so_far_and_other_prompts_are_what_they_say() -> None:
+    sets = [np.array(rows, dtype=np.float32) for rows in ([[1, 0], [3, 0]], [[6, 1], [6, 3]], [[0, 8], [0, 4]])]
+    so_far = normalised(sets, [0, 0, 1], "centred on the search so far")
+    assert [level.tolist() for level in so_far] == [[[-1, 0], [1, 0]], [[2, 0], [2, 2]], [[0, 2], [0, -2]]]
+    others = normalised(sets, [0, 0, 1], "centred on other prompts")
+    assert [level.tolist() for level in others] == [[[1, -6], [3, -6]], [[6, -5], [6, -3]], [[-4, 7], [-4, 3]]]
 
 
 def test_symbols_are_numbers_and_operators_in_order() -> None:

@@ -42,12 +42,16 @@ def choose(level: Level, config: SearchConfig) -> Selection:
     """As the core selects, with the integer program of ETS in its published form and solved by CBC.
 
     Raises:
-        ValueError: ets without an embedding of every leaf.
+        ValueError: ets without an embedding of every leaf, or with a coverage that the original does not have.
     """
     if config.algorithm not in ("ets", "ets_kv"):
         return get_policy(config.algorithm).select(level, config)
     clusters = None
     if config.algorithm == "ets":
+        if config.coverage != "uniform":
+            raise ValueError(
+                f"coverage must be uniform, as published, got {config.coverage!r}; the client knows no other"
+            )
         if level.embeddings is None:
             raise ValueError("ets needs an embedding of every leaf, got none; use --encoder or the algorithm ets_kv")
         clusters = cluster_labels(level.embeddings, config.cluster_distance)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_ets.allocation import even_allocation, rebase_allocation
+from sglang_ets.allocation import even_allocation, inherited_scores, rebase_allocation
 
 SCORES = st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=1, max_size=40)
 
@@ -54,3 +54,28 @@ def test_even_shares_differ_by_one_at_most(scores: list[float], width: int) -> N
     assert shares.sum() == width
     assert set(np.flatnonzero(shares)) <= set(kept.tolist())
     assert shares[kept].max() - shares[kept].min() <= 1
+
+
+def test_kept_leaves_inherit_the_weight_of_their_cluster() -> None:
+    # softmax weights 3, 1, 2, 2 at temperature .5; the first cluster weighs 4 whether one or both of its leaves are kept
+    scores = 0.5 * np.log([3.0, 1.0, 2.0, 2.0])
+    clusters = np.array([0, 0, 1, 2])
+    for kept in ([True, False, True, True], [False, True, True, True]):
+        raised = inherited_scores(scores, clusters, np.array(kept), 0.5)[kept]
+        assert rebase_allocation(raised, 8, 0.5).tolist() == [4, 2, 2]
+    assert inherited_scores(scores, clusters, np.ones(4, dtype=np.bool_), 0.5) == pytest.approx(scores)
+
+
+@settings(deadline=None)
+@given(
+    leaves=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), st.booleans()), min_size=1, max_size=20),
+    temperature=st.sampled_from([0.001, 0.2, 5.0]),
+)
+def test_inherited_scores_are_finite_and_never_lower(leaves: list[tuple[float, int, bool]], temperature: float) -> None:
+    scores = np.array([score for score, _, _ in leaves])
+    clusters = np.unique([cluster for _, cluster, _ in leaves], return_inverse=True)[1].astype(np.int64)
+    kept = np.array([keep for _, _, keep in leaves])
+    raised = inherited_scores(scores, clusters, kept, temperature)
+    assert np.isfinite(raised).all()
+    assert (raised >= scores - 1e-12).all()
+    assert raised[~kept].tolist() == scores[~kept].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_ets.clusters import cluster_labels, cosine_distances, first_occurrence_labels
+from sglang_ets.clusters import RunningCenter, cluster_labels, cosine_distances, first_occurrence_labels
 
 
 def at(*degrees: float) -> np.ndarray:  # type: ignore[type-arg]
@@ -35,3 +35,32 @@ def test_small_levels_and_zero_vectors() -> None:
     assert cluster_labels(np.array([[0, 0], [1, 0], [1, 0]], dtype=np.float32), 0.5).tolist() == [0, 1, 1]
     with pytest.raises(ValueError, match="finite"):
         cluster_labels(np.array([[np.nan, 1.0]], dtype=np.float32), 0.05)
+
+
+def test_zero_vectors_are_one_and_far_from_all_else() -> None:
+    distances = cosine_distances(np.array([[0, 0], [0, 0], [1, 0]], dtype=np.float32))
+    assert distances.tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
+
+
+def test_the_center_is_the_mean_of_this_and_all_levels_before() -> None:
+    center = RunningCenter()
+    first = np.array([[9, 1], [9, -1]], dtype=np.float32)
+    assert center.centered(first).tolist() == [[0, 1], [0, -1]]
+    second = np.array([[9, 3], [9, 3]], dtype=np.float32)  # mean of all four: (9, 1.5)
+    assert center.centered(second).tolist() == [[0, 1.5], [0, 1.5]]
+    assert first.tolist() == [[9, 1], [9, -1]], "what comes in stays as it is"
+
+
+def test_a_shared_direction_hides_meanings_until_it_is_taken_off() -> None:
+    meanings = np.repeat(np.eye(4, dtype=np.float32), 4, axis=0)
+    draw = np.random.default_rng(0)
+    embeddings = meanings + 20.0 + draw.normal(scale=0.05, size=(16, 4)).astype(np.float32)
+    assert cluster_labels(embeddings, 0.3).max() + 1 == 1
+    assert cluster_labels(RunningCenter().centered(embeddings), 0.3).tolist() == np.repeat(np.arange(4), 4).tolist()
+
+
+def test_what_differs_by_rounding_alone_is_one_cluster() -> None:
+    embeddings = np.ones((6, 8), dtype=np.float32) + np.random.default_rng(1).normal(scale=1e-6, size=(6, 8)).astype(
+        np.float32
+    )
+    assert cluster_labels(RunningCenter().centered(embeddings), 0.3).tolist() == [0] * 6

@@ -55,6 +55,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"kv_cost_weight": math.nan}, "kv_cost_weight must be"),
     ({"kv_cost_weight": None}, "kv_cost_weight must be"),
     ({"diversity_weight": math.inf}, "diversity_weight must be"),
+    ({"coverage": "all"}, "coverage must be one of uniform, reward, got 'all'"),
+    ({"center_embeddings": 1}, "center_embeddings must be true or false, got 1"),
     ({"kv_cost": "bytes"}, "kv_cost must be one of tokens, nodes"),
     ({"cluster_distance": 2.1}, "cluster_distance must be a number from 0 to 2, got 2.1"),
     ({"rebase_temperature": 0}, "rebase_temperature must be"),

@@ -34,17 +34,25 @@ def random_level(draw: np.random.Generator, num_leaves: int, *, unit_costs: bool
     return reward, CostTree(np.array(parent), cost, np.array(leaf)), clusters.astype(np.int64)
 
 
-def best_by_enumeration(problem: Problem, kv_weight: float, diversity_weight: float, with_clusters: bool) -> float:
+def random_worth(draw: np.random.Generator, clusters: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What clusters are worth when that differs; some are worth nothing."""
+    worth = draw.integers(0, 5, int(clusters.max()) + 1).astype(np.float64)
+    return worth / max(1.0, worth.sum())
+
+
+def best_by_enumeration(
+    problem: Problem, kv_weight: float, diversity_weight: float, with_clusters: bool, worth: NDArray[np.float64] | None
+) -> float:
     reward, tree, clusters = problem
     subsets = itertools.product([False, True], repeat=reward.size)
     return max(
-        objective(np.array(kept), reward, tree, kv_weight, clusters if with_clusters else None, diversity_weight)
+        objective(np.array(kept), reward, tree, kv_weight, clusters if with_clusters else None, diversity_weight, worth)
         for kept in subsets
         if any(kept)
     )
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(80))
 def test_equals_brute_force(seed: int) -> None:
     draw = np.random.default_rng(seed)
     problem = random_level(draw, int(draw.integers(1, 11)))
@@ -52,11 +60,12 @@ def test_equals_brute_force(seed: int) -> None:
     with_clusters = bool(seed % 2)
     reward, tree, clusters = problem
     used = clusters if with_clusters else None
-    kept, report = solve(reward, tree, kv_weight, used, diversity_weight)
+    worth = random_worth(draw, clusters) if with_clusters and seed % 4 == 1 else None
+    kept, report = solve(reward, tree, kv_weight, used, diversity_weight, worth=worth)
     assert kept.any()
     assert report.status == "optimal"
-    best = best_by_enumeration(problem, kv_weight, diversity_weight, with_clusters)
-    assert objective(kept, reward, tree, kv_weight, used, diversity_weight) == pytest.approx(best, abs=1e-9)
+    best = best_by_enumeration(problem, kv_weight, diversity_weight, with_clusters, worth)
+    assert objective(kept, reward, tree, kv_weight, used, diversity_weight, worth) == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize(("width", "num_seeds"), [(16, 700), (64, 280), (256, 24)])
@@ -70,11 +79,12 @@ def test_equals_cbc_on_the_published_formulation(width: int, num_seeds: int) -> 
             problem = (case.reward, case.tree, case.clusters)
         reward, tree, clusters = problem
         weights = float(draw.choice([0.5, 1.0, 2.0, 4.0])), float(draw.choice([0.2, 1.0, 1.45, 3.0]))
-        kept, report = solve(reward, tree, weights[0], clusters, weights[1])
-        own = objective(kept, reward, tree, weights[0], clusters, weights[1])
-        reference = solve_published(reward, tree, weights[0], clusters, weights[1])
+        worth = random_worth(draw, clusters) if seed % 5 == 0 else None  # coverage by reward, which is ours
+        kept, report = solve(reward, tree, weights[0], clusters, weights[1], worth=worth)
+        reference = solve_published(reward, tree, weights[0], clusters, weights[1], worth)
         assert report.status == "optimal"
-        assert own == pytest.approx(objective(reference, reward, tree, weights[0], clusters, weights[1]), abs=1e-9)
+        values = [objective(one, reward, tree, weights[0], clusters, weights[1], worth) for one in (kept, reference)]
+        assert values[0] == pytest.approx(values[1], abs=1e-9)
         paths.add(report.path)
     assert {"relaxation", "integer"} <= paths, "the levels must reach every way to the optimum"
 

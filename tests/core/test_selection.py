@@ -103,14 +103,27 @@ def test_ets_pays_for_new_meanings() -> None:
     embeddings = np.array([[1, 0], [1, 0.01], [0, 1]], dtype=np.float32)
     level = level_of(HAND_SCORES, 4, kv=SHARED, embeddings=embeddings)
     # two clusters, {0, 1} and {2}, each worth .5: all three: 1 - 1 + 1 = 1, {0, 1}: .05 + .5
-    covered = select("ets", level, diversity_weight=1.0)
+    covered = select("ets", level, diversity_weight=1.0, coverage="uniform")
     assert covered.clusters is not None
     assert covered.clusters.tolist() == [0, 0, 1]
     assert covered.allocation.tolist() == [2, 1, 1]
     assert covered.solver is not None
     assert covered.solver.objective == pytest.approx(1.0)
     # at weight 2.5 the second leaf is still nearly free, .25 - .125: {0, 1, 2}: 1 - 2.5 + 1 = -.5, {2}: .25 - .75 + .5 = 0
-    assert shares("ets", level, kv_cost_weight=2.5, diversity_weight=1.0) == [0, 0, 4]
+    assert shares("ets", level, kv_cost_weight=2.5, diversity_weight=1.0, coverage="uniform") == [0, 0, 4]
+
+
+def test_a_meaning_is_worth_the_reward_of_its_leaves() -> None:
+    embeddings = np.array([[1, 0], [1, 0.01], [0, 1]], dtype=np.float32)
+    level = level_of(HAND_SCORES, 4, kv=chains([10.0, 10.0, 10.0]), embeddings=embeddings)
+    # clusters {0, 1} worth .75 and {2} worth .25, a leaf costs .4: {0}: .5 - .4 + .75 = .85, {0, 2}: .75 - .8 + 1
+    kept = select("ets", level, kv_cost_weight=1.2, diversity_weight=1.0, coverage="reward")
+    assert kept.solver is not None
+    assert kept.solver.objective == pytest.approx(0.95)
+    assert kept.allocation.tolist() == [3, 0, 1], "the first leaf inherits the width of the second"
+    assert shares("ets", level, kv_cost_weight=1.2, diversity_weight=1.0, coverage="uniform") == [3, 0, 1]
+    # a poor meaning is not kept for its own sake: at weight 2 {0}: .5 - .67 + .75 against {0, 2}: .75 - 1.33 + 1
+    assert shares("ets", level, kv_cost_weight=2.0, diversity_weight=1.0, coverage="reward") == [4, 0, 0]
 
 
 def test_kv_can_be_counted_in_nodes() -> None:
@@ -182,6 +195,17 @@ def held_tokens(level: Level, kept: NDArray[np.int64]) -> float:
     return float(sum(level.kv.cost[node] for node in held))
 
 
+def assert_better_leaves_get_more(
+    level: Level, allocation: NDArray[np.int64], clusters: NDArray[np.int64] | None
+) -> None:
+    """Of retained leaves a better one never gets less, within a cluster where clusters inherit."""
+    groups = np.zeros_like(allocation) if clusters is None else clusters
+    order = np.argsort(-level.scores, kind="stable")
+    for group in np.unique(groups):
+        retained = [int(allocation[place]) for place in order if groups[place] == group and allocation[place]]
+        assert retained == sorted(retained, reverse=True)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @settings(deadline=None, max_examples=60)
 @given(scores=SCORES, width=st.integers(1, 64), seed=st.integers(0, 10_000), weight=st.sampled_from([0.0, 1.0, 4.0]))
@@ -198,9 +222,11 @@ def test_every_policy_spends_the_whole_width_on_leaves(
     assert not first.is_fallback
     for old, new in zip(before, [level.scores, level.kv.cost, level.subtree], strict=True):
         assert old.tolist() == new.tolist(), "selection changes nothing"
-    order = np.argsort(-level.scores, kind="stable")
-    retained = [int(share) for share in first.allocation[order] if share]
-    assert retained == sorted(retained, reverse=True), "of retained leaves a better one never gets less"
+    assert_better_leaves_get_more(level, first.allocation, first.clusters)
+    if algorithm == "ets":
+        published = select(algorithm, level, kv_cost_weight=weight, coverage="uniform")
+        assert published.allocation.sum() == width
+        assert_better_leaves_get_more(level, published.allocation, None)
 
 
 @settings(deadline=None, max_examples=100)
