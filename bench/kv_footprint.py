@@ -55,12 +55,10 @@ class Setting:
         return f"{self.name}@{self.width}"
 
 
-def settings(
-    widths: list[int], kv_weights: list[float], kv_costs: list[str], equal_weights: list[float]
-) -> list[Setting]:
+def settings(widths: list[int], kv_weights: list[float], kv_costs: list[str]) -> list[Setting]:
     """Greedy once; per width self-consistency, the four plain policies and ETS at each cost and cost weight.
 
-    `ets` covers by reward, `ets uniform` as published. `equal_weights`: settings where coverage weighs as much as KV.
+    `ets` covers by reward, `ets uniform` as published.
     """
     made = [Setting("greedy", 1, {})]
     for width in widths:
@@ -72,9 +70,6 @@ def settings(
             made.append(Setting(f"ets_kv {suffix}", width, {"algorithm": "ets_kv", **search}))
             made.append(Setting(f"ets {suffix}", width, {"algorithm": "ets", "coverage": "reward", **search}))
             made.append(Setting(f"ets uniform {suffix}", width, {"algorithm": "ets", "coverage": "uniform", **search}))
-        for weight in equal_weights:
-            search = {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": weight, "diversity_weight": weight}
-            made.append(Setting(f"ets b=d={weight:g}", width, search))
     return made
 
 
@@ -218,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server; default: start one with the embedded models")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--kv-weights", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--kv-weights", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--kv-costs", nargs="+", default=["tokens"], choices=["tokens", "nodes"])
     parser.add_argument(
         "--equal-weights", type=float, nargs="+", default=[4.0], help="of both KV and coverage, for ets"
@@ -236,14 +231,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/kv_footprint.jsonl")
     args = parser.parse_args()
     if args.smoke:
-        args.widths, args.kv_weights, args.equal_weights, args.problems = [8], [1.0], [4.0], 4
+        args.widths, args.kv_weights, args.problems = [8], [1.0], 4
     out = args.out or rows.RESULTS / ("kv_footprint_smoke.jsonl" if args.smoke else "kv_footprint.jsonl")
     problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()][: args.problems]
     known = {(row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
     todo = [
         (setting, problem)
         for problem in problems  # problem by problem, so that an interrupted run compares equal sets
-        for setting in settings(args.widths, args.kv_weights, args.kv_costs, args.equal_weights)
+        for setting in settings(args.widths, args.kv_weights, args.kv_costs)
         if (not args.only or setting.name in args.only) and (setting.key, problem["prompt"], args.seed) not in known
     ]
     with _clients(args.url, args.servers) as clients, ThreadPoolExecutor(args.in_flight * len(clients)) as pool:

@@ -58,6 +58,11 @@ def kv_table() -> str:
     return kv_footprint.table(list(rows.read(rows.RESULTS / "kv_footprint.jsonl")), seed=0)[0]
 
 
+def width64_table() -> str:
+    """Four policies on all held-out problems at width 64, by `kv_footprint.py`."""
+    return kv_footprint.table(list(rows.read(rows.RESULTS / "kv_width64.jsonl")), seed=0)[0]
+
+
 def coverage_table() -> str:
     """All complete problems of `coverage.py`."""
     return coverage.table(coverage.summaries(list(rows.read(rows.RESULTS / "coverage.jsonl")), seed=0))
@@ -77,6 +82,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "selection": selection_table,
     "clusters": cluster_table,
     "kv": kv_table,
+    "width64": width64_table,
     "coverage": coverage_table,
     "kept": kept_table,
     "throughput": throughput_table,

@@ -141,8 +141,7 @@ def configs(width: int) -> Iterator[SearchConfig]:
                     coverage="uniform",
                 )  # fmt: skip
     for kv_weight in (1.0, 2.0, 4.0):
-        for weight in (None, kv_weight):
-            yield SearchConfig(algorithm="ets", width=width, kv_cost_weight=kv_weight, diversity_weight=weight)
+        yield SearchConfig(algorithm="ets", width=width, kv_cost_weight=kv_weight)
 
 
 def trees(
@@ -188,7 +187,7 @@ def name_of(config: SearchConfig) -> str:
     if config.algorithm != "ets":
         return config.algorithm
     coverage = " reward" if config.coverage == "reward" else ""
-    return f"ets b={config.kv_cost_weight:g} d={config.coverage_weight:g} {config.kv_cost}{coverage}"
+    return f"ets b={config.cost_weight:g} d={config.coverage_weight:g} {config.kv_cost}{coverage}"
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ MAX_STEPS_LIMIT = 1024
 MAX_PATTERN_CHARS = 500
 MAX_DELIMITERS = 16
 MAX_WEIGHT = 1e6
+PUBLISHED_COST_WEIGHT, REWARD_COST_WEIGHT = 1.0, 4.0
 # Coverage weight by width, as published (field note 1; SqueezeAILab/ETS).
 DIVERSITY_WEIGHTS = {16: 1.5, 64: 1.4, 256: 1.45}
 
@@ -44,8 +45,8 @@ class SearchConfig:
     max_steps: int = 25  # depth of the tree (ETS: 25)
     max_step_tokens: int = 256  # policy model tokens of one step (ETS: 256)
     step_delimiter: tuple[str | int, ...] = ("\n\n",)  # texts or token ids that end a step
-    kv_cost_weight: float = 1.0  # lambda_b: worth of the whole level's KV against the whole level's score (ETS: 1.0)
-    diversity_weight: float | None = None  # lambda_d: worth of covering every cluster; None: published for the width
+    kv_cost_weight: float | None = None  # lambda_b: worth of the level's KV against its score; None: see `cost_weight`
+    diversity_weight: float | None = None  # lambda_d: worth of covering every cluster; None: see `coverage_weight`
     coverage: Coverage = "reward"  # what a cluster is worth: the reward of its leaves, or as much as any other (ETS)
     kv_cost: KvCost = "tokens"  # what kept KV is counted in
     cluster_distance: float = 0.3  # cosine distance below which steps mean the same, 0..2 (ETS: 0.05 with a BERT)
@@ -71,9 +72,9 @@ class SearchConfig:
         _integer("max_steps", self.max_steps, 1, MAX_STEPS_LIMIT)
         _integer("max_step_tokens", self.max_step_tokens, 1, None)
         _delimiters(self.step_delimiter)
-        _number("kv_cost_weight", self.kv_cost_weight, 0.0, MAX_WEIGHT)
-        if self.diversity_weight is not None:
-            _number("diversity_weight", self.diversity_weight, 0.0, MAX_WEIGHT)
+        for name in ("kv_cost_weight", "diversity_weight"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0.0, MAX_WEIGHT)
         _choice("coverage", self.coverage, get_args(Coverage))
         _choice("kv_cost", self.kv_cost, get_args(KvCost))
         _number("cluster_distance", self.cluster_distance, 0.0, 2.0)
@@ -105,10 +106,23 @@ class SearchConfig:
         _integer("seed", self.seed, 0, 2**63 - 1)
 
     @property
+    def _covers_by_reward(self) -> bool:
+        return self.algorithm == "ets" and self.coverage == "reward"
+
+    @property
+    def cost_weight(self) -> float:
+        """`kv_cost_weight`, or 4 where coverage is by reward (README, results at width 64) and the published 1 elsewhere."""
+        if self.kv_cost_weight is not None:
+            return self.kv_cost_weight
+        return REWARD_COST_WEIGHT if self._covers_by_reward else PUBLISHED_COST_WEIGHT
+
+    @property
     def coverage_weight(self) -> float:
-        """`diversity_weight`, or the published one of the nearest width (the smaller width on a tie)."""
+        """`diversity_weight`, or `cost_weight` where coverage is by reward, or the published one of the nearest width."""
         if self.diversity_weight is not None:
             return self.diversity_weight
+        if self._covers_by_reward:
+            return self.cost_weight
         nearest = min(DIVERSITY_WEIGHTS, key=lambda width: (abs(width - self.width), width))
         return DIVERSITY_WEIGHTS[nearest]
 
@@ -165,7 +179,7 @@ class SearchConfig:
         return cls(**values)
 
 
-NULLABLE = ("diversity_weight", "kv_budget_tokens", "deadline_s")
+NULLABLE = ("kv_cost_weight", "diversity_weight", "kv_budget_tokens", "deadline_s")
 
 
 def _wrong(field: str, rule: str, value: object, remedy: str) -> ValueError:

@@ -157,6 +157,8 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
         "width": config.width,
         "seed": config.seed,
         "rebase_temperature": config.rebase_temperature,
+        "kv_cost_weight": config.cost_weight,
+        "diversity_weight": config.coverage_weight,
         "finish_reason": live.end_reason,
         "levels": len(live.kv),
         "nodes_made": len(nodes),

@@ -105,7 +105,7 @@ class Ets:
             kept, report = solve(
                 shares / level.remaining_width,
                 level.kv if config.kv_cost == "tokens" else level.nodes,
-                config.kv_cost_weight,
+                config.cost_weight,
                 clusters,
                 config.coverage_weight,
                 budget,

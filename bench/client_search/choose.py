@@ -71,7 +71,7 @@ def kept_leaves(
     tree = level.kv if config.kv_cost == "tokens" else level.nodes
     labels = np.zeros(level.scores.size, dtype=np.int64) if clusters is None else clusters
     weight = 0.0 if clusters is None else config.coverage_weight
-    return solve_published(shares / level.remaining_width, tree, config.kv_cost_weight, labels, weight)
+    return solve_published(shares / level.remaining_width, tree, config.cost_weight, labels, weight)
 
 
 def needs_embedding(node: Node, config: SearchConfig) -> bool:

@@ -53,7 +53,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"step_delimiter": (True,)}, "True is neither"),
     ({"kv_cost_weight": -0.1}, "kv_cost_weight must be a number from 0 to 1e"),
     ({"kv_cost_weight": math.nan}, "kv_cost_weight must be"),
-    ({"kv_cost_weight": None}, "kv_cost_weight must be"),
+    ({"kv_cost_weight": True}, "kv_cost_weight must be"),
     ({"diversity_weight": math.inf}, "diversity_weight must be"),
     ({"coverage": "all"}, "coverage must be one of uniform, reward, got 'all'"),
     ({"center_embeddings": 1}, "center_embeddings must be true or false, got 1"),
@@ -109,8 +109,16 @@ def test_settings_cannot_be_changed() -> None:
     ("width", "weight"), [(2, 1.5), (16, 1.5), (40, 1.5), (41, 1.4), (64, 1.4), (160, 1.4), (161, 1.45), (1024, 1.45)]
 )
 def test_coverage_weight_is_the_published_one_of_the_nearest_width(width: int, weight: float) -> None:
-    assert SearchConfig(width=width).coverage_weight == weight
-    assert SearchConfig(width=width, diversity_weight=0.0).coverage_weight == 0.0
+    config = SearchConfig(width=width, coverage="uniform")
+    assert (config.cost_weight, config.coverage_weight) == (1.0, weight)
+    assert SearchConfig(width=width, coverage="uniform", diversity_weight=0.0).coverage_weight == 0.0
+
+
+def test_coverage_by_reward_weighs_as_much_as_kv() -> None:
+    assert (SearchConfig().cost_weight, SearchConfig().coverage_weight) == (4.0, 4.0)
+    assert SearchConfig(kv_cost_weight=2).coverage_weight == 2
+    assert SearchConfig(diversity_weight=0.5).coverage_weight == 0.5
+    assert SearchConfig(algorithm="ets_kv").cost_weight == 1.0
 
 
 def test_a_request_wins_over_the_server_and_the_server_over_the_fields() -> None:
