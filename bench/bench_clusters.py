@@ -21,6 +21,7 @@ from bench.server import running_server
 
 PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
 ANSWER = re.compile(r"The answer is (-?\d+)")
+SEARCH = {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": 1.0, "diversity_weight": 1.5}
 FIGURES = ("leaves", "distinct_texts", "distinct_meanings", "clusters", "purity", "kv_tokens_mean", "is_right")
 
 
@@ -32,7 +33,7 @@ def solve(client: openai.OpenAI, problem: dict[str, Any], width: int, cut: float
         seed=seed,
         extra_body={
             "search_width": width,
-            "search": {"algorithm": "ets", "cluster_distance": cut, "return_tree": True},
+            "search": {**SEARCH, "cluster_distance": cut, "return_tree": True},
         },
     )
     found = ANSWER.findall(answer.choices[0].text)

@@ -6,7 +6,8 @@
 ETS-KV is ETS without its coverage term: it trusts the PRM alone. The strong PRM is the shipped one. The weak one is the policy
 model itself, judging the probability of its own results: it is sure of its own mistakes. Both see the same problems, and each
 policy is run at several cost weights, so that curves of accuracy against KV are compared and not single settings. The coverage
-term is the published one, the same for every cluster, on clusters of embeddings as they are.
+term of `d` is the published one, the same for every cluster, on clusters of embeddings as they are; `reward` is the server's
+default.
 
 One problem under one setting is a row; a run that was interrupted goes on where it stopped.
 """
@@ -53,6 +54,8 @@ class Grid:
             for weight in self.diversity_weights:
                 search = {"algorithm": "ets", "kv_cost_weight": kv_weight, "diversity_weight": weight, **PUBLISHED}
                 made.append(Setting(f"ets b={kv_weight:g} d={weight:g}", self.width, search))
+            search = {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": kv_weight}
+            made.append(Setting(f"ets reward b={kv_weight:g}", self.width, search))
         return made
 
 
@@ -153,10 +156,10 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, prm in zip(axes[0], prms, strict=True):
         curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for s in (s for s in lines if s["prm"] == prm):
-            name = s["policy"].split(" d=")[-1] if " d=" in s["policy"] else s["policy"]
+            name = s["policy"].split(" d=")[-1] if " d=" in s["policy"] else s["policy"].split(" b=")[0]
             curves[name].append((s["kv_tokens_mean"], s["accuracy"]))
         for name, points in curves.items():
-            label = f"ETS d={name}" if len(points) > 1 else name
+            label = f"ets d={name}" if name[0].isdigit() else name
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         axis.set(title=f"{prm} PRM", xlabel="KV tokens held (mean over levels)", ylabel="accuracy")
         axis.legend(fontsize=7)

@@ -16,7 +16,8 @@ def row(policy: str, problem: str, is_right: bool, held: float) -> dict[str, Any
 
 def test_a_grid_has_the_baselines_and_every_pair_of_weights() -> None:
     names = [setting.name for setting in Grid(16, [1.0, 2.0], [0.0, 1.5]).settings()]
-    assert names == ["rebase", "best_of_n", "dvts", "ets b=1 d=0", "ets b=1 d=1.5", "ets b=2 d=0", "ets b=2 d=1.5"]
+    pairs = ["ets b=1 d=0", "ets b=1 d=1.5", "ets reward b=1", "ets b=2 d=0", "ets b=2 d=1.5", "ets reward b=2"]
+    assert names == ["rebase", "best_of_n", "dvts", *pairs]
 
 
 def test_the_weak_prm_is_the_policy_model_in_the_format_of_the_strong_one(tmp_path: Path) -> None:
