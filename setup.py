@@ -11,6 +11,7 @@ INSTALL_REQUIRES = [
     "torch",
     "triton",
     "numpy",
+    "numba",
     "scipy",
     "regex",
     "highspy>=1.9",

@@ -1,6 +1,7 @@
-"""The three Triton kernels of the search, each beside its torch reference; imported as `sglang_ets.kernels`.
+"""Kernels, each beside its torch reference; imported as `sglang_ets.kernels`.
 
-One file per kernel: the reference (specification and CPU path), the Triton kernel, the launcher that chooses.
+One file per kernel: the reference (specification and CPU path), the Triton kernel, the launcher that chooses. `paged_attention`
+is the other way round: for the CPU only, in Numba, because a GPU has sglang's own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ if __name__ != "sglang_ets.kernels":
     )
 
 from sglang_ets.kernels.dispatch import Backend, choose_backend, describe_backend
+from sglang_ets.kernels.paged_attention import paged_attention, paged_attention_reference
 from sglang_ets.kernels.pairwise_cosine import pairwise_cosine, pairwise_cosine_reference
 from sglang_ets.kernels.step_pool import step_pool, step_pool_reference
 from sglang_ets.kernels.step_score import Activation, step_score, step_score_reference
@@ -21,6 +23,8 @@ __all__ = [
     "Backend",
     "choose_backend",
     "describe_backend",
+    "paged_attention",
+    "paged_attention_reference",
     "pairwise_cosine",
     "pairwise_cosine_reference",
     "step_pool",

@@ -1,7 +1,8 @@
-"""Extension of a cached prefix on the CPU in time linear in the prefix.
+"""Attention on the CPU that reads the pages of all sequences in place, in time linear in the new tokens.
 
-The stock backend pads the queries of an extend to the whole sequence and throws the padding's output away. A search
-extends long prefixes by short steps, in the policy model and in the PRM, so nearly all of that work is waste.
+The stock backend calls torch once for each sequence, after copying its keys and values; for an extend it also pads the
+queries to the whole sequence and throws the padding's output away. A search decodes hundreds of short rows at once and extends
+long prefixes by short steps, in the policy model and in the PRM: on the CPU most of its time went there.
 """
 
 from __future__ import annotations
@@ -10,73 +11,68 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang_ets.kernels import paged_attention
 from sglang_ets.patches.record import Patch
-from torch.nn.functional import scaled_dot_product_attention
 
 BACKEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+NUM_EXTEND, NUM_DECODE = 10, 8  # tensors that the backend passes by position; the last is encoder_lens
 
 
-def extend_real_rows(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Stock code for cross attention, sliding windows and full attention; ours for plain causal decoders."""
-    is_plain = kwargs.get("causal") and not kwargs.get("is_cross_attn") and kwargs.get("sliding_window_size") is None
-    if not is_plain or len(args) != NUM_POSITIONAL or args[-1] is not None:
+def extend(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`_run_sdpa_forward_extend`: ours for plain causal decoders, else the stock code."""
+    if not (kwargs.get("causal") and is_plain(args, kwargs, NUM_EXTEND)):
         return original(backend, *args, **kwargs)
-    return causal_extend(*args[:-1], scaling=kwargs.get("scaling"), enable_gqa=kwargs.get("enable_gqa", False))
+    *tensors, rows, kv_lengths, _, new_lengths, _ = args
+    return attend(tensors, rows, kv_lengths, new_lengths.tolist(), kwargs)
 
 
-NUM_POSITIONAL = 10  # tensors that the backend passes by position; the last is encoder_lens
+def decode(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`_run_sdpa_forward_decode`: ours for plain decoders, else the stock code."""
+    if not is_plain(args, kwargs, NUM_DECODE):
+        return original(backend, *args, **kwargs)
+    *tensors, rows, kv_lengths, _ = args
+    return attend(tensors, rows, kv_lengths, [1] * len(rows), kwargs)
 
 
-def causal_extend(
-    query: torch.Tensor,  # [tokens, heads, head_size], the new tokens of all sequences
-    output: torch.Tensor,  # [tokens, heads, value_size], written
-    k_cache: torch.Tensor,  # [pool, kv_heads, head_size]
-    v_cache: torch.Tensor,  # [pool, kv_heads, value_size]
-    req_to_token: torch.Tensor,  # int[requests, context]: pool slot of each position
-    req_pool_indices: torch.Tensor,  # int[sequences]
-    seq_lens: torch.Tensor,  # int[sequences], prefix and new tokens
-    extend_prefix_lens: torch.Tensor,  # int[sequences]
-    extend_seq_lens: torch.Tensor,  # int[sequences]
-    *,
-    scaling: float | None,
-    enable_gqa: bool,
+def is_plain(args: tuple[Any, ...], kwargs: dict[str, Any], num_tensors: int) -> bool:
+    """No cross attention, no sliding window, and the arguments that this pin of sglang passes."""
+    is_other = kwargs.get("is_cross_attn") or kwargs.get("sliding_window_size") is not None
+    return not is_other and len(args) == num_tensors and args[-1] is None
+
+
+def attend(
+    tensors: list[torch.Tensor],  # query, output, key pool, value pool, req_to_token
+    rows: torch.Tensor,  # int[sequences]
+    kv_lengths: torch.Tensor,  # int[sequences]
+    new_lengths: list[int],
+    kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """Causal attention of each sequence's new tokens over its prefix and themselves. Returns `output`."""
-    lengths = zip(
-        req_pool_indices.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(), extend_seq_lens.tolist(), strict=True
-    )
-    start = 0
-    for row, num_kv, num_prefix, num_new in lengths:
-        slots = req_to_token[row, :num_kv]
-        new = slice(start, start + num_new)
-        out = scaled_dot_product_attention(
-            query[new].transpose(0, 1).unsqueeze(0),
-            k_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
-            v_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
-            attn_mask=_bottom_right(num_new, num_kv, query.device) if num_prefix and num_new > 1 else None,
-            is_causal=num_prefix == 0 and num_new > 1,  # a single new token sees everything before it
-            scale=scaling,
-            enable_gqa=enable_gqa,
-        )
-        output[new] = out.squeeze(0).transpose(0, 1)
-        start += num_new
-    return output
+    """Writes and returns the output."""
+    paged_attention(*tensors, rows.tolist(), kv_lengths.tolist(), new_lengths, kwargs.get("scaling"))
+    return tensors[1]
 
 
-def _bottom_right(num_new: int, num_kv: int, device: torch.device) -> torch.Tensor:
-    """bool[new, kv]: new token i sees the prefix and the new tokens up to itself."""
-    return torch.ones(num_new, num_kv, dtype=torch.bool, device=device).tril(num_kv - num_new)
-
+UPSTREAM = "none: not reported yet"
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{BACKEND}._run_sdpa_forward_extend",
         "around",
-        "sglang_ets.patches.torch_native:extend_real_rows",
+        "sglang_ets.patches.torch_native:extend",
         "cd0f84f549310107925def9608c902872bac6fb777230cea44e22d79bf5a4d43",
         "computes attention for the new tokens only; the stock code computes it for the whole sequence",
-        "none: not reported yet",
+        UPSTREAM,
         "the stock backend stops padding the queries of an extend",
+        "cpu",
+    ),
+    Patch(
+        f"{BACKEND}._run_sdpa_forward_decode",
+        "around",
+        "sglang_ets.patches.torch_native:decode",
+        "062856df45d2fe123fa34fa78628eb79e2ddacbd133cb4f8e69825bb7b123d3d",
+        "one kernel for all rows of a decode; the stock code copies the keys and values of one row after another",
+        UPSTREAM,
+        "the stock backend decodes all rows at once",
         "cpu",
     ),
 )

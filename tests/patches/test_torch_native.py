@@ -1,4 +1,4 @@
-"""Extending a prefix gives the stock backend's results, at the cost of the new tokens only."""
+"""Attention of the stock CPU backend and ours give the same results; ours computes the new tokens only, in one call."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang_ets.patches import torch_native
-from sglang_ets.patches.torch_native import extend_real_rows
+from sglang_ets.patches.torch_native import decode, extend
 
 HEADS, HEAD_SIZE, POOL = 4, 16, 600
 STOCK = TorchNativeAttnBackend._run_sdpa_forward_extend
+STOCK_DECODE = TorchNativeAttnBackend._run_sdpa_forward_decode
+BACKEND = SimpleNamespace(_make_sliding_window_mask=TorchNativeAttnBackend._make_sliding_window_mask)
 
 
 def inputs(prefix: list[int], new: list[int], kv_heads: int) -> list[Any]:
@@ -29,11 +30,19 @@ def inputs(prefix: list[int], new: list[int], kv_heads: int) -> list[Any]:
     return [query, torch.zeros_like(query), *caches, rows, torch.arange(1, len(new) + 1), *lengths, None]
 
 
-def both(prefix: list[int], new: list[int], kv_heads: int = HEADS, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    settings = {"scaling": 0.3, "enable_gqa": kv_heads != HEADS, "causal": True, **kwargs}
-    backend = SimpleNamespace(_make_sliding_window_mask=TorchNativeAttnBackend._make_sliding_window_mask)
-    stock = STOCK(backend, *inputs(prefix, new, kv_heads), **settings)
-    return stock, extend_real_rows(STOCK, backend, *inputs(prefix, new, kv_heads), **settings)
+def both(prefix: list[int], new: list[int], kv_heads: int = HEADS) -> tuple[torch.Tensor, torch.Tensor]:
+    settings = {"scaling": 0.3, "enable_gqa": kv_heads != HEADS, "causal": True}
+    stock = STOCK(BACKEND, *inputs(prefix, new, kv_heads), **settings)
+    return stock, extend(not_called, BACKEND, *inputs(prefix, new, kv_heads), **settings)
+
+
+def decode_inputs(lengths: list[int], kv_heads: int) -> list[Any]:
+    *tensors, rows, kv_lengths, _, _, _ = inputs([length - 1 for length in lengths], [1] * len(lengths), kv_heads)
+    return [*tensors, rows, kv_lengths, None]
+
+
+def not_called(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+    raise AssertionError("the stock code was called")
 
 
 @pytest.mark.parametrize("kv_heads", [HEADS, 2])
@@ -46,22 +55,35 @@ def test_equals_the_stock_backend(prefix: list[int], new: list[int], kv_heads: i
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
 
 
-def test_long_prefixes_take_our_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[tuple[int, ...]] = []
-    sdpa = torch_native.scaled_dot_product_attention
-
-    def spy(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        shapes.append(tuple(query.shape))
-        return sdpa(query, *args, **kwargs)
-
-    monkeypatch.setattr(torch_native, "scaled_dot_product_attention", spy)
-    both([200, 90], [3, 1])
-    assert shapes == [(1, HEADS, 3, HEAD_SIZE), (1, HEADS, 1, HEAD_SIZE)]
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+@pytest.mark.parametrize("lengths", [[1], [2, 1], [90, 40, 1, 17]])
+def test_decode_equals_the_stock_backend(lengths: list[int], kv_heads: int) -> None:
+    settings = {"scaling": 0.3, "enable_gqa": kv_heads != HEADS, "causal": False}
+    stock = STOCK_DECODE(BACKEND, *decode_inputs(lengths, kv_heads), **settings)
+    ours = decode(not_called, BACKEND, *decode_inputs(lengths, kv_heads), **settings)
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kwargs", [{"causal": False}, {"is_cross_attn": True}, {"sliding_window_size": 4}])
-def test_other_kinds_of_attention_stay_with_the_stock_code(kwargs: dict[str, Any]) -> None:
+OTHER_KINDS = [{"is_cross_attn": True}, {"sliding_window_size": 4}]
+
+
+@pytest.mark.parametrize("kwargs", [{"causal": False}, *OTHER_KINDS])
+def test_other_kinds_of_extend_stay_with_the_stock_code(kwargs: dict[str, Any]) -> None:
     called: list[Any] = []
     args = inputs([4], [2], HEADS)
-    extend_real_rows(lambda *got, **more: called.append((got, more)), "backend", *args, **{"causal": True, **kwargs})
-    assert len(called) == 1
+    extend(lambda *got, **more: called.append((got, more)), "backend", *args, **{"causal": True, **kwargs})
+    assert called == [(("backend", *args), {"causal": True, **kwargs})]
+
+
+@pytest.mark.parametrize("kwargs", OTHER_KINDS)
+def test_other_kinds_of_decode_stay_with_the_stock_code(kwargs: dict[str, Any]) -> None:
+    called: list[Any] = []
+    decode(lambda *_got, **more: called.append(more), "backend", *decode_inputs([4], HEADS), **kwargs)
+    assert called == [kwargs]
+
+
+def test_encoder_lengths_stay_with_the_stock_code() -> None:
+    called: list[int] = []
+    *tensors, _ = decode_inputs([4], HEADS)
+    decode(lambda *got, **_more: called.append(len(got)), "backend", *tensors, torch.tensor([2]))
+    assert called == [9]

@@ -1,0 +1,197 @@
+"""Causal attention of new tokens over a paged KV cache, on the CPU.
+
+A search decodes hundreds of short rows at once. A loop of torch calls over them spends its time between the calls, and
+padding them to one length moves more memory than it reads. The Numba kernel goes over the rows' pages in place. Rows do not
+touch each other, so what else is in a batch never changes a result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import scaled_dot_product_attention
+
+FEW_NEW_TOKENS = 16  # from here on torch's blocked attention of one sequence is faster than row by row
+_REORDERING = {"reassoc", "contract", "arcp", "nsz"}  # lets sums be vectorised; infinities and NaN keep their meaning
+
+
+def paged_attention_reference(
+    query: torch.Tensor,  # [tokens, heads, head_size], the new tokens of all sequences
+    output: torch.Tensor,  # [tokens, heads, value_size], written
+    k_cache: torch.Tensor,  # [pool, kv_heads, head_size]
+    v_cache: torch.Tensor,  # [pool, kv_heads, value_size]
+    req_to_token: torch.Tensor,  # int[requests, context]: pool slot of each position
+    rows: list[int],  # row of req_to_token of each sequence
+    kv_lengths: list[int],  # cached and new tokens of each sequence; the new ones are the last
+    new_lengths: list[int],  # new tokens of each sequence
+    scaling: float | None = None,  # of the scores; default 1 / sqrt(head_size)
+) -> None:
+    """Each sequence's new tokens over all before them and themselves; one torch call a sequence."""
+    start = 0
+    for row, num_kv, num_new in zip(rows, kv_lengths, new_lengths, strict=True):
+        _attend_sequence(
+            query[start : start + num_new],
+            output[start : start + num_new],
+            k_cache,
+            v_cache,
+            req_to_token[row, :num_kv],
+            scaling,
+        )
+        start += num_new
+
+
+def paged_attention(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    rows: list[int],
+    kv_lengths: list[int],
+    new_lengths: list[int],
+    scaling: float | None = None,
+) -> None:
+    """`paged_attention_reference`, by the Numba kernel where that is faster and can: float32, few new tokens a sequence."""
+    args = (query, output, k_cache, v_cache, req_to_token, rows, kv_lengths, new_lengths, scaling)
+    if not is_supported(query, output, k_cache, v_cache, req_to_token):
+        return paged_attention_reference(*args)
+    if max(new_lengths) > FEW_NEW_TOKENS:
+        return _split_by_length(*args)
+    num_kv = np.asarray(kv_lengths, dtype=np.int64)
+    num_new = np.asarray(new_lengths, dtype=np.int64)
+    sequence = np.repeat(np.arange(len(rows)), num_new)
+    # The j-th new token of a sequence sees its cached tokens and the first j new ones.
+    order = np.arange(len(sequence)) - np.repeat(np.cumsum(num_new) - num_new, num_new)
+    visible = (num_kv - num_new)[sequence] + order + 1
+    scale = np.float32(1 / math.sqrt(query.shape[2]) if scaling is None else scaling)
+    caches = (k_cache.numpy(), v_cache.numpy(), req_to_token.numpy())
+    token_rows = np.asarray(rows, dtype=np.int64)[sequence]
+
+    def attend(part: slice) -> None:
+        _attend_rows(query[part].numpy(), output[part].numpy(), *caches, token_rows[part], visible[part], scale)
+
+    _in_threads(attend, len(query))
+    return None
+
+
+def _in_threads(attend: Callable[[slice], None], num_tokens: int) -> None:
+    """Over all tokens, in as many threads as torch uses: the kernel does not hold the interpreter's lock."""
+    num_threads = min(torch.get_num_threads(), num_tokens)
+    if num_threads == 1:
+        return attend(slice(None))
+    bounds = [num_tokens * at // num_threads for at in range(num_threads + 1)]
+    parts = map(slice, bounds, bounds[1:])
+    for _ in _threads(torch.get_num_threads()).map(attend, parts):
+        pass  # raises what a thread has raised
+    return None
+
+
+@cache
+def _threads(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="paged-attention")
+
+
+def is_supported(*tensors: torch.Tensor) -> bool:
+    """Whether the kernel takes these (query, output, k_cache, v_cache, req_to_token): float32 on the CPU, int32 slots."""
+    *floats, slots = tensors
+    return slots.dtype == torch.int32 and all(one.dtype == torch.float32 and one.device.type == "cpu" for one in floats)
+
+
+def _split_by_length(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    rows: list[int],
+    kv_lengths: list[int],
+    new_lengths: list[int],
+    scaling: float | None,
+) -> None:
+    start = 0
+    for row, num_kv, num_new in zip(rows, kv_lengths, new_lengths, strict=True):
+        run = paged_attention if num_new <= FEW_NEW_TOKENS else paged_attention_reference
+        new = slice(start, start + num_new)
+        run(query[new], output[new], k_cache, v_cache, req_to_token, [row], [num_kv], [num_new], scaling)
+        start += num_new
+
+
+def _attend_sequence(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    scaling: float | None,
+) -> None:
+    num_new, num_kv = len(query), len(slots)
+    mask = None
+    if 1 < num_new < num_kv:
+        # bool[new, kv]: new token i sees the prefix and the new tokens up to itself.
+        mask = torch.ones(num_new, num_kv, dtype=torch.bool, device=query.device).tril(num_kv - num_new)
+    out = scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        k_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
+        v_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
+        attn_mask=mask,
+        is_causal=num_new == num_kv > 1,  # a single new token sees everything before it
+        scale=scaling,
+        enable_gqa=query.shape[1] != k_cache.shape[1],
+    )
+    output.copy_(out.squeeze(0).transpose(0, 1))
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_REORDERING, error_model="numpy")
+def _softmax(scores: NDArray[np.float32]) -> None:
+    largest = scores[0]
+    for at in range(scores.shape[0]):
+        largest = max(largest, scores[at])
+    total = np.float32(0)
+    for at in range(scores.shape[0]):
+        scores[at] = np.exp(scores[at] - largest)
+        total += scores[at]
+    for at in range(scores.shape[0]):
+        scores[at] /= total
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_REORDERING, error_model="numpy")
+def _attend_rows(
+    query: NDArray[np.float32],  # [tokens, heads, head_size]
+    output: NDArray[np.float32],  # [tokens, heads, value_size], written
+    k_cache: NDArray[np.float32],  # [pool, kv_heads, head_size]
+    v_cache: NDArray[np.float32],  # [pool, kv_heads, value_size]
+    slots: NDArray[np.int32],  # [requests, context]
+    rows: NDArray[np.int64],  # [tokens], row of `slots` of each token's sequence
+    visible: NDArray[np.int64],  # [tokens], how many positions of it the token sees
+    scaling: np.float32,
+) -> None:
+    num_heads = query.shape[1]
+    group = num_heads // k_cache.shape[1]  # query heads that share a key head
+    weights = np.empty((num_heads, visible.max()), dtype=np.float32)
+    for token in range(query.shape[0]):
+        num_kv = visible[token]
+        page = slots[rows[token]]
+        for position in range(num_kv):
+            slot = np.uint32(page[position])  # unsigned: Numba need not look for negative indices
+            for head in range(num_heads):
+                q, k = query[token, head], k_cache[slot, head // group]
+                score = np.float32(0)
+                for at in range(q.shape[0]):
+                    score += q[at] * k[at]
+                weights[head, position] = score * scaling
+        for head in range(num_heads):
+            _softmax(weights[head, :num_kv])
+            output[token, head] = 0
+        for position in range(num_kv):
+            slot = np.uint32(page[position])
+            for head in range(num_heads):
+                out, v, weight = output[token, head], v_cache[slot, head // group], weights[head, position]
+                for at in range(v.shape[0]):
+                    out[at] += weight * v[at]
