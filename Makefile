@@ -8,7 +8,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
-.PHONY: install python demo serve test lint types unit e2e bench bench-ilp bench-kernels bench-clusters bench-kv \
+.PHONY: install python demo serve test lint types unit e2e bench bench-ilp bench-kernels bench-attention bench-clusters bench-kv bench-sweep \
 	bench-throughput bench-coverage bench-selection bench-variants bench-real smollm2 clean
 
 install: $(STAMP)
@@ -45,9 +45,11 @@ e2e: install
 bench: install
 	$(RUN) -m bench.bench_ilp --smoke
 	$(RUN) -m bench.bench_kernels --smoke
+	$(RUN) -m bench.bench_attention --smoke
 	$(RUN) -m bench.bench_clusters --smoke
 	$(RUN) -m bench.kv_footprint --smoke
-	$(RUN) -m bench.coverage --smoke
+	$(RUN) -m bench.coverage_term --smoke
+	$(RUN) -m bench.sweep --smoke
 	$(RUN) -m bench.throughput --smoke
 
 bench-ilp: install
@@ -56,17 +58,23 @@ bench-ilp: install
 bench-kernels: install
 	$(RUN) -m bench.bench_kernels $(ARGS)
 
+bench-attention: install
+	$(RUN) -m bench.bench_attention $(ARGS)
+
 bench-clusters: install
 	$(RUN) -m bench.bench_clusters $(ARGS)
 
 bench-kv: install
 	$(RUN) -m bench.kv_footprint $(ARGS)
 
+bench-sweep: install
+	$(RUN) -m bench.sweep $(ARGS)
+
 bench-throughput: install
 	$(RUN) -m bench.throughput $(ARGS)
 
 bench-coverage: install
-	$(RUN) -m bench.coverage $(ARGS)
+	$(RUN) -m bench.coverage_term $(ARGS)
 
 bench-selection: install
 	$(RUN) -m bench.selection_quality $(ARGS)

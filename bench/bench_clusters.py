@@ -29,7 +29,7 @@ def solve(client: openai.OpenAI, problem: dict[str, Any], width: int, cut: float
     answer = client.completions.create(
         model="default",
         prompt=problem["prompt"],
-        max_tokens=256,
+        max_tokens=512,
         seed=seed,
         extra_body={
             "search_width": width,

@@ -89,7 +89,7 @@ def record(widths: list[int], num_problems: int) -> None:
                 answer = client.completions.create(
                     model="default",
                     prompt=problem["prompt"],
-                    max_tokens=256,
+                    max_tokens=512,
                     extra_body={"search_width": width, "search": {"algorithm": "ets", "return_tree": True}},
                 )
                 keep = ("id", "parent", "depth", "token_ids", "score", "cluster")

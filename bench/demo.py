@@ -25,7 +25,7 @@ from bench.server import running_server
 
 PROBLEMS = Path(sglang_ets.__file__).parent / "models" / "problems.jsonl"
 POLICIES = ("best_of_n", "rebase", "ets")
-MAX_TOKENS = 256
+MAX_TOKENS = 512
 IN_FLIGHT = 2
 
 
@@ -72,7 +72,7 @@ def solve(client: openai.OpenAI, problem: dict[str, Any], policy: str, width: in
 def show(console: Console, policy: str, solved: Solved) -> None:
     """One line per problem, printed as soon as it is solved."""
     mark = "[green]right[/]" if solved.is_right else f"[red]wrong[/] ({solved.expected})"
-    console.print(f"{policy:10} {solved.prompt.strip():34} {solved.answer!s:>6}  {mark}", highlight=False)
+    console.print(f"{policy:10} {solved.prompt.strip():42} {solved.answer!s:>6}  {mark}", highlight=False)
 
 
 def summary(by_policy: dict[str, list[Solved]], wall_s: dict[str, float], width: int) -> Table:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import coverage, kv_footprint, rows, selection_quality
+from bench import bench_attention, coverage_term, footprint_tables, rows, selection_quality
 from bench.client_search import table as throughput
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -55,17 +55,22 @@ def cluster_table() -> str:
 
 def kv_table() -> str:
     """All complete problems of `kv_footprint.py`."""
-    return kv_footprint.table(list(rows.read(rows.RESULTS / "kv_footprint.jsonl")), seed=0)[0]
+    return footprint_tables.table(list(rows.read(rows.RESULTS / "kv_footprint.jsonl")), seed=0)[0]
 
 
 def width64_table() -> str:
     """Four policies on all held-out problems at width 64, by `kv_footprint.py`."""
-    return kv_footprint.table(list(rows.read(rows.RESULTS / "kv_width64.jsonl")), seed=0)[0]
+    return footprint_tables.table(list(rows.read(rows.RESULTS / "kv_width64.jsonl")), seed=0)[0]
+
+
+def attention_table() -> str:
+    """Latest row of each case of `bench_attention.py`."""
+    return bench_attention.table(_latest("attention.jsonl", ("model", "sequences", "kv_tokens", "new_tokens")))
 
 
 def coverage_table() -> str:
     """All complete problems of `coverage.py`."""
-    return coverage.table(coverage.summaries(list(rows.read(rows.RESULTS / "coverage.jsonl")), seed=0))
+    return coverage_term.table(coverage_term.summaries(list(rows.read(rows.RESULTS / "coverage.jsonl")), seed=0))
 
 
 def kept_table() -> str:
@@ -86,6 +91,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "coverage": coverage_table,
     "kept": kept_table,
     "throughput": throughput_table,
+    "attention": attention_table,
 }
 
 

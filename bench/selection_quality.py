@@ -33,7 +33,7 @@ from sglang_ets.config import SearchConfig
 from sglang_ets.ilp import CostTree
 from sglang_ets.selection import Level, get_policy
 
-MAX_TOKENS = 256
+MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)

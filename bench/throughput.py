@@ -12,7 +12,9 @@ sentence encoder and PuLP; C) `sampling`: plain requests with `n` = width to the
 The servers that are not measured are frozen, so that they take no core from the one that is. Still, everything that one
 system consists of (for B two schedulers, the encoder and the solver) shares the cores of this machine, and so does whatever
 else runs on it: next to problems per second stand CPU seconds per problem, which depend less on that. All KV pools have the
-same size.
+same size. `--client-engine ours` (the default) gives the two servers of B the attention of `kernels/paged_attention.py`, which
+the search brings along on a CPU, so that the engines are equal and only the architectures differ; `stock` leaves them as
+sglang has them.
 
 One round of one system is a row of `--out` (JSONL); a run that was interrupted goes on where it stopped.
 """
@@ -39,13 +41,14 @@ from bench.client_search.encoder import SentenceEncoder, find_encoder
 from bench.client_search.processes import MODELS, Running, awake, running, search_flags, stock_flags
 from bench.client_search.servers import Server
 from bench.client_search.table import plot, tables
+from sglang_ets import patches
 from sglang_ets.config import SearchConfig
 from sglang_ets.patterns import extract_answer
 
 PROBLEMS = MODELS / "problems.jsonl"
 SYSTEMS = ("in_scheduler", "client", "sampling")
 POOL_TOKENS = 20_000
-MAX_TOKENS, MAX_STEP_TOKENS = 256, 64
+MAX_TOKENS, MAX_STEP_TOKENS = 512, 64
 PATTERN = "the_answer_is"
 
 
@@ -60,6 +63,7 @@ class Job:
     round: int
     seed: int
     pool_tokens: int = POOL_TOKENS
+    client_engine: str = "ours"
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -115,7 +119,7 @@ class Systems:
     def _search(self, job: Job) -> Callable[[str], Outcome]:
         config = job.config
         search = {"algorithm": config.algorithm, "max_step_tokens": config.max_step_tokens, "step_delimiter": ["\n"],
-                  "answer": config.answer, "answer_pattern": PATTERN}  # fmt: skip
+                  "answer": config.answer, "answer_pattern": PATTERN, "coverage": config.coverage}  # fmt: skip
         body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": job.seed}
 
         def solve(prompt: str) -> Outcome:
@@ -176,7 +180,7 @@ def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> d
 
 
 @contextmanager
-def all_systems(in_flight: int, pool_tokens: int, encoder: Path | None) -> Iterator[Systems]:
+def all_systems(in_flight: int, pool_tokens: int, encoder: Path | None, client_engine: str) -> Iterator[Systems]:
     """Start the three servers."""
     import torch
     from transformers import AutoTokenizer
@@ -185,7 +189,8 @@ def all_systems(in_flight: int, pool_tokens: int, encoder: Path | None) -> Itera
     encode = SentenceEncoder(encoder) if encoder else None
     flags = [search_flags(pool_tokens), stock_flags("policy", pool_tokens), stock_flags("prm", pool_tokens)]
     print("three servers start: a minute or two", file=sys.stderr)
-    with running(flags) as servers:
+    env = {patches.CPU_ATTENTION_ENV: "1"} if client_engine == "ours" else {}  # the search has it anyway
+    with running(flags, env) as servers:
         search, policy, prm = servers
         links = [Server(server.url, in_flight) for server in servers]
         tokenizer = AutoTokenizer.from_pretrained(MODELS / "policy")
@@ -196,7 +201,7 @@ def all_systems(in_flight: int, pool_tokens: int, encoder: Path | None) -> Itera
 def jobs(args: argparse.Namespace) -> list[Job]:
     """Rounds on the outside and the systems in turn on the inside, so that an interrupted run compares equal rounds."""
     return [
-        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens)
+        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, args.client_engine)
         for number in range(args.rounds)
         for width, in_flight in zip(args.widths, args.in_flight, strict=True)
         for algorithm in args.algorithms
@@ -221,6 +226,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--waves", type=int, default=2, help="problems of a round, in multiples of --in-flight")
     parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV pool of every model of every server")
+    parser.add_argument("--client-engine", choices=["ours", "stock"], default="ours")
     parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2; see bench/client_search/encoder.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -249,7 +255,7 @@ def main() -> None:
     known = {tuple(row.get(field.name, field.default) for field in fields(Job)) for row in rows.read(out)}
     todo = [job for job in jobs(args) if job.key not in known]
     if todo:
-        with all_systems(max(args.in_flight), args.pool_tokens, args.encoder) as systems:
+        with all_systems(max(args.in_flight), args.pool_tokens, args.encoder, args.client_engine) as systems:
             for system in SYSTEMS:  # first calls compile and load; they are not measured
                 measure(systems, Job(system, args.algorithms[0], args.widths[0], 1, -1, args.seed), problems[-1:])
             for job in tqdm(todo, unit="round"):

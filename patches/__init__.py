@@ -20,6 +20,7 @@ PATCHES: tuple[Patch, ...] = (
     *torch_native.PATCHES,
     *cpu_sampler.PATCHES,
 )
+CPU_ATTENTION_ENV = "SGLANG_ETS_CPU_ATTENTION"  # 1: the attention of the CPU without the search, too
 _installed: list[Patch] = []
 
 
@@ -28,7 +29,10 @@ def wanted(search_is_on: bool) -> tuple[Patch, ...]:
     conditions = {"loaded"}
     if search_is_on:
         conditions |= {"always"} | ({"cpu"} if is_cpu_engine() else set())
-    return tuple(patch for patch in PATCHES if patch.condition in conditions)
+    found = tuple(patch for patch in PATCHES if patch.condition in conditions)
+    if not search_is_on and os.environ.get(CPU_ATTENTION_ENV) == "1" and is_cpu_engine():
+        found += torch_native.PATCHES
+    return found
 
 
 def is_cpu_engine() -> bool:

@@ -247,7 +247,15 @@ def test_best_of_n_is_refused_because_it_knows_no_levels() -> None:
 
 
 def row(system: str, number: int, seconds: float, **more: float) -> dict[str, Any]:
-    made = {"system": system, "algorithm": "rebase", "width": 16, "in_flight": 8, "round": number, "problems": 8}
+    made = {
+        "system": system,
+        "algorithm": "rebase",
+        "width": 16,
+        "in_flight": 8,
+        "client_engine": "ours",
+        "round": number,
+        "problems": 8,
+    }
     return made | {"seconds": seconds, "cpu_s": seconds, "completion_tokens": 800, "right": 6} | more
 
 
@@ -260,4 +268,4 @@ def test_ratios_are_taken_within_rounds_and_open_rounds_left_out() -> None:
     assert "3.00x (2.00 to 4.00)" in text
     assert "75 % (50 to 100)" in text
     assert "1.00 (20 %)" in text
-    assert "| 16 | rebase | 8 | 20000 | 2 | 16 |" in text
+    assert "| 16 | rebase | 8 | ours | 2 | 16 |" in text

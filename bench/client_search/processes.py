@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -54,12 +54,12 @@ def stock_flags(model: str, pool_tokens: int) -> list[str]:
 
 
 @contextmanager
-def running(all_flags: Sequence[Sequence[str]]) -> Iterator[list[Running]]:
+def running(all_flags: Sequence[Sequence[str]], env: Mapping[str, str] | None = None) -> Iterator[list[Running]]:
     """Start all servers at once; each is frozen as soon as it serves. All are ended in the end."""
     with ExitStack() as stack:
 
         def start(flags: Sequence[str]) -> Running:
-            url = stack.enter_context(running_server(flags))
+            url = stack.enter_context(running_server(flags, env=env))
             server = Running(url, _processes_of(url))
             stack.callback(server.thaw)  # a frozen process does not hear that it shall end
             server.freeze()

@@ -11,9 +11,8 @@ from typing import Any
 from bench import rows
 
 Row = dict[str, Any]
-Setting = tuple[int, str, int, int]
-SETTING = ["width", "algorithm", "in flight", "KV pool"]
-POOL_TOKENS = 20_000  # of rows that do not say it
+Setting = tuple[int, str, int, str]
+SETTING = ["width", "algorithm", "in flight", "client's engine"]
 PARTS = ("generate", "score", "encode", "select", "other")
 
 
@@ -21,7 +20,7 @@ def rounds_of(done: Sequence[Row]) -> dict[Setting, list[dict[str, Row]]]:
     """Rounds that all three systems have done, by setting: system -> row."""
     found: dict[Setting, dict[int, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in done:
-        setting = (row["width"], row["algorithm"], row["in_flight"], row.get("pool_tokens", POOL_TOKENS))
+        setting = (row["width"], row["algorithm"], row["in_flight"], row.get("client_engine", "stock"))
         found[setting][row["round"]][row["system"]] = row
     complete = {
         setting: [systems for _, systems in sorted(by_round.items()) if len(systems) == 3]
@@ -106,7 +105,7 @@ def plot(done: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     settings = rounds_of(done)
-    names = [f"{algorithm}, width {width}\n{in_flight} in flight" for width, algorithm, in_flight, _ in settings]
+    names = [f"{algorithm}, width {width}\n{engine} engine" for width, algorithm, _, engine in settings]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for place, name in enumerate(("in_scheduler", "client")):
         heights = [statistics.median(rate(systems[name]) for systems in rounds) for rounds in settings.values()]

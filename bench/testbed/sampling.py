@@ -11,7 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from bench.testbed.task import Problem, answer_of
 from bench.testbed.tokenizer import CHARACTERS, EOS_ID, SPECIALS, encode
 
-MAX_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 512
 BATCH_ROWS = 256
 
 

@@ -69,6 +69,16 @@ def test_search_off_wants_the_flags_only(monkeypatch: pytest.MonkeyPatch) -> Non
     assert patches.wanted(search_is_on=True) == PATCHES
 
 
+def test_the_attention_of_the_cpu_can_be_had_without_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(patches.CPU_ATTENTION_ENV, "1")
+    monkeypatch.setattr(patches, "is_cpu_engine", lambda: True)
+    assert {patch.condition for patch in patches.wanted(search_is_on=False)} == {"loaded", "cpu"}
+    assert patches.wanted(search_is_on=False)[-2:] == patches.torch_native.PATCHES
+    assert patches.wanted(search_is_on=True) == PATCHES
+    monkeypatch.setattr(patches, "is_cpu_engine", lambda: False)
+    assert {patch.condition for patch in patches.wanted(search_is_on=False)} == {"loaded"}
+
+
 IN_A_PROCESS_OF_ITS_OWN = """
 from sglang_ets import cpu_shim, patches
 cpu_shim.install()

@@ -1,7 +1,7 @@
 """Does coverage pay? ETS against ETS-KV under a strong and a weak PRM, on validation problems of the embedded task.
 
-    python -m bench.coverage --smoke
-    python -m bench.coverage --problems 80
+    python -m bench.coverage_term --smoke
+    python -m bench.coverage_term --problems 80
 
 ETS-KV is ETS without its coverage term: it trusts the PRM alone. The strong PRM is the shipped one. The weak one is the policy
 model itself, judging the probability of its own results: it is sure of its own mistakes. Both see the same problems, and each
@@ -30,7 +30,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
-from bench.kv_footprint import Setting, interval, solve
+from bench.footprint_tables import interval
+from bench.kv_footprint import Setting, solve
 from bench.server import running_server
 from bench.testbed.task import distinct_problems
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.coverage import MODELS, Grid, summaries, table, weak_prm
+from bench.coverage_term import MODELS, Grid, summaries, table, weak_prm
 
 
 def row(policy: str, problem: str, is_right: bool, held: float) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""Tables and plot of `kv_footprint` and of other benches with its rows: accuracy against what a search costs."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import rows
+
+BASELINE = "rebase"
+NUM_RESAMPLES = 2000
+MEANS = (
+    "kv_tokens_mean",
+    "kv_tokens_peak",
+    "kv_referenced_mean",
+    "completion_tokens",
+    "prm_tokens",
+    "levels",
+    "seconds",
+)
+EQUAL = {"completion_tokens": "tokens generated", "seconds": "seconds a problem"}
+
+
+def interval(right: list[bool], base: list[bool], seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the accuracy difference, paired by problem."""
+    draw = random.Random(seed)
+    pairs = list(zip(right, base, strict=True))
+    means = sorted(
+        sum(int(a) - int(b) for a, b in draw.choices(pairs, k=len(pairs))) / len(pairs) for _ in range(NUM_RESAMPLES)
+    )
+    return means[int(0.025 * NUM_RESAMPLES)], means[int(0.975 * NUM_RESAMPLES)]
+
+
+def table(done: list[dict[str, Any]], seed: int) -> tuple[str, list[dict[str, Any]]]:
+    """A markdown table and one summary per setting, KV and accuracy against REBASE of the same width."""
+    by_setting: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in done:
+        by_setting[row["setting"]][row["problem"]] = row
+    for width in {row["width"] for row in done}:  # an interrupted run compares only what every policy has solved
+        same = [cases for cases in by_setting.values() if next(iter(cases.values()))["width"] == width]
+        shared = set.intersection(*(set(cases) for cases in same))
+        for cases in same:
+            for problem in set(cases) - shared:
+                del cases[problem]
+    summaries = [_summary(cases, by_setting, seed) for cases in by_setting.values() if cases]
+    summaries.sort(key=lambda s: (s["width"], s["policy"]))
+    header = ["policy", "width", "problems", "accuracy", "vs REBASE (95 %)", "KV mean", "KV peak", "KV reduction",
+              "tokens generated", "PRM tokens", "levels", "s/problem"]  # fmt: skip
+    cells = [
+        [
+            s["policy"], s["width"], s["problems"], s["accuracy"],
+            f"{s['difference']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}]" if "low" in s else "",
+            *(s.get(key, "") for key in ("kv_tokens_mean", "kv_tokens_peak", "kv_reduction")),
+            s["completion_tokens"], s.get("prm_tokens", ""), s.get("levels", ""), s["seconds"],
+        ]
+        for s in summaries
+    ]  # fmt: skip
+    return rows.markdown(header, cells), summaries
+
+
+def _summary(cases: dict[str, Any], by_setting: dict[str, dict[str, Any]], seed: int) -> dict[str, Any]:
+    some = next(iter(cases.values()))
+    mean = {key: sum(row[key] for row in cases.values()) / len(cases) for key in MEANS if key in some}
+    made = {"policy": some["policy"], "width": some["width"], "problems": len(cases), **mean}
+    made["accuracy"] = sum(row["is_right"] for row in cases.values()) / len(cases)
+    base = by_setting.get(f"{BASELINE}@{some['width']}", {})
+    shared = [problem for problem in cases if problem in base]
+    if shared and some["policy"] != BASELINE:
+        right = [cases[problem]["is_right"] for problem in shared]
+        reference = [base[problem]["is_right"] for problem in shared]
+        made["difference"] = (sum(right) - sum(reference)) / len(shared)
+        made["low"], made["high"] = interval(right, reference, seed)
+    if shared and "kv_tokens_mean" in some:
+        held = [sum(side[problem]["kv_tokens_mean"] for problem in shared) for side in (base, cases)]
+        made["kv_reduction"] = held[0] / held[1]
+    return made
+
+
+def frontier(summaries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The searches of one width that no other dominates: none holds less KV and is at least as accurate.
+
+    In order of KV held; equals in both stay together.
+    """
+    searched = sorted(
+        (s for s in summaries if "kv_tokens_mean" in s), key=lambda s: (s["kv_tokens_mean"], -s["accuracy"])
+    )
+    kept: list[dict[str, Any]] = []
+    for s in searched:
+        if not kept or s["accuracy"] > kept[-1]["accuracy"]:
+            kept.append(s)
+    return kept
+
+
+def equal_cost_tables(summaries: Sequence[dict[str, Any]]) -> str:
+    """Accuracy of every policy at what REBASE spends at each width: as many tokens generated, then as many seconds.
+
+    A policy's accuracy between two widths that were measured is interpolated on the logarithm of the cost; nothing is said
+    beyond the least and the most that it was seen to spend.
+    """
+    return "\n\n".join(_equal_cost_table(summaries, cost) for cost in EQUAL)
+
+
+def _equal_cost_table(summaries: Sequence[dict[str, Any]], cost: str) -> str:
+    budgets = {s["width"]: s[cost] for s in summaries if s["policy"] == BASELINE}
+    by_policy: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for s in summaries:
+        by_policy[s["policy"]].append((s[cost], s["accuracy"]))
+    header = [f"accuracy at equal {EQUAL[cost]}", *(f"{budgets[width]:.3g}" for width in sorted(budgets))]
+    cells = []
+    for policy, points in sorted(by_policy.items()):
+        costs, accuracies = np.array(sorted(points)).T
+        found = [
+            np.interp(np.log(budgets[width]), np.log(costs), accuracies, np.nan, np.nan) for width in sorted(budgets)
+        ]
+        cells.append([policy, *("" if np.isnan(one) else f"{one:.3f}" for one in found)])
+    return rows.markdown(header, [line for line in cells if any(line[1:])])
+
+
+def plot(summaries: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against KV held, one panel per width; a line joins the policies that no other dominates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    searched = [s for s in summaries if "kv_tokens_mean" in s]
+    widths = sorted({s["width"] for s in searched})
+    figure, axes = pyplot.subplots(1, len(widths), figsize=(5 * len(widths), 4), squeeze=False)
+    for axis, width in zip(axes[0], widths, strict=True):
+        own = [s for s in searched if s["width"] == width]
+        for s in own:
+            axis.scatter(s["kv_tokens_mean"], s["accuracy"])
+            axis.annotate(s["policy"], (s["kv_tokens_mean"], s["accuracy"]), fontsize=7)
+        edge = frontier(own)
+        axis.plot([s["kv_tokens_mean"] for s in edge], [s["accuracy"] for s in edge], linewidth=0.8, color="grey")
+        axis.set(title=f"width {width}", xlabel="KV tokens held (mean over levels)", ylabel="accuracy")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
