@@ -1,14 +1,18 @@
-"""A real language model: SmolLM2-135M-Instruct on GSM8K or MATH-500, searched with a PRM that needs no other weights.
+"""A real language model: SmolLM2-135M-Instruct on GSM8K and MATH-500, searched with a PRM that needs no other weights.
 
-    python -m bench.real_model --data GSM8K.jsonl --smoke
-    python -m bench.real_model --data GSM8K.jsonl --problems 10 --width 8
+    python -m bench.real_model --data gsm8k --smoke
+    python -m bench.real_model --data gsm8k math500 --problems 8 --width 8
+    python -m bench.real_model --tables                                    # from the rows that are there
 
 Chat requests go through the model's own template and tokenizer. `--prm-format confidence` scores a step by the model's own mean
 log-probability of it, `judge` asks the same weights a yes/no question. A model of this size solves next to nothing: what this
 shows is KV held, tokens and seconds with a real vocabulary and real steps. Answers are graded by math-verify, and by a
 second, stricter grader.
 
-One problem under one setting is a row; a run that was interrupted goes on where it stopped.
+One problem under one setting is a row; a run that was interrupted goes on where it stopped. `--in-flight` problems are solved
+at once, each setting for itself, and a row has an equal share of the seconds that they took, of the clock and of the server's
+CPU time; the latter means something on a busy machine too. With `--mixed` all settings are in flight at once, which is some
+times faster and tells nothing of any one's throughput. Tables and plot keep data sets, PRM formats and token limits apart.
 """
 
 from __future__ import annotations
@@ -17,27 +21,47 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
 from bench.datasets import Problem, load
+from bench.footprint_tables import table
 from bench.grading import Grader, majority
-from bench.kv_footprint import Setting, plot, table
+from bench.kv_footprint import Setting
 from bench.redundancy import redundancy
 from bench.server import running_server
 from bench.smollm2 import checkpoint
 from sglang_ets.patterns import extract_answer
 
-POOL_TOKENS = 12_000
+WARM_UP_TOKENS = 8
+POOL_TOKENS = 32_000
 STEP = {"step_delimiter": ["\n"], "max_step_tokens": 64}
 COSTS = ("kv_tokens_mean", "kv_tokens_peak", "kv_retained_mean", "kv_referenced_mean", "prm_tokens", "levels")
 POLICIES = ("best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets")
+COST_HEADER = ["policy", "width", "KV mean", "KV if unshared", "KV peak", "leaves", "distinct texts", "clusters",
+               "tokens a step", "tokens/s", "tokens/CPU s", "answered", "graders disagree"]  # fmt: skip
+COST_MEANS = (
+    "kv_tokens_mean",
+    "kv_referenced_mean",
+    "kv_tokens_peak",
+    "leaves",
+    "distinct_texts",
+    "clusters",
+    "step_tokens",
+)
+
+Row = dict[str, Any]
+Group = tuple[str, str, int]  # data set, PRM format, max_tokens: what no table may mix
+Batch = Sequence[tuple[Setting, Problem]]
 
 
 def settings(width: int, policies: Sequence[str]) -> list[Setting]:
@@ -52,13 +76,12 @@ def flags(prm_format: str) -> list[str]:
             "--max-total-tokens", str(POOL_TOKENS), "--prm-max-total-tokens", str(POOL_TOKENS)]  # fmt: skip
 
 
-def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens: int, seed: int) -> dict[str, Any]:
-    """One problem under one setting, not graded yet."""
-    started = time.perf_counter()
+def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens: int, seed: int) -> Row:
+    """One problem under one setting, neither timed nor graded yet."""
     body: dict[str, Any] = {
         "model": "default", "messages": [{"role": "user", "content": problem.prompt}], "max_tokens": max_tokens, "seed": seed,
     }  # fmt: skip
-    cost: dict[str, Any] = {}
+    cost: Row = {}
     if setting.search:
         search = {**setting.search, "answer_pattern": problem.answer_pattern, "return_tree": True}
         response = client.chat.completions.create(
@@ -67,7 +90,7 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens:
         found = dict(response.metadata["search"])  # type: ignore[attr-defined]
         nodes = found["tree"]["nodes"]
         seen = redundancy(nodes)
-        cost = {name: found[name] for name in COSTS}
+        cost = {name: found[name] for name in COSTS} | {"fallbacks": found["solver"]["fallbacks"]}
         cost |= {"leaves": seen.leaves, "distinct_texts": seen.distinct_texts, "clusters": seen.clusters}
         cost["step_tokens"] = sum(len(node["token_ids"]) for node in nodes) / len(nodes)
         answer = extract_answer(response.choices[0].message.content or "", problem.answer_pattern)
@@ -76,64 +99,182 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens:
         texts = [choice.message.content or "" for choice in response.choices]
         answer = majority([extract_answer(text, problem.answer_pattern) for text in texts])
     return {
-        "setting": setting.key, "policy": setting.name, "width": setting.width, "problem": problem.id, "seed": seed,
-        "answer": answer, "completion_tokens": response.usage.completion_tokens if response.usage else 0,
-        "seconds": time.perf_counter() - started, **cost,
+        "setting": setting.key, "policy": setting.name, "width": setting.width, "problem": problem.id,
+        "max_tokens": max_tokens, "seed": seed, "answer": answer,
+        "completion_tokens": response.usage.completion_tokens if response.usage else 0,
+        **cost,
     }  # fmt: skip
 
 
-def summary(done: Sequence[dict[str, Any]], seed: int) -> tuple[str, list[dict[str, Any]]]:
-    """The table of `kv_footprint`, and one of what the searches repeat."""
-    first, lines = table(list(done), seed)
-    header = ["policy", "width", "leaves", "distinct texts", "clusters", "tokens a step", "graders disagree"]
+def solve_together(client: openai.OpenAI, batch: Batch, max_tokens: int, seed: int) -> list[Row]:
+    """All in flight at once; a row has an equal share of the time that they took, of CPU time only if all have one setting."""
+    started, worked = time.perf_counter(), server_cpu_s()
+    with ThreadPoolExecutor(len(batch)) as pool:
+        found = list(pool.map(lambda one: solve(client, one[0], one[1], max_tokens, seed), batch))
+    share = {"in_flight": len(batch), "seconds": (time.perf_counter() - started) / len(batch)}
+    if len({setting.key for setting, _ in batch}) == 1:
+        share["cpu_seconds"] = (server_cpu_s() - worked) / len(batch)
+    return [row | share for row in found]
+
+
+def server_cpu_s() -> float:
+    """Of all child processes of this one so far; of those only the server works while a problem is solved."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return float(sum(one.user + one.system for one in times))
+
+
+def group_of(row: Row) -> Group:
+    return row["data"], row["prm"], row["max_tokens"]
+
+
+def title(group: Group) -> str:
+    data, prm, max_tokens = group
+    return f"{data}, {prm}, {max_tokens} tokens"
+
+
+def comparable(done: Sequence[Row]) -> list[Row]:
+    """Of one group: the problems that every setting of the same width has solved."""
+    solved: dict[tuple[int, str], set[str]] = {}
+    for row in done:
+        solved.setdefault((row["width"], row["setting"]), set()).add(row["problem"])
+    return [
+        row
+        for row in done
+        if all(row["problem"] in problems for (width, _), problems in solved.items() if width == row["width"])
+    ]
+
+
+def summary(done: Sequence[Row], seed: int) -> tuple[str, dict[Group, list[Row]]]:
+    """Of each group the table of `kv_footprint` and that of what the searches cost and repeat; summaries to plot."""
+    parts, lines = [], {}
+    for group in sorted({group_of(row) for row in done}):
+        own = comparable([row for row in done if group_of(row) == group])
+        first, lines[group] = table(own, seed)
+        parts.append(f"## {title(group)}\n\n{first}\n\n{cost_table(own)}")
+    return "\n\n".join(parts), lines
+
+
+def cost_table(done: Sequence[Row]) -> str:
+    """KV footprint, redundancy and throughput of each setting of one group, and how often there was an answer."""
     cells = []
-    for key in sorted({row["setting"] for row in done}):
-        own = [row for row in done if row["setting"] == key]
-        differ = sum(row["is_right"] != row["is_right_strict"] for row in own) / len(own)
-        means = [_mean(own, name) for name in ("leaves", "distinct_texts", "clusters", "step_tokens")]
-        cells.append([own[0]["policy"], own[0]["width"], *means, f"{differ:.2f}"])
-    return f"{first}\n\n{rows.markdown(header, cells)}", lines
+    for width, policy in sorted({(row["width"], row["policy"]) for row in done}):
+        own = [row for row in done if (row["width"], row["policy"]) == (width, policy)]
+        speeds = [_speed(own, unit) for unit in ("seconds", "cpu_seconds")]
+        answered = sum(row["answer"] is not None for row in own)
+        differ = sum(row["is_right"] != row["is_right_strict"] for row in own)
+        means = [_mean(own, name) for name in COST_MEANS]
+        cells.append([policy, width, *means, *speeds, f"{answered}/{len(own)}", f"{differ}/{len(own)}"])
+    return rows.markdown(COST_HEADER, cells)
 
 
-def _mean(own: Sequence[dict[str, Any]], name: str) -> str:
+def _mean(own: Sequence[Row], name: str) -> str:
     values = [row[name] for row in own if row.get(name) is not None]
     return f"{sum(values) / len(values):.1f}" if values else ""
 
 
+def _speed(own: Sequence[Row], unit: str) -> str:
+    """Tokens generated in a second; nothing of rows whose time is shared with other settings."""
+    if not all("cpu_seconds" in row for row in own):
+        return ""
+    return f"{sum(row['completion_tokens'] for row in own) / sum(row[unit] for row in own):.1f}"
+
+
+def plot(lines: dict[Group, list[Row]], path: Path) -> None:
+    """KV held by each search, mean over levels and peak, a panel for each group and width; labels tell the accuracy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    searched = {
+        (group, width): [s for s in own if s["width"] == width and "kv_tokens_mean" in s]
+        for group, own in lines.items()
+        for width in sorted({s["width"] for s in own if "kv_tokens_mean" in s})
+    }
+    figure, axes = pyplot.subplots(1, len(searched), figsize=(5 * len(searched), 3.5), squeeze=False)
+    for axis, ((group, width), own) in zip(axes[0], searched.items(), strict=True):
+        names = [f"{s['policy']} ({s['accuracy']:.2f} right)" for s in own]
+        axis.barh(names, [s["kv_tokens_mean"] for s in own], label="mean over levels")
+        axis.plot([s["kv_tokens_peak"] for s in own], names, "k|", label="peak")
+        axis.set(title=f"{title(group)}, width {width}", xlabel="KV tokens held")
+        axis.title.set_fontsize(9)
+        axis.tick_params(labelsize=8)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, Batch]]:
+    """What the file has no row of: data set, and what to solve together.
+
+    All settings come before more problems, so that an interrupted run compares equal sets.
+    """
+    known = {(*group_of(row), row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
+    todo: list[tuple[str, Batch]] = []
+    for data in args.data:
+        name, problems = Path(data).name, load(data, limit=args.problems)
+        for first in range(0, len(problems), args.in_flight):
+            batches: list[Batch] = [
+                [
+                    (setting, problem)
+                    for problem in problems[first : first + args.in_flight]
+                    if (name, args.prm_format, args.max_tokens, setting.key, problem.id, args.seed) not in known
+                ]
+                for setting in settings(args.width, args.policies)
+            ]
+            if args.mixed:
+                batches = [list(chain.from_iterable(batches))]
+            todo += [(name, batch) for batch in batches if batch]
+    return todo
+
+
+def run(args: argparse.Namespace, out: Path) -> None:
+    """Append a graded row for everything that has none."""
+    todo = unsolved(args, out)
+    if not todo:
+        return
+    with running_server(flags(args.prm_format)) as url, Grader("math") as grader:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600, max_retries=0)
+        (_, problem), *_ = todo[0][1]
+        solve(client, settings(2, ["ets"])[-1], problem, WARM_UP_TOKENS, args.seed)  # kernels compile
+        for name, batch in tqdm(todo, unit="batch"):
+            found = solve_together(client, batch, args.max_tokens, args.seed)
+            for row, (_, problem) in zip(found, batch, strict=True):
+                grade = grader.grade(row["answer"], problem.answer, also_strict=True)
+                graded = {
+                    "is_right": grade.is_right,
+                    "is_right_strict": bool(grade.strict),
+                    "timed_out": grade.timed_out,
+                }
+                rows.append(out, {"data": name, "prm": args.prm_format, **row, **graded})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="gsm8k, math500, or a JSONL file (see bench/datasets.py)")
+    parser.add_argument("--data", nargs="+", help="gsm8k, math500, or JSONL files (see bench/datasets.py)")
     parser.add_argument("--prm-format", choices=["confidence", "judge"], default="confidence")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--problems", type=int, default=10)
-    parser.add_argument("--max-tokens", type=int, default=160)
+    parser.add_argument("--problems", type=int, default=10, help="of each data set")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--in-flight", type=int, default=4, help="problems at once")
+    parser.add_argument("--mixed", action="store_true", help="all settings in flight at once: faster, no throughput")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--smoke", action="store_true", help="1 problem at width 4, two policies, into a file of its own"
     )
+    parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plot of the rows anew")
     parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/real_model.jsonl")
     args = parser.parse_args()
+    if not args.tables and not args.data:
+        parser.error("--data must name at least one data set, got none; only --tables goes without")
     if args.smoke:
         args.width, args.problems, args.policies, args.max_tokens = 4, 1, ["rebase", "ets"], 60
     out = args.out or rows.RESULTS / ("real_model_smoke.jsonl" if args.smoke else "real_model.jsonl")
-    problems = load(args.data, limit=args.problems)
-    known = {(row["prm"], row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
-    todo = [
-        (setting, problem)
-        for problem in problems
-        for setting in settings(args.width, args.policies)
-        if (args.prm_format, setting.key, problem.id, args.seed) not in known
-    ]
-    with running_server(flags(args.prm_format)) as url, Grader("math") as grader:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600, max_retries=0)
-        for setting, problem in tqdm(todo, unit="run"):
-            row = solve(client, setting, problem, args.max_tokens, args.seed)
-            grade = grader.grade(row["answer"], problem.answer, also_strict=True)
-            graded = {"is_right": grade.is_right, "is_right_strict": bool(grade.strict), "timed_out": grade.timed_out}
-            rows.append(out, {"prm": args.prm_format, "data": Path(args.data).name, **row, **graded})
-    done = [row for row in rows.read(out) if row["seed"] == args.seed and row["prm"] == args.prm_format]
-    text, lines = summary(done, args.seed)
+    if not args.tables:
+        run(args, out)
+    text, lines = summary([row for row in rows.read(out) if row["seed"] == args.seed], args.seed)
     out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     plot(lines, out.with_suffix(".png"))
     print(text)

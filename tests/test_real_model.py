@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from bench.real_model import POLICIES, settings, summary
+from bench import real_model, rows
+from bench.datasets import Problem, load
+from bench.real_model import (
+    POLICIES,
+    Group,
+    comparable,
+    cost_table,
+    plot,
+    server_cpu_s,
+    settings,
+    solve_together,
+    summary,
+    unsolved,
+)
 from bench.smollm2 import MARKER, cache_folder, check_file, is_whole
 
+GSM8K, MATH = ("gsm8k", "confidence", 224), ("math500", "confidence", 224)
+KV: dict[str, Any] = {
+    "kv_tokens_peak": 90, "kv_referenced_mean": 200, "prm_tokens": 1, "levels": 2, "leaves": 8.0, "distinct_texts": 7.0,
+    "step_tokens": 20.0,
+}  # fmt: skip
 
-def row(policy: str, problem: str, is_right: bool, **more: Any) -> dict[str, Any]:
+
+def row(policy: str, problem: str, is_right: bool, group: Group = GSM8K, **more: Any) -> dict[str, Any]:
     made = {"setting": f"{policy}@8", "policy": policy, "width": 8, "problem": problem, "seed": 0, "is_right": is_right}
-    return made | {"is_right_strict": False, "completion_tokens": 10, "seconds": 1.0} | more
+    made |= dict(zip(("data", "prm", "max_tokens"), group, strict=True))
+    return (
+        made
+        | {"is_right_strict": False, "answer": "1", "completion_tokens": 10, "seconds": 1.0, "cpu_seconds": 2.0}
+        | more
+    )
 
 
 def test_every_policy_is_asked_beside_the_plain_baselines() -> None:
@@ -22,21 +49,156 @@ def test_every_policy_is_asked_beside_the_plain_baselines() -> None:
     assert all(setting.search["step_delimiter"] == ["\n"] for setting in settings(8, POLICIES)[2:])
 
 
-def test_the_summary_compares_kv_and_counts_disagreement() -> None:
-    kv = {"kv_tokens_peak": 9, "prm_tokens": 1, "levels": 2, "leaves": 8.0, "distinct_texts": 7.0, "step_tokens": 20.0}
+def test_the_summary_compares_kv_and_throughput_and_counts_disagreement() -> None:
     done = [
-        row("rebase", "a", True, kv_tokens_mean=100, clusters=None, **kv),
-        row("ets", "a", False, kv_tokens_mean=50, clusters=3.0, **kv),
-        row("self_consistency", "a", False),
+        row("rebase", "a", True, kv_tokens_mean=100, clusters=None, **KV),
+        row("ets", "a", False, kv_tokens_mean=50, clusters=3.0, **KV, seconds=4.0),
+        row("self_consistency", "a", False, answer=None),
     ]
     text, lines = summary(done, seed=0)
-    assert {line["policy"]: line.get("kv_reduction") for line in lines} == {
+    assert {line["policy"]: line.get("kv_reduction") for line in lines[GSM8K]} == {
         "rebase": 1.0,
         "ets": 2.0,
         "self_consistency": None,
     }
-    assert "| rebase | 8 | 8.0 | 7.0 |  | 20.0 | 1.00 |" in text
-    assert "| ets | 8 | 8.0 | 7.0 | 3.0 | 20.0 | 0.00 |" in text
+    assert "## gsm8k, confidence, 224 tokens" in text
+    assert "| rebase | 8 | 100.0 | 200.0 | 90.0 | 8.0 | 7.0 |  | 20.0 | 10.0 | 5.0 | 1/1 | 1/1 |" in text
+    assert "| ets | 8 | 50.0 | 200.0 | 90.0 | 8.0 | 7.0 | 3.0 | 20.0 | 2.5 | 5.0 | 1/1 | 0/1 |" in text
+    assert "| self_consistency | 8 |  |  |  |  |  |  |  | 10.0 | 5.0 | 0/1 | 0/1 |" in text
+
+
+def test_throughput_is_all_tokens_over_all_seconds() -> None:
+    done = [
+        row("greedy", "a", False, completion_tokens=30, seconds=1.0),
+        row("greedy", "b", False, completion_tokens=10, seconds=4.0),
+    ]
+    assert "| 8.0 | 10.0 | 2/2 |" in cost_table(done)
+    del done[0]["cpu_seconds"]  # its time was shared with another setting's
+    assert "|  |  | 2/2 |" in cost_table(done)
+
+
+def test_data_sets_and_prm_formats_are_never_mixed() -> None:
+    judged = ("gsm8k", "judge", 224)
+    done = [
+        row(policy, "a", is_right, group, kv_tokens_mean=kv, clusters=None, **KV)
+        for group, is_right, held in ((GSM8K, True, (100, 50)), (MATH, False, (90, 30)), (judged, False, (80, 80)))
+        for policy, kv in zip(("rebase", "dvts"), held, strict=True)
+    ]
+    text, lines = summary(done, seed=0)
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## gsm8k, confidence, 224 tokens",
+        "## gsm8k, judge, 224 tokens",
+        "## math500, confidence, 224 tokens",
+    ]
+    found = {group: {s["policy"]: (s["kv_reduction"], s["accuracy"]) for s in own} for group, own in lines.items()}
+    assert found == {
+        GSM8K: {"rebase": (1.0, 1.0), "dvts": (2.0, 1.0)},
+        judged: {"rebase": (1.0, 0.0), "dvts": (1.0, 0.0)},
+        MATH: {"rebase": (1.0, 0.0), "dvts": (3.0, 0.0)},
+    }
+
+
+def test_only_problems_that_every_policy_of_a_width_has_solved_are_compared() -> None:
+    done = [
+        row("rebase", "a", True),
+        row("rebase", "b", True),
+        row("ets", "a", True),
+        row("rebase", "b", True, width=16, setting="rebase@16"),
+    ]
+    kept = [(one["setting"], one["problem"]) for one in comparable(done)]
+    assert kept == [("rebase@8", "a"), ("ets@8", "a"), ("rebase@16", "b")]
+
+
+def test_a_run_goes_on_where_its_own_data_set_format_and_limit_stopped(tmp_path: Path) -> None:
+    data = tmp_path / "gsm8k.jsonl"
+    data.write_text("".join(f'{{"question": "{i} + {i}?", "answer": "{2 * i}"}}\n' for i in range(9)))
+    out, problems = tmp_path / "rows.jsonl", load(str(data), limit=2)
+    here = (data.name, "confidence", 224)
+    elsewhere = [(data.name, "judge", 224), ("math500", "confidence", 224), (data.name, "confidence", 160)]
+    for group in (here, *elsewhere):
+        rows.append(out, row("rebase", problems[0].id, False, group))
+    for group in elsewhere:
+        rows.append(out, row("dvts", problems[0].id, False, group))
+    args = argparse.Namespace(
+        data=[str(data)],
+        prm_format="confidence",
+        max_tokens=224,
+        policies=["rebase", "dvts"],
+        width=8,
+        problems=2,
+        in_flight=2,
+        mixed=False,
+        seed=0,
+    )
+    asked = {(name, setting.name, problem.id) for name, batch in unsolved(args, out) for setting, problem in batch}
+    whole = {
+        (data.name, policy, problem.id)
+        for policy in ("greedy", "self_consistency", "rebase", "dvts")
+        for problem in problems
+    }
+    assert asked == whole - {(data.name, "rebase", problems[0].id)}
+    assert [len(batch) for _, batch in unsolved(args, out)] == [2, 2, 1, 2]
+    args.in_flight = 1
+    firsts = [batch[0][0].name for _, batch in unsolved(args, out)]
+    assert firsts[:4] == ["greedy", "self_consistency", "dvts", "greedy"]
+    args.mixed = True
+    assert [len(batch) for _, batch in unsolved(args, out)] == [3, 4]
+
+
+def test_what_is_in_flight_shares_the_time_and_cpu_time_is_told_of_one_setting_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, work = iter([100.0, 106.0, 200.0, 203.0]), iter([10.0, 14.0, 20.0])
+    monkeypatch.setattr("bench.real_model.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(real_model, "server_cpu_s", lambda: next(work))
+    monkeypatch.setattr(real_model, "solve", lambda _client, _setting, problem, *_rest: {"problem": problem.id})
+    greedy, sampled = settings(8, [])
+    a, b = (Problem(name, "", "", "boxed", "") for name in "ab")
+    client = cast(Any, None)
+    same = solve_together(client, [(greedy, a), (greedy, b)], 10, 0)
+    assert same == [{"problem": name, "in_flight": 2, "seconds": 3.0, "cpu_seconds": 2.0} for name in "ab"]
+    mixed = solve_together(client, [(greedy, a), (sampled, a), (greedy, b)], 10, 0)
+    assert mixed == [{"problem": name, "in_flight": 3, "seconds": 1.0} for name in "aab"]
+
+
+def test_the_servers_cpu_time_is_that_of_child_processes() -> None:
+    code = "import time; t = time.process_time()\nwhile time.process_time() < t + 0.3: pass\nprint(flush=True); input()"
+    before = server_cpu_s()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline()
+        spent = server_cpu_s() - before
+        child.communicate(b"\n")
+    assert spent >= 0.3
+
+
+def test_the_plot_has_a_panel_for_each_group_and_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    made: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", made.append)
+    done = [
+        row(
+            "rebase", "a", False, group, width=width, setting=f"rebase@{width}", kv_tokens_mean=100, clusters=None, **KV
+        )
+        for group, width in ((GSM8K, 8), (GSM8K, 16), (MATH, 8))
+    ]
+    plot(summary([*done, row("greedy", "a", False, MATH)], seed=0)[1], tmp_path / "plot.png")
+    titles = [axis.get_title() for axis in made[0].axes]
+    monkeypatch.undo()
+    pyplot.close(made[0])
+    assert titles == [
+        "gsm8k, confidence, 224 tokens, width 8",
+        "gsm8k, confidence, 224 tokens, width 16",
+        "math500, confidence, 224 tokens, width 8",
+    ]
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_the_rows_of_this_repository_name_no_path_and_make_their_tables() -> None:
+    done = list(rows.read(rows.RESULTS / "real_model.jsonl"))
+    assert done and not [one for one in done if " /" in one["made_by"]["command"] or "/" in one["data"]]
+    text, _ = summary(done, seed=0)
+    assert (rows.RESULTS / "real_model.md").read_text(encoding="utf-8") == text + "\n"
 
 
 def test_another_file_than_the_known_one_is_refused(tmp_path: Path) -> None:
