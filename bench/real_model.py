@@ -11,8 +11,8 @@ second, stricter grader.
 
 One problem under one setting is a row; a run that was interrupted goes on where it stopped. `--in-flight` problems are solved
 at once, each setting for itself, and a row has an equal share of the seconds that they took, of the clock and of the server's
-CPU time; the latter means something on a busy machine too. With `--mixed` all settings are in flight at once, which is some
-times faster and tells nothing of any one's throughput. Tables and plot keep data sets, PRM formats and token limits apart.
+CPU time; the latter means something on a busy machine too. With `--mixed` all settings are in flight at once, which is about
+twice as fast and tells nothing of any one's throughput. Tables and plot keep data sets, PRM formats and token limits apart.
 """
 
 from __future__ import annotations
