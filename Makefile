@@ -82,7 +82,7 @@ bench-selection: install
 bench-variants: install
 	$(RUN) -m bench.cluster_variants $(ARGS)
 
-# Needs ARGS="--data gsm8k.jsonl".
+# Needs ARGS="--data gsm8k math500", or files; see bench/datasets.py.
 bench-real: install
 	$(RUN) -m bench.real_model $(ARGS)
 

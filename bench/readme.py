@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,15 @@ def cluster_table() -> str:
     return rows.markdown(header, cells)
 
 
-def kv_table() -> str:
-    """All complete problems of `kv_footprint.py`."""
-    return footprint_tables.table(list(rows.read(rows.RESULTS / "kv_footprint.jsonl")), seed=0)[0]
+def kv_table(name: str) -> str:
+    """All problems of a file of `kv_footprint.py` that every policy of a width has solved."""
+    return footprint_tables.table(list(rows.read(rows.RESULTS / f"{name}.jsonl")), seed=0)[0]
 
 
-def width64_table() -> str:
-    """Four policies on all held-out problems at width 64, by `kv_footprint.py`."""
-    return footprint_tables.table(list(rows.read(rows.RESULTS / "kv_width64.jsonl")), seed=0)[0]
+def equal_tables(name: str) -> str:
+    """The policies at equal tokens and at equal time, from the same rows."""
+    _, summaries = footprint_tables.table(list(rows.read(rows.RESULTS / f"{name}.jsonl")), seed=0)
+    return footprint_tables.equal_cost_tables(summaries)
 
 
 def attention_table() -> str:
@@ -86,8 +88,10 @@ def throughput_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "selection": selection_table,
     "clusters": cluster_table,
-    "kv": kv_table,
-    "width64": width64_table,
+    "width64": partial(kv_table, "kv_width64"),
+    "width64_6_steps": partial(kv_table, "kv_width64_6_steps"),
+    "kv_6_steps": partial(kv_table, "kv_footprint_6_steps"),
+    "equal_6_steps": partial(equal_tables, "kv_footprint_6_steps"),
     "coverage": coverage_table,
     "kept": kept_table,
     "throughput": throughput_table,

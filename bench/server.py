@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ def running_server(
     Raises:
         RuntimeError: the server ended or did not serve within `START_LIMIT_S`; the end of its log is in the message.
     """
+    _end_by_exit()
     with tempfile.TemporaryDirectory() as folder:
         log = log or Path(folder) / "server.log"
         port = _free_port()
@@ -50,6 +52,13 @@ def running_server(
                 raise RuntimeError(f"the server ended by itself:\n{_tail(log)}")
         finally:
             _stop(process)
+
+
+def _end_by_exit() -> None:
+    """Let SIGTERM end this process by `SystemExit`, so that the servers it started are stopped on the way."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 def _free_port() -> int:

@@ -28,10 +28,11 @@ EMBEDDED = {
     "--search-answer-pattern": "the_answer_is",
     "--search-answer": "weighted_majority",
 }
-# Room for four searches of width 64 with 250 tokens a trajectory even if they shared nothing; some 100 MB a model.
-EMBEDDED_CPU = {"--dtype": "float32", "--max-total-tokens": "64000", "--prm-max-total-tokens": "64000"}
+# Room for four searches of width 64 with 350 tokens a trajectory even if they shared nothing; some 360 MB a model.
+EMBEDDED_CPU = {"--dtype": "float32", "--max-total-tokens": "90000", "--prm-max-total-tokens": "90000"}
 CPU = {"--device": "cpu", "--attention-backend": "torch_native"}
-CPU_SWITCHES = ("--disable-overlap-schedule",)  # two models take turns on few cores: nothing to overlap
+# Two models take turns on few cores, so there is nothing to overlap; and an idle scheduler would spin on one of the cores.
+CPU_SWITCHES = ("--disable-overlap-schedule", "--sleep-on-idle")
 THREADS = "1"  # for models of a few MB more threads only wait for each other
 ALIASES = {"--model-path": ("--model-path", "--model")}
 

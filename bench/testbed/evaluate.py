@@ -123,8 +123,8 @@ def write_report(rows: Sequence[Row], seed: int) -> None:
         lines.append(f"| {row.metric} | {row.value:.3f} | {error} | {row.num_items} {row.items} |")
     lines += [
         "",
-        "The PRM is a longer trained sibling of the policy model and solves more problems than it: a vote weighted by",
-        "it measures the search, not what a PRM of the policy's own strength would give. One training seed.",
+        "The PRM is the policy model after further training and solves more problems than it: a vote weighted by it",
+        "measures the search, not what a PRM of the policy's own strength would give. One training seed.",
         "",
     ]
     (HERE / "REPORT.md").write_text("\n".join(lines))

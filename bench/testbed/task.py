@@ -24,7 +24,7 @@ Operator = Literal["+", "-", "*"]
 
 CONNECTORS = ("so", "now", "then", "next", "and", "thus", "hence", "here")
 ANSWER_PREFIX = "The answer is "
-NUM_INTEGERS = 7
+NUM_INTEGERS = 11
 LARGEST_INTEGER = 20
 LARGEST_VALUE = 200
 

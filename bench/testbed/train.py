@@ -62,7 +62,7 @@ class Recipe:
 
     seed: int = 0
     short: Stage = Stage(7, 7, 10_300_000, 2_500_000)
-    long: Stage = Stage(4, 12, 12_000_000, 6_000_000)
+    long: Stage = Stage(4, 12, 9_800_000, 6_000_000)
     tokens_per_update: int = 4_800
     matrix_rate: float = 0.02
     other_rate: float = 0.003

@@ -46,7 +46,7 @@ class Server:
 
     def search(self, prompt: str, width: int = 16, **fields: Any) -> dict[str, Any]:
         """One search; fails the test unless it is answered."""
-        body = {"model": "default", "prompt": prompt, "max_tokens": 256, "search_width": width, **fields}
+        body = {"model": "default", "prompt": prompt, "max_tokens": 512, "search_width": width, **fields}
         status, answer = self.post("/v1/completions", body)
         assert status == 200, answer
         return dict(answer)

@@ -17,7 +17,7 @@ SEARCH = {"search_width": 8, "search": {"algorithm": "ets"}}
 
 
 def test_sync(server: Server) -> None:
-    done = server.client.completions.create(model="default", prompt=PROMPT, max_tokens=256, n=2, extra_body=SEARCH)
+    done = server.client.completions.create(model="default", prompt=PROMPT, max_tokens=512, n=2, extra_body=SEARCH)
     assert done.choices[0].text
     assert done.choices[0].finish_reason in ("stop", "length")
     assert done.usage is not None
@@ -26,7 +26,7 @@ def test_sync(server: Server) -> None:
 
 def test_streaming_ranked_choices_and_usage(server: Server) -> None:
     """At temperature 0 both requests search the same tree, so the streams join to the choices of the whole answer."""
-    asked: dict[str, Any] = {"model": "default", "prompt": PROMPT, "max_tokens": 256, "n": 2, "temperature": 0}
+    asked: dict[str, Any] = {"model": "default", "prompt": PROMPT, "max_tokens": 512, "n": 2, "temperature": 0}
     done = server.client.completions.create(**asked, extra_body=SEARCH)
     streamed = server.client.completions.create(
         **asked, stream=True, stream_options={"include_usage": True}, extra_body=SEARCH
@@ -65,7 +65,7 @@ def test_async_chat_in_parallel(server: Server) -> None:
         stream = await client.chat.completions.create(
             model="default",
             messages=[{"role": "user", "content": PROMPT}],
-            max_tokens=256,
+            max_tokens=512,
             seed=seed,
             stream=True,
             extra_body=SEARCH,

@@ -60,7 +60,7 @@ def test_a_chat_asks_the_prm_about_the_last_user_message(tmp_path: Path) -> None
     reference = Reference(CASES[3], tmp_path / "prm")
     with serving(tmp_path / "log.txt", ["--prm-model-path", str(tmp_path / "prm")]) as server:
         messages = [{"role": "user", "content": QUESTION}]
-        body = {"model": "default", "messages": messages, "max_tokens": 256, "search_width": 4}
+        body = {"model": "default", "messages": messages, "max_tokens": 512, "search_width": 4}
         status, answer = server.post("/v1/chat/completions", {**body, "search": {"return_tree": True}})
     assert status == 200, answer
     for path in scored_paths(answer):

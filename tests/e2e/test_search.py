@@ -104,7 +104,7 @@ def test_chat_completions_search_too(server: Server) -> None:
 def test_openai_client_streams_a_search(server: Server) -> None:
     chunks = list(
         server.client.completions.create(
-            model="default", prompt=PROBLEMS[0]["prompt"], max_tokens=256, stream=True, extra_body={"search_width": 8}
+            model="default", prompt=PROBLEMS[0]["prompt"], max_tokens=512, stream=True, extra_body={"search_width": 8}
         )
     )
     text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
@@ -147,7 +147,7 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(server: Server) -> None:
     done = server.search_state()["done"]
     host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps(
-        {"model": "default", "prompt": PROBLEMS[1]["prompt"], "max_tokens": 256, "search_width": 256}
+        {"model": "default", "prompt": PROBLEMS[1]["prompt"], "max_tokens": 512, "search_width": 256}
     ).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:

@@ -16,7 +16,7 @@ WIDTH = 8
 
 
 def fields(problem: int, **more: Any) -> dict[str, Any]:
-    return {"model": "default", "prompt": PROBLEMS[problem]["prompt"], "max_tokens": 256, "seed": 3, **more}
+    return {"model": "default", "prompt": PROBLEMS[problem]["prompt"], "max_tokens": 512, "seed": 3, **more}
 
 
 def chunks_of(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:

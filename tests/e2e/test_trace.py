@@ -52,7 +52,7 @@ def watch(server: Server, rid: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_running_search_is_followed_level_by_level_to_its_answer(traced: Server, stream: bool) -> None:
     rid = f"watched-{stream}"
-    body = {"model": "default", "prompt": PROBLEMS[0]["prompt"], "max_tokens": 256, "rid": rid, "stream": stream}
+    body = {"model": "default", "prompt": PROBLEMS[0]["prompt"], "max_tokens": 512, "rid": rid, "stream": stream}
     body |= {"search_width": WIDTH, "search": {"return_tree": True, "rebase_temperature": 0.5}}
     with ThreadPoolExecutor(1) as pool:
         watcher = pool.submit(watch, traced, rid)
