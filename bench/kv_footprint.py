@@ -153,8 +153,11 @@ def run_all(
             finally:
                 free.put(client)
 
-        for row in tqdm(pool.map(run, todo), total=len(todo), unit="run"):
-            rows.append(out, {**row, **extra})
+        try:
+            for row in tqdm(pool.map(run, todo), total=len(todo), unit="run"):
+                rows.append(out, {**row, **extra})
+        finally:
+            pool.shutdown(cancel_futures=True)  # when interrupted: end what runs, forget what waits
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
