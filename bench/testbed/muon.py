@@ -1,6 +1,6 @@
 """Muon (Jordan et al. 2024): momentum whose every matrix is replaced by the nearest orthogonal one.
 
-torch.optim.Muon does the same in bfloat16, which a CPU without instructions for it multiplies ten times slower than float32,
+torch.optim.Muon does the same in bfloat16, which is slow on a CPU without instructions for it,
 and one matrix at a time. Here equal shapes are orthogonalised together, in float32.
 """
 
