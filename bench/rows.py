@@ -20,17 +20,29 @@ PACKAGES = ("sglang", "torch", "triton", "highspy", "numpy")
 @functools.cache
 def provenance() -> dict[str, Any]:
     """Where and with what a row was made. The command is relative: no path of this machine."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     script = Path(sys.argv[0])
     return {
         "hardware": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit_of(Path(__file__).parent),
         "command": " ".join(["python", f"bench/{script.name}", *sys.argv[1:]]),
     }
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of the checkout that `folder` belongs to, `-dirty` if tracked files differ from it.
+
+    Result rows and README.md, which is written from them, may differ: neither is run.
+    """
+    commit = _git(folder, "rev-parse", "--short", "HEAD") or "unknown"
+    rows_aside = (":/", ":(top,exclude)bench/results", ":(top,exclude)README.md")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *rows_aside)
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(folder: Path, *args: str) -> str:
+    return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _cpu() -> str:
