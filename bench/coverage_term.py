@@ -30,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
+from bench.figures import curves, panels
 from bench.footprint_tables import interval
 from bench.kv_footprint import Setting, solve
 from bench.server import running_server
@@ -147,26 +148,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against KV: a panel for each PRM, a curve over cost weights for each diversity weight."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     prms = sorted({s["prm"] for s in lines})
-    figure, axes = pyplot.subplots(1, len(prms), figsize=(5.5 * len(prms), 4.2), squeeze=False, sharex=True)
-    for axis, prm in zip(axes[0], prms, strict=True):
-        curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for s in (s for s in lines if s["prm"] == prm):
-            name = s["policy"].split(" d=")[-1] if " d=" in s["policy"] else s["policy"].split(" b=")[0]
-            curves[name].append((s["kv_tokens_mean"], s["accuracy"]))
-        for name, points in curves.items():
-            label = f"ets d={name}" if name[0].isdigit() else name
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-        axis.set(title=f"{prm} PRM", xlabel="KV tokens held (mean over levels)", ylabel="accuracy")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with panels(path, len(prms), width=5.5, height=4.2, sharex=True) as axes:
+        for axis, prm in zip(axes, prms, strict=True):
+            points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for s in (s for s in lines if s["prm"] == prm):
+                name = s["policy"].split(" d=")[-1] if " d=" in s["policy"] else s["policy"].split(" b=")[0]
+                points[name].append((s["kv_tokens_mean"], s["accuracy"]))
+            curves(axis, points, f"{prm} PRM")
+            axis.legend(fontsize=7)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench import rows
+from bench.figures import panels
 
 BASELINE = "rebase"
 NUM_RESAMPLES = 2000
@@ -123,22 +124,14 @@ def _equal_cost_table(summaries: Sequence[dict[str, Any]], cost: str) -> str:
 
 def plot(summaries: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against KV held, one panel per width; a line joins the policies that no other dominates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     searched = [s for s in summaries if "kv_tokens_mean" in s]
     widths = sorted({s["width"] for s in searched})
-    figure, axes = pyplot.subplots(1, len(widths), figsize=(5 * len(widths), 4), squeeze=False)
-    for axis, width in zip(axes[0], widths, strict=True):
-        own = [s for s in searched if s["width"] == width]
-        for s in own:
-            axis.scatter(s["kv_tokens_mean"], s["accuracy"])
-            axis.annotate(s["policy"], (s["kv_tokens_mean"], s["accuracy"]), fontsize=7)
-        edge = frontier(own)
-        axis.plot([s["kv_tokens_mean"] for s in edge], [s["accuracy"] for s in edge], linewidth=0.8, color="grey")
-        axis.set(title=f"width {width}", xlabel="KV tokens held (mean over levels)", ylabel="accuracy")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with panels(path, len(widths)) as axes:
+        for axis, width in zip(axes, widths, strict=True):
+            own = [s for s in searched if s["width"] == width]
+            for s in own:
+                axis.scatter(s["kv_tokens_mean"], s["accuracy"])
+                axis.annotate(s["policy"], (s["kv_tokens_mean"], s["accuracy"]), fontsize=7)
+            edge = frontier(own)
+            axis.plot([s["kv_tokens_mean"] for s in edge], [s["accuracy"] for s in edge], linewidth=0.8, color="grey")
+            axis.set(title=f"width {width}", xlabel="KV tokens held (mean over levels)", ylabel="accuracy")

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
 from bench.datasets import Problem, load
+from bench.figures import panels
 from bench.footprint_tables import table
 from bench.grading import Grader, majority
 from bench.kv_footprint import Setting
@@ -181,28 +182,20 @@ def _speed(own: Sequence[Row], unit: str) -> str:
 
 def plot(lines: dict[Group, list[Row]], path: Path) -> None:
     """KV held by each search, mean over levels and peak, a panel for each group and width; labels tell the accuracy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     searched = {
         (group, width): [s for s in own if s["width"] == width and "kv_tokens_mean" in s]
         for group, own in lines.items()
         for width in sorted({s["width"] for s in own if "kv_tokens_mean" in s})
     }
-    figure, axes = pyplot.subplots(1, len(searched), figsize=(5 * len(searched), 3.5), squeeze=False)
-    for axis, ((group, width), own) in zip(axes[0], searched.items(), strict=True):
-        names = [f"{s['policy']} ({s['accuracy']:.2f} right)" for s in own]
-        axis.barh(names, [s["kv_tokens_mean"] for s in own], label="mean over levels")
-        axis.plot([s["kv_tokens_peak"] for s in own], names, "k|", label="peak")
-        axis.set(title=f"{title(group)}, width {width}", xlabel="KV tokens held")
-        axis.title.set_fontsize(9)
-        axis.tick_params(labelsize=8)
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with panels(path, len(searched), height=3.5) as axes:
+        for axis, ((group, width), own) in zip(axes, searched.items(), strict=True):
+            names = [f"{s['policy']} ({s['accuracy']:.2f} right)" for s in own]
+            axis.barh(names, [s["kv_tokens_mean"] for s in own], label="mean over levels")
+            axis.plot([s["kv_tokens_peak"] for s in own], names, "k|", label="peak")
+            axis.set(title=f"{title(group)}, width {width}", xlabel="KV tokens held")
+            axis.title.set_fontsize(9)
+            axis.tick_params(labelsize=8)
+        axes[0].legend(fontsize=7)
 
 
 def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, Batch]]:

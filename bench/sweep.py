@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
+from bench.figures import curves, panels
 from bench.footprint_tables import BASELINE, frontier, table
 from bench.kv_footprint import PROBLEMS, Setting, add_run_arguments, run_all
 from bench.testbed.task import distinct_problems
@@ -72,31 +73,20 @@ def split_tables(done: Sequence[dict[str, Any]], seed: int) -> dict[str, tuple[s
 
 def plot(summaries: Sequence[dict[str, Any]], path: Path) -> None:
     """Validation accuracy against KV: a curve over b for each d, and the edge that nothing dominates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for s in summaries:
-        curves[s["policy"].split(" d=")[-1]].append((s["kv_tokens_mean"], s["accuracy"]))
-    figure, axis = pyplot.subplots(figsize=(6.5, 4.5))
-    for name, points in curves.items():
-        label = f"ets d={name}" if name[0].isdigit() else name
-        axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
+        points[s["policy"].split(" d=")[-1]].append((s["kv_tokens_mean"], s["accuracy"]))
     edge = frontier(summaries)
-    axis.plot(
-        [s["kv_tokens_mean"] for s in edge],
-        [s["accuracy"] for s in edge],
-        color="grey",
-        linestyle=":",
-        label="frontier",
-    )
-    axis.set(xlabel="KV tokens held (mean over levels)", ylabel="accuracy", title="validation problems")
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with panels(path, 1, width=6.5, height=4.5) as (axis,):
+        curves(axis, points, "validation problems")
+        axis.plot(
+            [s["kv_tokens_mean"] for s in edge],
+            [s["accuracy"] for s in edge],
+            color="grey",
+            linestyle=":",
+            label="frontier",
+        )
+        axis.legend(fontsize=7)
 
 
 def main() -> None:

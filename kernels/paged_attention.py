@@ -8,8 +8,9 @@ touch each other, so what else is in a batch never changes a result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numba
@@ -22,63 +23,70 @@ FEW_NEW_TOKENS = 16  # from here on torch's blocked attention of one sequence is
 _REORDERING = {"reassoc", "contract", "arcp", "nsz"}  # lets sums be vectorised; infinities and NaN keep their meaning
 
 
-def paged_attention_reference(
-    query: torch.Tensor,  # [tokens, heads, head_size], the new tokens of all sequences
-    output: torch.Tensor,  # [tokens, heads, value_size], written
-    k_cache: torch.Tensor,  # [pool, kv_heads, head_size]
-    v_cache: torch.Tensor,  # [pool, kv_heads, value_size]
-    req_to_token: torch.Tensor,  # int[requests, context]: pool slot of each position
-    rows: list[int],  # row of req_to_token of each sequence
-    kv_lengths: list[int],  # cached and new tokens of each sequence; the new ones are the last
-    new_lengths: list[int],  # new tokens of each sequence
-    scaling: float | None = None,  # of the scores; default 1 / sqrt(head_size)
-) -> None:
+@dataclass(frozen=True)
+class PagedBatch:
+    """New tokens of several sequences, whose keys and values are in the pools already. `output` is written."""
+
+    query: torch.Tensor  # [tokens, heads, head_size], the new tokens of all sequences
+    output: torch.Tensor  # [tokens, heads, value_size]
+    k_cache: torch.Tensor  # [pool, kv_heads, head_size]
+    v_cache: torch.Tensor  # [pool, kv_heads, value_size]
+    req_to_token: torch.Tensor  # int[requests, context]: pool slot of each position
+    rows: list[int]  # row of req_to_token of each sequence
+    kv_lengths: list[int]  # cached and new tokens of each sequence; the new ones are the last
+    new_lengths: list[int]  # new tokens of each sequence
+    scaling: float | None = None  # of the scores; default 1 / sqrt(head_size)
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the Numba kernel takes it: float32 on the CPU, int32 slots."""
+        floats = (self.query, self.output, self.k_cache, self.v_cache)
+        is_float32 = all(one.dtype == torch.float32 and one.device.type == "cpu" for one in floats)
+        return is_float32 and self.req_to_token.dtype == torch.int32
+
+    def sequences(self) -> Iterator[PagedBatch]:
+        """One batch a sequence."""
+        start = 0
+        for row, num_kv, num_new in zip(self.rows, self.kv_lengths, self.new_lengths, strict=True):
+            query, output = (one[start : start + num_new] for one in (self.query, self.output))
+            yield replace(self, query=query, output=output, rows=[row], kv_lengths=[num_kv], new_lengths=[num_new])
+            start += num_new
+
+
+def paged_attention_reference(batch: PagedBatch) -> None:
     """Each sequence's new tokens over all before them and themselves; one torch call a sequence."""
-    start = 0
-    for row, num_kv, num_new in zip(rows, kv_lengths, new_lengths, strict=True):
-        _attend_sequence(
-            query[start : start + num_new],
-            output[start : start + num_new],
-            k_cache,
-            v_cache,
-            req_to_token[row, :num_kv],
-            scaling,
-        )
-        start += num_new
+    for one in batch.sequences():
+        _attend_sequence(one)
 
 
-def paged_attention(
-    query: torch.Tensor,
-    output: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    rows: list[int],
-    kv_lengths: list[int],
-    new_lengths: list[int],
-    scaling: float | None = None,
-) -> None:
+def paged_attention(batch: PagedBatch) -> None:
     """`paged_attention_reference`, by the Numba kernel where that is faster and can: float32, few new tokens a sequence."""
-    args = (query, output, k_cache, v_cache, req_to_token, rows, kv_lengths, new_lengths, scaling)
-    if not is_supported(query, output, k_cache, v_cache, req_to_token):
-        return paged_attention_reference(*args)
-    if max(new_lengths) > FEW_NEW_TOKENS:
-        return _split_by_length(*args)
-    num_kv = np.asarray(kv_lengths, dtype=np.int64)
-    num_new = np.asarray(new_lengths, dtype=np.int64)
-    sequence = np.repeat(np.arange(len(rows)), num_new)
+    if not batch.is_supported:
+        paged_attention_reference(batch)
+    elif max(batch.new_lengths) <= FEW_NEW_TOKENS:
+        _attend_few(batch)
+    else:
+        for one in batch.sequences():
+            attend = _attend_few if one.new_lengths[0] <= FEW_NEW_TOKENS else _attend_sequence
+            attend(one)
+
+
+def _attend_few(batch: PagedBatch) -> None:
+    num_kv = np.asarray(batch.kv_lengths, dtype=np.int64)
+    num_new = np.asarray(batch.new_lengths, dtype=np.int64)
+    sequence = np.repeat(np.arange(len(num_new)), num_new)
     # The j-th new token of a sequence sees its cached tokens and the first j new ones.
     order = np.arange(len(sequence)) - np.repeat(np.cumsum(num_new) - num_new, num_new)
     visible = (num_kv - num_new)[sequence] + order + 1
-    scale = np.float32(1 / math.sqrt(query.shape[2]) if scaling is None else scaling)
-    caches = (k_cache.numpy(), v_cache.numpy(), req_to_token.numpy())
-    token_rows = np.asarray(rows, dtype=np.int64)[sequence]
+    scale = np.float32(1 / math.sqrt(batch.query.shape[2]) if batch.scaling is None else batch.scaling)
+    caches = (batch.k_cache.numpy(), batch.v_cache.numpy(), batch.req_to_token.numpy())
+    token_rows = np.asarray(batch.rows, dtype=np.int64)[sequence]
 
     def attend(part: slice) -> None:
-        _attend_rows(query[part].numpy(), output[part].numpy(), *caches, token_rows[part], visible[part], scale)
+        query, output = batch.query[part].numpy(), batch.output[part].numpy()
+        _attend_rows(query, output, *caches, token_rows[part], visible[part], scale)
 
-    _in_threads(attend, len(query))
-    return None
+    _in_threads(attend, len(batch.query))
 
 
 def _in_threads(attend: Callable[[slice], None], num_tokens: int) -> None:
@@ -98,54 +106,23 @@ def _threads(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="paged-attention")
 
 
-def is_supported(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel takes these (query, output, k_cache, v_cache, req_to_token): float32 on the CPU, int32 slots."""
-    *floats, slots = tensors
-    return slots.dtype == torch.int32 and all(one.dtype == torch.float32 and one.device.type == "cpu" for one in floats)
-
-
-def _split_by_length(
-    query: torch.Tensor,
-    output: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    rows: list[int],
-    kv_lengths: list[int],
-    new_lengths: list[int],
-    scaling: float | None,
-) -> None:
-    start = 0
-    for row, num_kv, num_new in zip(rows, kv_lengths, new_lengths, strict=True):
-        run = paged_attention if num_new <= FEW_NEW_TOKENS else paged_attention_reference
-        new = slice(start, start + num_new)
-        run(query[new], output[new], k_cache, v_cache, req_to_token, [row], [num_kv], [num_new], scaling)
-        start += num_new
-
-
-def _attend_sequence(
-    query: torch.Tensor,
-    output: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    scaling: float | None,
-) -> None:
-    num_new, num_kv = len(query), len(slots)
+def _attend_sequence(batch: PagedBatch) -> None:
+    [row], [num_kv], [num_new] = batch.rows, batch.kv_lengths, batch.new_lengths
+    query, slots = batch.query, batch.req_to_token[row, :num_kv]
     mask = None
     if 1 < num_new < num_kv:
         # bool[new, kv]: new token i sees the prefix and the new tokens up to itself.
         mask = torch.ones(num_new, num_kv, dtype=torch.bool, device=query.device).tril(num_kv - num_new)
     out = scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),
-        k_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
-        v_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
+        batch.k_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
+        batch.v_cache[slots].transpose(0, 1).unsqueeze(0).to(query.dtype),
         attn_mask=mask,
         is_causal=num_new == num_kv > 1,  # a single new token sees everything before it
-        scale=scaling,
-        enable_gqa=query.shape[1] != k_cache.shape[1],
+        scale=batch.scaling,
+        enable_gqa=query.shape[1] != batch.k_cache.shape[1],
     )
-    output.copy_(out.squeeze(0).transpose(0, 1))
+    batch.output.copy_(out.squeeze(0).transpose(0, 1))
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_REORDERING, error_model="numpy")

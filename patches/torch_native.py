@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sglang_ets.kernels import paged_attention
+from sglang_ets.kernels import PagedBatch, paged_attention
 from sglang_ets.patches.record import Patch
 
 BACKEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
@@ -48,7 +48,7 @@ def attend(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Writes and returns the output."""
-    paged_attention(*tensors, rows.tolist(), kv_lengths.tolist(), new_lengths, kwargs.get("scaling"))
+    paged_attention(PagedBatch(*tensors, rows.tolist(), kv_lengths.tolist(), new_lengths, kwargs.get("scaling")))
     return tensors[1]
 
 

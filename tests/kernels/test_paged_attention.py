@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from sglang_ets.kernels import paged_attention, paged_attention_reference
+from sglang_ets.kernels import PagedBatch, paged_attention, paged_attention_reference
 
 module = importlib.import_module(paged_attention.__module__)  # by name: the package's attribute is the function
 POOL = 900
@@ -77,31 +77,33 @@ def dense(args: Case, scaling: float | None) -> torch.Tensor:
 @pytest.mark.parametrize(("kv", "new"), SHAPES)
 def test_equals_dense_attention(run, scaling, heads, kv, new) -> None:  # type: ignore[no-untyped-def]
     args = case(kv, new, *heads)
-    run(*args, scaling)
+    run(PagedBatch(*args, scaling))
     torch.testing.assert_close(args[1].double(), dense(args, scaling), rtol=1e-5, atol=1e-6)
 
 
 def test_short_sequences_go_to_the_kernel_and_long_ones_to_torch(kernel_tokens: list[int]) -> None:
-    paged_attention(*case([30, 20, 9], [1, 1, 1]))
+    paged_attention(PagedBatch(*case([30, 20, 9], [1, 1, 1])))
     assert kernel_tokens == [3]
-    paged_attention(*case([90, 20], [module.FEW_NEW_TOKENS + 1, 2]))
+    paged_attention(PagedBatch(*case([90, 20], [module.FEW_NEW_TOKENS + 1, 2])))
     assert kernel_tokens == [3, 2]
 
 
 @pytest.mark.usefixtures("threads")
 def test_threads_share_the_tokens(kernel_tokens: list[int]) -> None:
     args = case([30, 20, 9, 40], [2, 1, 3, 1])
-    paged_attention(*args)
+    paged_attention(PagedBatch(*args))
     assert sorted(kernel_tokens) == [2, 2, 3]
     torch.testing.assert_close(args[1].double(), dense(args, None), rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
     query, output, keys, values, pages, rows, kv, new = case([60, 45, 12, 50], [1, 1, 1, 1])
-    paged_attention(query, output, keys, values, pages, rows, kv, new)
+    paged_attention(PagedBatch(query, output, keys, values, pages, rows, kv, new))
     for at in range(4):
         alone = torch.empty_like(output[:1])
-        paged_attention(query[at : at + 1], alone, keys, values, pages, rows[at : at + 1], kv[at : at + 1], [1])
+        paged_attention(
+            PagedBatch(query[at : at + 1], alone, keys, values, pages, rows[at : at + 1], kv[at : at + 1], [1])
+        )
         assert torch.equal(alone[0], output[at])
 
 
@@ -109,7 +111,7 @@ def test_query_may_be_a_view(kernel_tokens: list[int]) -> None:
     args = case([30, 20], [1, 1])
     wide = torch.randn(2, 4, 48)
     view = wide[:, :, 16:32]
-    paged_attention(view, *args[1:])
+    paged_attention(PagedBatch(view, *args[1:]))
     assert kernel_tokens == [2]
     torch.testing.assert_close(args[1].double(), dense((view.clone(), *args[1:]), None), rtol=1e-5, atol=1e-6)
 
@@ -118,12 +120,12 @@ def test_query_may_be_a_view(kernel_tokens: list[int]) -> None:
 def test_other_dtypes_go_to_torch(dtype: torch.dtype, kernel_tokens: list[int]) -> None:
     *floats, pages, rows, kv, new = case([30, 20], [1, 2])
     args = (*(one.to(dtype) for one in floats), pages, rows, kv, new)
-    paged_attention(*args)
+    paged_attention(PagedBatch(*args))
     assert kernel_tokens == []
     torch.testing.assert_close(args[1].double(), dense(args, None), rtol=2e-2, atol=2e-2)
 
 
 def test_very_large_scores_do_not_overflow() -> None:
     query, *rest = case([30], [1])
-    paged_attention(query * 1e4, *rest)
+    paged_attention(PagedBatch(query * 1e4, *rest))
     assert torch.isfinite(rest[0]).all()
