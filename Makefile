@@ -26,7 +26,9 @@ demo: install
 serve: install
 	@$(PY) -m sglang_ets.launch_server --search ets
 
-test: lint types unit e2e
+# Unit tests beside end-to-end tests: each keeps about one core busy. The output of one is shown when it has ended.
+test: lint types
+	@$(MAKE) --no-print-directory -j2 --output-sync=target unit e2e
 
 lint: install
 	$(PY) -m ruff check .
@@ -41,12 +43,14 @@ unit: install
 e2e: install
 	$(RUN) -m pytest -q -m server
 
-# Every bench in its smoke mode: shows that they run, not what they measure.
+# Every bench in its smoke mode: shows that they run, not what they measure. (bench-real needs data and another model.)
 bench: install
 	$(RUN) -m bench.bench_ilp --smoke
 	$(RUN) -m bench.bench_kernels --smoke
 	$(RUN) -m bench.bench_attention --smoke
 	$(RUN) -m bench.bench_clusters --smoke
+	$(RUN) -m bench.cluster_variants --smoke
+	$(RUN) -m bench.selection_quality --smoke
 	$(RUN) -m bench.kv_footprint --smoke
 	$(RUN) -m bench.coverage_term --smoke
 	$(RUN) -m bench.sweep --smoke

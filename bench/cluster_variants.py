@@ -1,5 +1,6 @@
 """Which embedding tells meanings apart? Layers, pooling and normalisation, on the embedded task and on SmolLM2.
 
+    python -m bench.cluster_variants --smoke
     python -m bench.cluster_variants --model embedded
     python -m bench.cluster_variants --model smollm2 --data GSM8K.jsonl
 
@@ -261,10 +262,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="GSM8K as JSON lines with `question`, for smollm2")
     parser.add_argument("--problems", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=rows.RESULTS / "cluster_variants.jsonl")
+    parser.add_argument("--smoke", action="store_true", help="2 problems, into a file of its own")
+    parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/cluster_variants.jsonl")
     args = parser.parse_args()
     if args.model == "smollm2" and args.data is None:
         parser.error("--model smollm2 needs --data, a file of GSM8K problems")
+    if args.smoke:
+        args.problems = 2
+    out = args.out or rows.RESULTS / ("cluster_variants_smoke.jsonl" if args.smoke else "cluster_variants.jsonl")
     source = embedded(args.problems, args.seed) if args.model == "embedded" else smollm2(args.problems, args.data)
     torch.set_num_threads(1)
     found = list(levels(source, args.seed))
@@ -279,9 +284,9 @@ def main() -> None:
                 "normalisation": how,
                 "problems": args.problems,
             }
-            rows.append(args.out, {**row, "seed": args.seed, **figures(found, normalised(sets, trees_of, how))})
-    text = table(list(rows.read(args.out)))
-    args.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+            rows.append(out, {**row, "seed": args.seed, **figures(found, normalised(sets, trees_of, how))})
+    text = table(list(rows.read(out)))
+    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -1,5 +1,6 @@
 """What does each policy keep? One level at a time, on the same levels: right leaves, their share of the width, KV kept.
 
+    python -m bench.selection_quality --smoke
     python -m bench.selection_quality --problems 12 --width 64
 
 Levels come from REBASE searches on validation problems of the embedded task, where it is known of every step whether it is
@@ -195,16 +196,20 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--problems", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=rows.RESULTS / "selection_quality.jsonl")
+    parser.add_argument("--smoke", action="store_true", help="2 problems at width 8, into a file of its own")
+    parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/selection_quality.jsonl")
     args = parser.parse_args()
+    if args.smoke:
+        args.width, args.problems = 8, 2
+    out = args.out or rows.RESULTS / ("selection_quality_smoke.jsonl" if args.smoke else "selection_quality.jsonl")
     judged: list[Judged] = []
     for problem, nodes in trees(distinct_problems("validation", args.problems, args.seed), args.width, args.seed, None):
         judged += judged_levels(nodes, problem, args.width)
     for config in configs(args.width):
         row = {"width": args.width, "policy": name_of(config), "problems": args.problems, "seed": args.seed}
-        rows.append(args.out, {**row, "levels": len(judged), **quality(judged, config)})
-    text = table(list(rows.read(args.out)))
-    args.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        rows.append(out, {**row, "levels": len(judged), **quality(judged, config)})
+    text = table(list(rows.read(out)))
+    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
