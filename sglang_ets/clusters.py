@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
+
+Distances = Callable[
+    [NDArray[np.float32]], NDArray[np.float64]
+]  # float32[L, H] -> float64[L, L], as `cosine_distances`
 
 MIN_NORM = 1e-12
 AT_CENTER = 1e-4  # of its length: an embedding this close to the mean differs from it by rounding only
@@ -43,15 +49,21 @@ def cosine_distances(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
     vectors = vectors / np.maximum(norms, MIN_NORM)
     distances = 1.0 - vectors @ vectors.T
     distances = np.clip((distances + distances.T) / 2, 0.0, 2.0)
-    at_zero = np.flatnonzero(norms[:, 0] <= MIN_NORM)
-    distances[np.ix_(at_zero, at_zero)] = 0.0
     np.fill_diagonal(distances, 0.0)
-    return np.asarray(distances, dtype=np.float64)
+    return zeros_together(distances, norms[:, 0])
+
+
+def zeros_together(distances: NDArray[np.float64], norms: NDArray[np.floating]) -> NDArray[np.float64]:
+    """float64[L, L], changed in place so that vectors of norm (float[L]) zero are at distance 0 from each other."""
+    at_zero = np.flatnonzero(norms <= MIN_NORM)
+    distances[np.ix_(at_zero, at_zero)] = 0.0
+    return distances
 
 
 def cluster_labels(
     embeddings: NDArray[np.float32],  # float32[L, H]
     cut: float,  # cosine distance, 0..2
+    distances: Distances = cosine_distances,
 ) -> NDArray[np.int64]:  # int64[L], 0..K-1
     """Average linkage on cosine distance, cut at `cut`; labels are numbered by first occurrence.
 
@@ -63,7 +75,7 @@ def cluster_labels(
         raise ValueError(f"clusters need a finite matrix of embeddings, got shape {embeddings.shape}")
     if embeddings.shape[0] < 2:
         return np.zeros(embeddings.shape[0], dtype=np.int64)
-    condensed = squareform(cosine_distances(embeddings), checks=False)
+    condensed = squareform(distances(embeddings), checks=False)
     labels = fcluster(linkage(condensed, method="average"), t=cut, criterion="distance")
     return first_occurrence_labels(labels)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,8 +23,8 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_ets.answer import RankedAnswer
 from sglang_ets.children import ChildReq, make_child, step_end
-from sglang_ets.config import SearchConfig
-from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
+from sglang_ets.config import Algorithm
+from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.live import ROOT, Branch, LiveSearch, result_of
 from sglang_ets.metrics import finished_line, make_metrics, state_of
 from sglang_ets.pressure import relieve
@@ -32,7 +32,7 @@ from sglang_ets.prm.engine import PrmEngine
 from sglang_ets.protocol import carried_config, prompt_text
 from sglang_ets.scoring import StepScoring
 from sglang_ets.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
-from sglang_ets.selection import Selection, get_policy
+from sglang_ets.selection import Selection, SelectionPolicy
 from sglang_ets.streaming import answerable, report_progress
 from sglang_ets.voting import Voting
 
@@ -45,9 +45,10 @@ SOLVED_ALGORITHMS = ("ets", "ets_kv")  # selections worth a worker thread
 class SearchCoordinator:
     """All searches of one scheduler. `searches` is empty when, and only when, the engine is stock sglang."""
 
-    def __init__(self, scheduler: Any, prm: PrmEngine) -> None:
+    def __init__(self, scheduler: Any, prm: PrmEngine, policies: Mapping[Algorithm, SelectionPolicy]) -> None:
         self.scheduler = scheduler
         self.prm = prm
+        self._policies = policies
         self.searches: dict[str, LiveSearch] = {}
         self.num_done = 0
         self.num_failed = 0
@@ -246,12 +247,13 @@ class SearchCoordinator:
         # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
         holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
         paths = self.ledger.snapshot(holds, live.prompt_tokens)
+        policy = self._policies[live.config.algorithm]
         if live.config.algorithm in SOLVED_ALGORITHMS and get_parallel().tp_size == 1:
-            live.awaited = ("select", self._workers.submit(select, live.search, paths, live.config))
+            live.awaited = ("select", self._workers.submit(live.decide, policy, paths))
             selection = None
         else:
             # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
-            selection = select(live.search, paths, live.config)
+            selection = live.decide(policy, paths)
         live.select_blocked_ms.append((time.perf_counter() - started) * 1e3)
         if selection is not None:
             self._selected(live, selection)
@@ -393,8 +395,3 @@ class SearchCoordinator:
     def describe(self) -> dict[str, Any]:
         """For `/server_info`: what the searches of this scheduler hold right now."""
         return state_of(self)
-
-
-def select(search: Search, paths: PathSnapshot, config: SearchConfig) -> Selection:
-    """Decide one level. Pure, on a worker thread as a rule: the search does not change while it waits for this."""
-    return get_policy(config.algorithm).select(search.level(paths.cost_tree()), config)

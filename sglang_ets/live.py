@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_ets.answer import RankedAnswer
 from sglang_ets.config import SearchConfig
-from sglang_ets.kv import Hold, RadixLedger
+from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
 from sglang_ets.search import Search
+from sglang_ets.selection import Selection, SelectionPolicy
 from sglang_ets.trace import TRACE_KEY, TRACE_PARAM, TreeNews
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ class LiveSearch:
     def holds(self) -> list[Hold]:
         """Locks of the trajectories that may still grow, in the order of their nodes."""
         return [b.hold for _, b in sorted(self.branches.items()) if b.hold is not None and b.hold.locked]
+
+    def decide(self, policy: SelectionPolicy, paths: PathSnapshot) -> Selection:
+        """Decide one level. Pure, on a worker thread as a rule: the search does not change while it waits for this."""
+        return policy.select(self.search.level(paths.cost_tree()), self.config)
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_ets.allocation import even_allocation, inherited_scores, rebase_allocation
-from sglang_ets.clusters import cluster_labels
+from sglang_ets.clusters import Distances, cluster_labels, cosine_distances
 from sglang_ets.config import Algorithm, SearchConfig
 from sglang_ets.ilp import BudgetTooSmall, CostTree, SolverFailure, SolverReport, solve
 
@@ -90,12 +90,13 @@ class Ets:
     """
 
     with_coverage: bool
+    distances: Distances = cosine_distances
 
     def select(self, level: Level, config: SearchConfig) -> Selection:
         shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
         clusters = worth = None
         if self.with_coverage and level.embeddings is not None and config.coverage_weight > 0:
-            clusters = cluster_labels(level.embeddings, config.cluster_distance)
+            clusters = cluster_labels(level.embeddings, config.cluster_distance, self.distances)
             if config.coverage == "reward":
                 worth = np.bincount(clusters, weights=shares / level.remaining_width).astype(np.float64)
         budget = None
@@ -124,14 +125,19 @@ class Ets:
         return Selection(allocation, clusters, report)
 
 
-POLICIES: dict[Algorithm, SelectionPolicy] = {
-    "best_of_n": BestOfN(),
-    "beam": Beam(),
-    "dvts": Dvts(),
-    "rebase": Rebase(),
-    "ets_kv": Ets(with_coverage=False),
-    "ets": Ets(with_coverage=True),
-}
+def make_policies(distances: Distances = cosine_distances) -> dict[Algorithm, SelectionPolicy]:
+    """All policies; ETS clusters by `distances`."""
+    return {
+        "best_of_n": BestOfN(),
+        "beam": Beam(),
+        "dvts": Dvts(),
+        "rebase": Rebase(),
+        "ets_kv": Ets(with_coverage=False),
+        "ets": Ets(with_coverage=True, distances=distances),
+    }
+
+
+POLICIES = make_policies()
 
 
 def get_policy(name: Algorithm) -> SelectionPolicy:

@@ -8,8 +8,10 @@ from typing import Any
 from sglang.srt.runtime_context import get_device
 
 from sglang_ets.coordinator import SearchCoordinator
+from sglang_ets.device_distances import step_distances
 from sglang_ets.kernels.dispatch import describe_backend
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
+from sglang_ets.selection import make_policies
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +19,12 @@ logger = logging.getLogger(__name__)
 def make_coordinator(scheduler: Any) -> SearchCoordinator:
     """Load the PRM's weights and make the coordinator. Called once, while the scheduler starts."""
     flags = scheduler.server_args._ets
-    logger.info("%s", describe_backend(get_device().device))
+    device = get_device().device
+    logger.info("%s", describe_backend(device))
     settings = PrmSettings(
         model_path=flags["prm_model_path"] or scheduler.server_args.model_path,
         format=flags["prm_format"],
         max_total_tokens=flags["prm_max_total_tokens"],
     )
-    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings))
+    policies = make_policies(step_distances(device))
+    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies)

@@ -14,7 +14,7 @@ from sglang_ets import selection as selection_module
 from sglang_ets.allocation import rebase_allocation
 from sglang_ets.config import Algorithm, SearchConfig
 from sglang_ets.ilp import CostTree, SolverFailure
-from sglang_ets.selection import POLICIES, Level, Selection, get_policy, num_groups
+from sglang_ets.selection import POLICIES, Level, Selection, get_policy, make_policies, num_groups
 
 ALGORITHMS = get_args(Algorithm)
 SCORES = st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=1, max_size=24)
@@ -50,6 +50,15 @@ def shares(algorithm: str, level: Level, **fields: Any) -> list[int]:
 
 def test_every_algorithm_has_a_policy() -> None:
     assert set(POLICIES) == set(ALGORITHMS)
+
+
+def test_ets_clusters_by_the_distances_it_is_given() -> None:
+    level = level_of([0.9, 0.5, 0.4], 4)
+    config = SearchConfig(algorithm="ets", width=4)
+    apart = make_policies()["ets"].select(level, config).clusters
+    together = make_policies(lambda embeddings: np.zeros((3, 3)))["ets"].select(level, config).clusters
+    assert apart is not None and together is not None
+    assert (apart.tolist(), together.tolist()) == ([0, 1, 2], [0, 0, 0])
 
 
 def test_groups_are_the_rounded_up_root() -> None:

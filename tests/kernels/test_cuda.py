@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from sglang_ets.kernels import choose_backend, describe_backend, pairwise_cosine, step_pool, step_score
+
+from sglang_ets.clusters import cosine_distances
+from sglang_ets.device_distances import step_distances
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -80,6 +84,14 @@ def test_pairwise_cosine(random: Random, dtype: torch.dtype, hidden_size: int, n
     result = pairwise_cosine(embeddings)
     torch.testing.assert_close(result.double(), expected, atol=DISTANCE_TOLERANCE, rtol=0)
     assert torch.equal(result, result.T)
+
+
+@pytest.mark.parametrize("num_rows", [2, 64, 300])
+def test_distances_of_a_level_equal_those_of_numpy(random: Random, device: torch.device, num_rows: int) -> None:
+    embeddings = random(num_rows, 896).cpu().numpy()
+    embeddings[::7] = 0.0
+    found = step_distances(device)(embeddings)
+    np.testing.assert_allclose(found, cosine_distances(embeddings), atol=DISTANCE_TOLERANCE)
 
 
 def test_non_contiguous(random: Random, dtype: torch.dtype) -> None:
