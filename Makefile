@@ -44,17 +44,14 @@ e2e: install
 	$(RUN) -m pytest -q -m server
 
 # Every bench in its smoke mode: shows that they run, not what they measure. (bench-real needs data and another model.)
+BENCHES := throughput kv_footprint coverage_term sweep bench_clusters cluster_variants selection_quality bench_ilp \
+	bench_kernels bench_attention
+
 bench: install
-	$(RUN) -m bench.bench_ilp --smoke
-	$(RUN) -m bench.bench_kernels --smoke
-	$(RUN) -m bench.bench_attention --smoke
-	$(RUN) -m bench.bench_clusters --smoke
-	$(RUN) -m bench.cluster_variants --smoke
-	$(RUN) -m bench.selection_quality --smoke
-	$(RUN) -m bench.kv_footprint --smoke
-	$(RUN) -m bench.coverage_term --smoke
-	$(RUN) -m bench.sweep --smoke
-	$(RUN) -m bench.throughput --smoke
+	@$(MAKE) --no-print-directory -j2 --output-sync=target $(BENCHES:%=smoke-%)
+
+smoke-%: install
+	$(RUN) -m bench.$* --smoke
 
 bench-ilp: install
 	$(RUN) -m bench.bench_ilp $(ARGS)
