@@ -24,6 +24,7 @@ MEANS = (
     "levels",
     "seconds",
 )
+REPEATED = ("leaves", "distinct_texts", "distinct_meanings", "clusters")
 EQUAL = {"completion_tokens": "tokens generated", "seconds": "seconds a problem"}
 
 
@@ -51,13 +52,13 @@ def table(done: list[dict[str, Any]], seed: int) -> tuple[str, list[dict[str, An
     summaries = [_summary(cases, by_setting, seed) for cases in by_setting.values() if cases]
     summaries.sort(key=lambda s: (s["width"], s["policy"]))
     header = ["policy", "width", "problems", "accuracy", "vs REBASE (95 %)", "KV mean", "KV peak", "KV reduction",
-              "tokens generated", "PRM tokens", "levels", "s/problem"]  # fmt: skip
+              "leaves: texts, meanings, clusters", "tokens generated", "PRM tokens", "levels", "s/problem"]  # fmt: skip
     cells = [
         [
             s["policy"], s["width"], s["problems"], s["accuracy"],
             f"{s['difference']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}]" if "low" in s else "",
             *(s.get(key, "") for key in ("kv_tokens_mean", "kv_tokens_peak", "kv_reduction")),
-            s["completion_tokens"], s.get("prm_tokens", ""), s.get("levels", ""), s["seconds"],
+            s["repeated"], s["completion_tokens"], s.get("prm_tokens", ""), s.get("levels", ""), s["seconds"],
         ]
         for s in summaries
     ]  # fmt: skip
@@ -68,6 +69,7 @@ def _summary(cases: dict[str, Any], by_setting: dict[str, dict[str, Any]], seed:
     some = next(iter(cases.values()))
     mean = {key: sum(row[key] for row in cases.values()) / len(cases) for key in MEANS if key in some}
     made = {"policy": some["policy"], "width": some["width"], "problems": len(cases), **mean}
+    made["repeated"] = _repeated(list(cases.values()))
     made["accuracy"] = sum(row["is_right"] for row in cases.values()) / len(cases)
     base = by_setting.get(f"{BASELINE}@{some['width']}", {})
     shared = [problem for problem in cases if problem in base]
@@ -80,6 +82,15 @@ def _summary(cases: dict[str, Any], by_setting: dict[str, dict[str, Any]], seed:
         held = [sum(side[problem]["kv_tokens_mean"] for problem in shared) for side in (base, cases)]
         made["kv_reduction"] = held[0] / held[1]
     return made
+
+
+def _repeated(done: Sequence[dict[str, Any]]) -> str:
+    """How much the leaves of a level repeat each other, means over levels and problems; what is not known is a dash."""
+    if "leaves" not in done[0]:
+        return ""
+    known = [[row[name] for row in done if row.get(name) is not None] for name in REPEATED]
+    leaves, *distinct = (f"{np.mean(values):.1f}" if values else "-" for values in known)
+    return f"{leaves}: {', '.join(distinct)}"
 
 
 def frontier(summaries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,7 +122,7 @@ def _equal_cost_table(summaries: Sequence[dict[str, Any]], cost: str) -> str:
     by_policy: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for s in summaries:
         by_policy[s["policy"]].append((s[cost], s["accuracy"]))
-    header = [f"accuracy at equal {EQUAL[cost]}", *(f"{budgets[width]:.3g}" for width in sorted(budgets))]
+    header = [f"accuracy at equal {EQUAL[cost]}", *(rows.figure(budgets[width]) for width in sorted(budgets))]
     cells = []
     for policy, points in sorted(by_policy.items()):
         costs, accuracies = np.array(sorted(points)).T

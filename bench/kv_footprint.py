@@ -104,7 +104,7 @@ def solve(client: openai.OpenAI, setting: Setting, problem: dict[str, Any], seed
         "answer": answer,
         "is_right": answer == str(problem["answer"]),
         "completion_tokens": response.usage.completion_tokens,
-        "seconds": time.perf_counter() - started,
+        "latency_s": time.perf_counter() - started,
         **cost,
     }
 
@@ -131,7 +131,10 @@ def run_all(
     in_flight: int = 4,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Append one row (and `extra`) to `out` for each job that has none yet, in the order of the jobs."""
+    """Append one row (and `extra`) to `out` for each job that has none yet, in the order of the jobs.
+
+    `seconds` of a row is a run's share of its server's time: its latency over the number of runs that were in flight there.
+    """
     extra = dict(extra or {})
     known = {
         (row["setting"], row["problem"])
@@ -149,7 +152,8 @@ def run_all(
         def run(job: tuple[Setting, dict[str, Any]]) -> dict[str, Any]:
             client = free.get()
             try:
-                return solve(client, *job, seed)
+                row = solve(client, *job, seed)
+                return row | {"in_flight": in_flight, "seconds": row["latency_s"] / in_flight}
             finally:
                 free.put(client)
 

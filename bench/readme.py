@@ -1,4 +1,4 @@
-"""Writes the result tables of README.md from the rows under `bench/results/`: `python -m bench.readme`.
+"""Writes the result tables of README.md and docs/results.md from the rows under `bench/results/`: `python -m bench.readme`.
 
 A table stands between two comments that name it; a test compares the two.
 """
@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import bench_attention, coverage_term, footprint_tables, rows, selection_quality
+from bench import bench_attention, coverage_term, footprint_tables, rows, selection_quality, sweep
 from bench.client_search import table as throughput
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+MAIN_POLICIES = ("greedy", "self_consistency", "best_of_n", "beam", "dvts", "rebase", "ets_kv b=2", "ets b=4")
+SERVED = "centred on the search so far"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -54,15 +57,70 @@ def cluster_table() -> str:
     return rows.markdown(header, cells)
 
 
+def variants_table() -> str:
+    """Last layer, mean over the step's tokens: how well its distance tells meanings apart, latest row of each variant."""
+    found = {
+        (row["model"], row["normalisation"]): row
+        for row in rows.read(rows.RESULTS / "cluster_variants.jsonl")
+        if (row["layer"], row["pooling"]) == (-1, "mean")
+    }
+    models = sorted({model for model, _ in found})
+    header = ["hidden states", *(f"{model}: AUC, purity" for model in models)]
+    cells = [
+        [
+            f"{how} (served)" if how == SERVED else how,
+            *(f"{found[model, how]['auc']:.2f}, {found[model, how]['purity']:.2f}" for model in models),
+        ]
+        for how in dict.fromkeys(how for _, how in found)
+    ]
+    return rows.markdown(header, cells)
+
+
+def footprint_rows(name: str) -> list[dict[str, Any]]:
+    return list(rows.read(rows.RESULTS / f"{name}.jsonl"))
+
+
 def kv_table(name: str) -> str:
     """All problems of a file of `kv_footprint.py` that every policy of a width has solved."""
-    return footprint_tables.table(list(rows.read(rows.RESULTS / f"{name}.jsonl")), seed=0)[0]
+    return footprint_tables.table(footprint_rows(name), seed=0)[0]
 
 
-def equal_tables(name: str) -> str:
+def headline_table() -> str:
+    """The main policies of `kv_footprint.py`: what they solve and what they hold."""
+    header = ["width", "policy", "problems", "accuracy", "vs REBASE (95 %)", "KV tokens held", "KV reduction"]
+    cells = [
+        [
+            s["width"], s["policy"], s["problems"], f"{s['accuracy']:.3f}",
+            f"{s['difference']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}]" if "low" in s else "",
+            *((f"{s['kv_tokens_mean']:.0f}", f"{s['kv_reduction']:.2f}x") if "kv_reduction" in s else ("", "")),
+        ]
+        for s in footprint_tables.table(footprint_rows("kv_footprint"), seed=0)[1]
+        if s["policy"] in MAIN_POLICIES
+    ]  # fmt: skip
+    return rows.markdown(header, cells)
+
+
+def equal_table() -> str:
     """The policies at equal tokens and at equal time, from the same rows."""
-    _, summaries = footprint_tables.table(list(rows.read(rows.RESULTS / f"{name}.jsonl")), seed=0)
+    _, summaries = footprint_tables.table(footprint_rows("kv_footprint"), seed=0)
     return footprint_tables.equal_cost_tables(summaries)
+
+
+def frontier_table() -> str:
+    """Per width the policies of `kv_footprint.py` that no other dominates, from the least KV to the most accurate."""
+    summaries = footprint_tables.table(footprint_rows("kv_footprint"), seed=0)[1]
+    cells = []
+    for width in sorted({s["width"] for s in summaries if "kv_tokens_mean" in s}):
+        edge = footprint_tables.frontier(s for s in summaries if s["width"] == width)
+        cells.append(
+            [width, "; ".join(f"{s['policy']} ({s['kv_tokens_mean']:.0f}, {s['accuracy']:.3f})" for s in edge)]
+        )
+    return rows.markdown(["width", "not dominated (KV tokens held, accuracy)"], cells)
+
+
+def sweep_table() -> str:
+    """The test problems of `sweep.py`."""
+    return sweep.split_tables(footprint_rows("sweep"), seed=0)["test"][0]
 
 
 def attention_table() -> str:
@@ -86,16 +144,19 @@ def throughput_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "selection": selection_table,
-    "clusters": cluster_table,
-    "width64": partial(kv_table, "kv_width64"),
-    "width64_6_steps": partial(kv_table, "kv_width64_6_steps"),
-    "kv_6_steps": partial(kv_table, "kv_footprint_6_steps"),
-    "equal_6_steps": partial(equal_tables, "kv_footprint_6_steps"),
-    "coverage": coverage_table,
+    "headline": headline_table,
+    "kv": partial(kv_table, "kv_footprint"),
+    "frontier": frontier_table,
+    "equal": equal_table,
+    "sweep": sweep_table,
     "kept": kept_table,
+    "clusters": cluster_table,
+    "variants": variants_table,
+    "selection": selection_table,
     "throughput": throughput_table,
     "attention": attention_table,
+    "width64_6_steps": partial(kv_table, "kv_width64_6_steps"),
+    "coverage": coverage_table,
 }
 
 
@@ -114,4 +175,5 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")

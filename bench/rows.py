@@ -66,8 +66,13 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def markdown(header: list[str], rows: list[list[Any]]) -> str:
-    """A markdown table; floats with three significant places."""
+    """A markdown table; floats with three significant places, without an exponent."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        lines.append("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+        lines.append("| " + " | ".join(figure(cell) if isinstance(cell, float) else str(cell) for cell in row) + " |")
     return "\n".join(lines)
+
+
+def figure(value: float) -> str:
+    """Three significant places, and whole numbers from 1000 on."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

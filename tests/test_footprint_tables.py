@@ -45,6 +45,19 @@ def test_a_table_compares_the_problems_that_all_policies_of_a_width_have_solved(
     assert "| ets | 16 | 2 | 0.5 | -0.500 [-1.000, +0.000] | 50 | 100 | 4 |" in text
 
 
+def test_what_leaves_repeat_stands_beside_the_kv() -> None:
+    seen = {"leaves": 8.0, "distinct_texts": 6.0, "distinct_meanings": 3.0}
+    done = [
+        row("ets", "a", True, 50, clusters=2.0, **seen),
+        row("ets", "b", True, 50, clusters=None, **(seen | {"leaves": 7.0})),
+        row("rebase", "a", True, 50, clusters=None, **seen),
+        row("rebase", "b", True, 50, clusters=None, **seen),
+    ]
+    text, (ets, base) = table(done, seed=0)
+    assert (ets["repeated"], base["repeated"]) == ("7.5: 6.0, 3.0, 2.0", "8.0: 6.0, 3.0, -")
+    assert "| 7.5: 6.0, 3.0, 2.0 |" in text
+
+
 def test_an_interval_is_of_paired_differences() -> None:
     assert interval([True, False] * 50, [True, False] * 50, seed=0) == (0, 0)
     low, high = interval([True] * 60 + [False] * 40, [False] * 20 + [True] * 40 + [False] * 40, seed=0)
@@ -68,7 +81,7 @@ def test_accuracy_at_equal_cost_is_interpolated_on_its_logarithm_and_never_beyon
         summary("greedy", 1, 0.4, None, 100, 0.5),
     ]
     tokens, seconds = equal_cost_tables(made).split("\n\n")
-    assert tokens.splitlines()[0] == "| accuracy at equal tokens generated | 1e+03 | 4e+03 |"
+    assert tokens.splitlines()[0] == "| accuracy at equal tokens generated | 1000 | 4000 |"
     assert "| rebase | 0.600 | 0.800 |" in tokens
     assert "| vote | 0.600 |  |" in tokens  # half way from 500 to 2000 in logarithms; 4000 was never spent
     assert "greedy" not in tokens
