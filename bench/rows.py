@@ -33,10 +33,11 @@ def provenance() -> dict[str, Any]:
 def commit_of(folder: Path) -> str:
     """The commit of the checkout that `folder` belongs to, `-dirty` if tracked files differ from it.
 
-    Result rows and README.md, which is written from them, may differ: neither is run.
+    Result rows and the pages that are written from them may differ: none is run.
     """
     commit = _git(folder, "rev-parse", "--short", "HEAD") or "unknown"
-    rows_aside = (":/", ":(top,exclude)bench/results", ":(top,exclude)README.md")
+    written = ("bench/results", "README.md", "docs/results.md")
+    rows_aside = (":/", *(f":(top,exclude){path}" for path in written))
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *rows_aside)
     return f"{commit}-dirty" if changed else commit
 

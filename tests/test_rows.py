@@ -17,7 +17,7 @@ def git(folder: Path, *args: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("bench/run.py", "bench/results/rows.jsonl", "models/weights", "README.md"):
+    for name in ("bench/run.py", "bench/results/rows.jsonl", "models/weights", "README.md", "docs/results.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
     git(tmp_path, "init", "-q")
@@ -26,7 +26,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("changed", ["bench/results/rows.jsonl", "README.md", "bench/results/new.jsonl", "notes"])
+@pytest.mark.parametrize(
+    "changed", ["bench/results/rows.jsonl", "README.md", "docs/results.md", "bench/results/new.jsonl", "notes"]
+)
 def test_rows_and_untracked_files_leave_a_checkout_clean(checkout: Path, changed: str) -> None:
     (checkout / changed).write_text("two")
     assert commit_of(checkout / "bench") == git(checkout, "rev-parse", "--short", "HEAD")
