@@ -8,7 +8,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
-.PHONY: install python demo serve test lint types unit e2e bench bench-ilp bench-kernels bench-attention bench-clusters bench-kv bench-sweep \
+.PHONY: install python demo serve test lint types unit e2e e2e-formats bench bench-ilp bench-kernels bench-attention bench-clusters bench-kv bench-sweep \
 	bench-throughput bench-coverage bench-selection bench-variants bench-real smollm2 clean
 
 install: $(STAMP)
@@ -26,9 +26,9 @@ demo: install
 serve: install
 	@$(PY) -m sglang_ets.launch_server --search ets
 
-# Unit tests beside end-to-end tests: each keeps about one core busy. The output of one is shown when it has ended.
+# Three parts, two at a time: each keeps about one core busy. The output of one is shown when it has ended.
 test: lint types
-	@$(MAKE) --no-print-directory -j2 --output-sync=target unit e2e
+	@$(MAKE) --no-print-directory -j2 --output-sync=target e2e unit e2e-formats
 
 lint: install
 	$(PY) -m ruff check .
@@ -40,8 +40,14 @@ types: install
 unit: install
 	$(RUN) -m pytest -q -m "not server"
 
+# One server for most tests.
 e2e: install
-	$(RUN) -m pytest -q -m server
+	$(RUN) -m pytest -q -m server --ignore=$(FORMATS)
+
+# A server for each PRM format.
+FORMATS := tests/e2e/test_prm_formats.py
+e2e-formats: install
+	$(RUN) -m pytest -q -m server $(FORMATS)
 
 # Every bench in its smoke mode: shows that they run, not what they measure. (bench-real needs data and another model.)
 BENCHES := throughput kv_footprint coverage_term sweep bench_clusters cluster_variants selection_quality bench_ilp \

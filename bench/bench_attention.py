@@ -31,7 +31,6 @@ from sglang_ets.patches.torch_native import decode, extend  # noqa: E402
 
 from bench import rows  # noqa: E402
 
-RESULTS = rows.RESULTS / "attention.jsonl"
 SEED = 0
 MAX_ERROR = 1e-5
 SIBLINGS = 4
@@ -124,10 +123,9 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="two small cases, into a file of their own")
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/attention.jsonl")
+    rows.add_arguments(parser, "two small cases")
     args = parser.parse_args()
-    out = args.out or (RESULTS.with_stem("attention_smoke") if args.smoke else RESULTS)
+    out = rows.out_of(args, "attention")
     measured = [measure(case, repetitions=3 if args.smoke else 9) for case in (SMOKE if args.smoke else FULL)]
     for row in measured:
         rows.append(out, row)

@@ -48,11 +48,11 @@ def main() -> None:
     parser.add_argument("--cuts", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.6])
     parser.add_argument("--problems", type=int, default=40, help="taken from the end of the held-out set")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="two problems at width 8, into a file of its own")
+    rows.add_arguments(parser, "two problems at width 8")
     args = parser.parse_args()
     if args.smoke:
         args.width, args.problems, args.cuts = 8, 2, [0.2, 0.3]
-    out = rows.RESULTS / ("clusters_smoke.jsonl" if args.smoke else "clusters.jsonl")
+    out = rows.out_of(args, "clusters")
     problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()][-args.problems :]
     made = []
     with running_server(["--search", "ets"]) as url, ThreadPoolExecutor(4) as pool:

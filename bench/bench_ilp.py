@@ -115,13 +115,12 @@ def main() -> None:
     parser.add_argument("--levels-cbc", type=int, default=30, help="of these, also solved by CBC")
     parser.add_argument("--kv-weight", type=float, default=KV_WEIGHT)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="widths 16 and 64, few levels, into a file of its own")
     parser.add_argument("--record", type=int, metavar="N", help="record the trees of N problems per width first")
-    parser.add_argument("--out", type=Path)
+    rows.add_arguments(parser, "widths 16 and 64, few levels")
     args = parser.parse_args()
     if args.smoke:
         args.widths, args.levels, args.levels_cbc = [16, 64], 20, 5
-    out = args.out or rows.RESULTS / ("bench_ilp_smoke.jsonl" if args.smoke else "bench_ilp.jsonl")
+    out = rows.out_of(args, "bench_ilp")
     if args.record:
         record([width for width in args.widths if width <= 256], args.record)
     recorded = recorded_cases()

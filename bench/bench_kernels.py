@@ -30,7 +30,6 @@ from sglang_ets.kernels.traffic import Traffic, pairwise_cosine_traffic, step_po
 
 from bench import rows
 
-RESULTS = rows.RESULTS / "kernels.jsonl"
 SEED = 20250
 STEP_TOKENS = 48  # mean length of one reasoning step
 HEAD_ROWS = 2
@@ -243,16 +242,16 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bytes moved and time of the search's kernels.")
-    parser.add_argument("--smoke", action="store_true", help="one tiny size, three repetitions, rows marked as smoke")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSONL file to append the rows to")
-    arguments = parser.parse_args()
+    rows.add_arguments(parser, "one tiny size, three repetitions")
+    args = parser.parse_args()
+    out = rows.out_of(args, "kernels")
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     measured = []
     for device in devices:
         print(describe_backend(device))
-        for case in cases(arguments.smoke):
-            for row in measure(case, device, arguments.smoke):
-                rows.append(arguments.output, row)
+        for case in cases(args.smoke):
+            for row in measure(case, device, args.smoke):
+                rows.append(out, row)
                 measured.append(row)
     print(table(measured))
     print(

@@ -262,14 +262,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="GSM8K as JSON lines with `question`, for smollm2")
     parser.add_argument("--problems", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="2 problems, into a file of its own")
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/cluster_variants.jsonl")
+    rows.add_arguments(parser, "2 problems")
     args = parser.parse_args()
     if args.model == "smollm2" and args.data is None:
         parser.error("--model smollm2 needs --data, a file of GSM8K problems")
     if args.smoke:
         args.problems = 2
-    out = args.out or rows.RESULTS / ("cluster_variants_smoke.jsonl" if args.smoke else "cluster_variants.jsonl")
+    out = rows.out_of(args, "cluster_variants")
     source = embedded(args.problems, args.seed) if args.model == "embedded" else smollm2(args.problems, args.data)
     torch.set_num_threads(1)
     found = list(levels(source, args.seed))

@@ -38,6 +38,21 @@ def interval(right: list[bool], base: list[bool], seed: int) -> tuple[float, flo
     return means[int(0.025 * NUM_RESAMPLES)], means[int(0.975 * NUM_RESAMPLES)]
 
 
+def reduction_interval(held: list[float], base: list[float], seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the ratio of all KV held by `base` to all KV held, paired by problem."""
+    drawn = np.random.default_rng(seed).integers(len(held), size=(NUM_RESAMPLES, len(held)))
+    ratios = np.array(base)[drawn].sum(1) / np.array(held)[drawn].sum(1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def reduced(summary: dict[str, Any]) -> str:
+    """KV reduction as a cell: the ratio and its interval, which the baseline itself has not."""
+    if "kv_low" not in summary:
+        return f"{summary['kv_reduction']:.2f}x" if "kv_reduction" in summary else ""
+    return f"{summary['kv_reduction']:.2f}x [{summary['kv_low']:.2f}, {summary['kv_high']:.2f}]"
+
+
 def table(done: list[dict[str, Any]], seed: int) -> tuple[str, list[dict[str, Any]]]:
     """A markdown table and one summary per setting, KV and accuracy against REBASE of the same width."""
     by_setting: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -51,14 +66,14 @@ def table(done: list[dict[str, Any]], seed: int) -> tuple[str, list[dict[str, An
                 del cases[problem]
     summaries = [_summary(cases, by_setting, seed) for cases in by_setting.values() if cases]
     summaries.sort(key=lambda s: (s["width"], s["policy"]))
-    header = ["policy", "width", "problems", "accuracy", "vs REBASE (95 %)", "KV mean", "KV peak", "KV reduction",
+    header = ["policy", "width", "problems", "accuracy", "vs REBASE (95 %)", "KV mean", "KV peak", "KV reduction (95 %)",
               "leaves: texts, meanings, clusters", "tokens generated", "PRM tokens", "levels", "s/problem"]  # fmt: skip
     cells = [
         [
-            s["policy"], s["width"], s["problems"], s["accuracy"],
+            s["policy"], s["width"], s["problems"], f"{s['accuracy']:.3f}",
             f"{s['difference']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}]" if "low" in s else "",
-            *(s.get(key, "") for key in ("kv_tokens_mean", "kv_tokens_peak", "kv_reduction")),
-            s["repeated"], s["completion_tokens"], s.get("prm_tokens", ""), s.get("levels", ""), s["seconds"],
+            s.get("kv_tokens_mean", ""), s.get("kv_tokens_peak", ""), reduced(s), s["repeated"],
+            s["completion_tokens"], s.get("prm_tokens", ""), s.get("levels", ""), s["seconds"],
         ]
         for s in summaries
     ]  # fmt: skip
@@ -79,8 +94,10 @@ def _summary(cases: dict[str, Any], by_setting: dict[str, dict[str, Any]], seed:
         made["difference"] = (sum(right) - sum(reference)) / len(shared)
         made["low"], made["high"] = interval(right, reference, seed)
     if shared and "kv_tokens_mean" in some:
-        held = [sum(side[problem]["kv_tokens_mean"] for problem in shared) for side in (base, cases)]
-        made["kv_reduction"] = held[0] / held[1]
+        held, reference = ([side[problem]["kv_tokens_mean"] for problem in shared] for side in (cases, base))
+        made["kv_reduction"] = sum(reference) / sum(held)
+        if some["policy"] != BASELINE:
+            made["kv_low"], made["kv_high"] = reduction_interval(held, reference, seed)
     return made
 
 

@@ -115,9 +115,10 @@ def _answer(text: str) -> str | None:
 
 
 @contextmanager
-def _clients(url: str | None, num_servers: int) -> Iterator[list[openai.OpenAI]]:
+def _clients(url: str | None, num_servers: int, flags: Sequence[str]) -> Iterator[list[openai.OpenAI]]:
     with ExitStack() as stack:
-        urls = [url] if url else [stack.enter_context(running_server(["--search", "ets"])) for _ in range(num_servers)]
+        all_flags = ["--search", "ets", *flags]
+        urls = [url] if url else [stack.enter_context(running_server(all_flags)) for _ in range(num_servers)]
         yield [openai.OpenAI(base_url=f"{one}/v1", api_key="none", timeout=600, max_retries=0) for one in urls]
 
 
@@ -129,9 +130,12 @@ def run_all(
     url: str | None = None,
     servers: int = 1,
     in_flight: int = 4,
+    flags: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Append one row (and `extra`) to `out` for each job that has none yet, in the order of the jobs.
+
+    Without a `url`, `servers` are started, with `flags`.
 
     `seconds` of a row is a run's share of its server's time: its latency over the number of runs that were in flight there.
     """
@@ -144,7 +148,7 @@ def run_all(
     todo = [job for job in jobs if (job[0].key, job[1]["prompt"]) not in known]
     if not todo:
         return
-    with _clients(url, servers) as clients, ThreadPoolExecutor(in_flight * len(clients)) as pool:
+    with _clients(url, servers, flags) as clients, ThreadPoolExecutor(in_flight * len(clients)) as pool:
         free = SimpleQueue[openai.OpenAI]()
         for client in clients * in_flight:
             free.put(client)
@@ -171,8 +175,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--servers", type=int, default=1, help="to start, for more cores; each takes a share of the runs"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="a few problems at a small width, into a file of its own")
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default: under bench/results/")
+    rows.add_arguments(parser, "a few problems at a small width")
 
 
 def main() -> None:
@@ -189,7 +192,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.widths, args.kv_weights, args.problems = [8], [1.0], 4
-    out = args.out or rows.RESULTS / ("kv_footprint_smoke.jsonl" if args.smoke else "kv_footprint.jsonl")
+    out = rows.out_of(args, "kv_footprint")
     problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()][: args.problems]
     chosen = [
         setting

@@ -254,17 +254,14 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=4, help="problems at once")
     parser.add_argument("--mixed", action="store_true", help="all settings in flight at once: faster, no throughput")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--smoke", action="store_true", help="1 problem at width 4, two policies, into a file of its own"
-    )
     parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plot of the rows anew")
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/real_model.jsonl")
+    rows.add_arguments(parser, "1 problem at width 4, two policies")
     args = parser.parse_args()
     if not args.tables and not args.data:
         parser.error("--data must name at least one data set, got none; only --tables goes without")
     if args.smoke:
         args.width, args.problems, args.policies, args.max_tokens = 4, 1, ["rebase", "ets"], 60
-    out = args.out or rows.RESULTS / ("real_model_smoke.jsonl" if args.smoke else "real_model.jsonl")
+    out = rows.out_of(args, "real_model")
     if not args.tables:
         run(args, out)
     text, lines = summary([row for row in rows.read(out) if row["seed"] == args.seed], args.seed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,7 +28,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": commit_of(Path(__file__).parent),
-        "command": " ".join(["python", f"bench/{script.name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"bench/{script.name}", *sys.argv[1:]]),
     }
 
 
@@ -51,6 +53,17 @@ def _cpu() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def add_arguments(parser: argparse.ArgumentParser, smoke: str) -> None:
+    """`--smoke`, which does what `smoke` says, and `--out`."""
+    parser.add_argument("--smoke", action="store_true", help=f"{smoke}, into a file of its own")
+    parser.add_argument("--out", type=Path, help="rows, JSONL; default: the file of this bench under bench/results/")
+
+
+def out_of(args: argparse.Namespace, name: str) -> Path:
+    """The file that a bench writes its rows to."""
+    return args.out or RESULTS / f"{name}{'_smoke' if args.smoke else ''}.jsonl"
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

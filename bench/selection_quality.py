@@ -196,12 +196,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--problems", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="2 problems at width 8, into a file of its own")
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/selection_quality.jsonl")
+    rows.add_arguments(parser, "2 problems at width 8")
     args = parser.parse_args()
     if args.smoke:
         args.width, args.problems = 8, 2
-    out = args.out or rows.RESULTS / ("selection_quality_smoke.jsonl" if args.smoke else "selection_quality.jsonl")
+    out = rows.out_of(args, "selection_quality")
     judged: list[Judged] = []
     for problem, nodes in trees(distinct_problems("validation", args.problems, args.seed), args.width, args.seed, None):
         judged += judged_levels(nodes, problem, args.width)

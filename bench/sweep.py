@@ -101,7 +101,7 @@ def main() -> None:
     if args.smoke:
         args.width, args.problems, args.test_problems = 4, 2, 2
         args.kv_weights, args.diversity_weights = [1.0], [0.0, 1.0]
-    out = args.out or rows.RESULTS / ("sweep_smoke.jsonl" if args.smoke else "sweep.jsonl")
+    out = rows.out_of(args, "sweep")
     run = {"servers": args.servers, "in_flight": args.in_flight}
     drawn = [
         {"prompt": p.prompt, "answer": p.answer} for p in distinct_problems("validation", args.problems, args.seed)

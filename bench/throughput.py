@@ -229,10 +229,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--client-engine", choices=["ours", "stock"], default="ours")
     parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2; see bench/client_search/encoder.py")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--smoke", action="store_true", help="one round of 2 problems at width 8, into a file of its own"
-    )
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default bench/results/throughput.jsonl")
+    rows.add_arguments(parser, "one round of 2 problems at width 8")
     args = parser.parse_args()
     if args.smoke:
         args.widths, args.in_flight, args.rounds, args.waves = [8], [2], 1, 1
@@ -250,7 +247,7 @@ def main() -> None:
     from tqdm import tqdm
 
     args = parsed()
-    out = args.out or rows.RESULTS / ("throughput_smoke.jsonl" if args.smoke else "throughput.jsonl")
+    out = rows.out_of(args, "throughput")
     problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
     known = {tuple(row.get(field.name, field.default) for field in fields(Job)) for row in rows.read(out)}
     todo = [job for job in jobs(args) if job.key not in known]

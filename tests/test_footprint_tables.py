@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.footprint_tables import equal_cost_tables, frontier, interval, plot, table
+from bench.footprint_tables import equal_cost_tables, frontier, interval, plot, reduced, reduction_interval, table
 
 
 def row(policy: str, problem: str, is_right: bool, held: float, width: int = 16, **more: Any) -> dict[str, Any]:
@@ -42,7 +42,8 @@ def test_a_table_compares_the_problems_that_all_policies_of_a_width_have_solved(
     assert (base["problems"], base["accuracy"], base["kv_tokens_mean"], base["kv_reduction"]) == (2, 1.0, 200, 1)
     assert (ets["accuracy"], ets["difference"], ets["kv_reduction"]) == (0.5, -0.5, 4)
     assert "difference" not in base and "kv_reduction" not in wide
-    assert "| ets | 16 | 2 | 0.5 | -0.500 [-1.000, +0.000] | 50 | 100 | 4 |" in text
+    assert "| ets | 16 | 2 | 0.500 | -0.500 [-1.000, +0.000] | 50 | 100 | 4.00x [2.00, 6.00] |" in text
+    assert (reduced(base), reduced(wide)) == ("1.00x", "")
 
 
 def test_what_leaves_repeat_stands_beside_the_kv() -> None:
@@ -63,6 +64,12 @@ def test_an_interval_is_of_paired_differences() -> None:
     low, high = interval([True] * 60 + [False] * 40, [False] * 20 + [True] * 40 + [False] * 40, seed=0)
     assert 0.10 < low < 0.2 < high < 0.30
     assert interval([True, False], [False, True], seed=1) == interval([True, False], [False, True], seed=1)
+
+
+def test_the_interval_of_a_reduction_is_of_the_ratio_of_sums() -> None:
+    assert reduction_interval([50.0] * 9, [100.0] * 9, seed=0) == (2.0, 2.0)
+    low, high = reduction_interval([50.0] * 100, [100.0, 300.0] * 50, seed=0)
+    assert 3.5 < low < 4 < high < 4.5  # the mean of 100 draws of 100 or 300 is 200 +- 20 (95 %)
 
 
 def test_the_frontier_has_what_nothing_dominates() -> None:
