@@ -106,6 +106,11 @@ class SearchConfig:
         _integer("seed", self.seed, 0, 2**63 - 1)
 
     @property
+    def is_solved(self) -> bool:
+        """Whether an integer program chooses the leaves."""
+        return self.algorithm in ("ets_kv", "ets")
+
+    @property
     def _covers_by_reward(self) -> bool:
         return self.algorithm == "ets" and self.coverage == "reward"
 

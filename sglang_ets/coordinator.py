@@ -39,7 +39,6 @@ from sglang_ets.voting import Voting
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a selection
-SOLVED_ALGORITHMS = ("ets", "ets_kv")  # selections worth a worker thread
 
 
 class SearchCoordinator:
@@ -169,7 +168,7 @@ class SearchCoordinator:
             return
         hold = self.ledger.hold(live.owner, child.last_node)
         if live.is_answered:
-            self.ledger.drop(hold, live.prompt_tokens)
+            self.ledger.drop([hold], live.prompt_tokens)
         elif child.node_id == ROOT:
             self._prompt_ready(live, hold)
         else:
@@ -219,10 +218,9 @@ class SearchCoordinator:
                 case Select():
                     self._select(live, action)
                 case Prune():
-                    for node_id in action.node_ids:
-                        self.drop(live, node_id)
+                    self.drop(live, action.node_ids)
                 case Complete():
-                    self.drop(live, action.node_id)
+                    self.drop(live, [action.node_id])
                 case Finish():
                     self._finish(live, action.reason)
 
@@ -243,28 +241,30 @@ class SearchCoordinator:
         child.arrival_processed_tokens = self.scheduler.processed_tokens_counter
 
     def _select(self, live: LiveSearch, action: Select) -> None:
-        live.select_started_s = started = time.perf_counter()
-        # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
-        holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
-        paths = self.ledger.snapshot(holds, live.prompt_tokens)
-        policy = self._policies[live.config.algorithm]
-        if live.config.algorithm in SOLVED_ALGORITHMS and get_parallel().tp_size == 1:
-            live.awaited = ("select", self._workers.submit(live.decide, policy, paths))
-            selection = None
-        else:
+        live.select_started_s = time.perf_counter()
+        with live.on_loop():
+            # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
+            holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
+            ends = live.paths.ends(holds)
+            policy = self._policies[live.config.algorithm]
+            if live.config.is_solved and get_parallel().tp_size == 1:
+                live.awaited = ("select", self._workers.submit(live.decide, policy, ends))
+                return
             # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
-            selection = live.decide(policy, paths)
-        live.select_blocked_ms.append((time.perf_counter() - started) * 1e3)
-        if selection is not None:
-            self._selected(live, selection)
+            selection = live.decide(policy, ends)
+        self._selected(live, selection)
 
     def _selected(self, live: LiveSearch, selection: Selection) -> None:
+        with live.on_loop():
+            self._go_on(live, selection)
+
+    def _go_on(self, live: LiveSearch, selection: Selection) -> None:
         if selection.solver is not None:
             live.solver_reports.append(selection.solver)
         live.num_fallbacks += selection.is_fallback
         self.metrics.selected(live, selection, time.perf_counter() - live.select_started_s)
         self.apply(live, live.search.on_selected(selection))
-        live.sample_retained(self.ledger)
+        live.sample_retained()
         report_progress(self, live)
 
     def _take_result(self, live: LiveSearch) -> None:
@@ -290,7 +290,7 @@ class SearchCoordinator:
         branch = live.branches[node_id]
         branch.num_open_children -= 1
         if branch.num_open_children == 0 and branch.hold is not None and node_id != ROOT:
-            self.ledger.drop(branch.hold, live.prompt_tokens)
+            self.ledger.drop([branch.hold], live.prompt_tokens)
 
     def one_score_less(self, live: LiveSearch, node_id: int) -> None:
         branch = live.branches.get(node_id)
@@ -298,23 +298,19 @@ class SearchCoordinator:
             return
         branch.num_unscored_children -= 1
         if branch.num_unscored_children == 0 and branch.prm is not None and node_id != ROOT:
-            self.prm.drop(branch.prm)
+            self.prm.drop([branch.prm])
 
-    def drop(self, live: LiveSearch, node_id: int) -> None:
-        """Give back at once what only this node holds, in both caches."""
-        branch = live.branches[node_id]
-        branch.is_tip = False
-        if branch.hold is not None:
-            self.ledger.drop(branch.hold, live.prompt_tokens)
-        if branch.prm is not None:
-            self.prm.drop(branch.prm)
+    def drop(self, live: LiveSearch, node_ids: Sequence[int]) -> None:
+        """Give back at once what only these nodes hold, in both caches."""
+        branches = [live.branches[node_id] for node_id in node_ids]
+        for branch in branches:
+            branch.is_tip = False
+        self.ledger.drop((branch.hold for branch in branches if branch.hold is not None), live.prompt_tokens)
+        self.prm.drop([branch.prm for branch in branches if branch.prm is not None])
 
     def _drop_all(self, live: LiveSearch) -> None:
         live.awaited = None
-        for node_id in sorted(live.branches, reverse=True):  # leaves first, so that inner nodes become leaves
-            if node_id == ROOT:
-                continue
-            self.drop(live, node_id)
+        self.drop(live, [node_id for node_id in sorted(live.branches) if node_id != ROOT])
         root = live.branches.get(ROOT)
         if root is not None:
             if root.hold is not None:

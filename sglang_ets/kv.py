@@ -8,7 +8,8 @@ because the tree core cannot be used any more after a wrong unlock or eviction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,8 @@ class Hold:
 
     owner: str
     node: int
-    tokens: int  # length of the locked path when the hold was made, in tokens
     receipt: Any = field(repr=False, default=None)
+    tokens: int = 0  # of the path that was locked, known once `RadixLedger.release` gave up its lock
 
     @property
     def locked(self) -> bool:
@@ -37,26 +38,23 @@ class Hold:
 
 
 @dataclass(frozen=True)
-class PathSpan:
-    """A radix node on a path: the half-open token range of the path whose KV it keeps."""
-
-    node: int
-    start: int
-    end: int
-    num_children: int
-    is_resident: bool
-
-
-@dataclass(frozen=True)
 class PathSnapshot:
-    """Paths of some holds at one moment, as the tree core gave them. Safe to read on any thread."""
+    """Paths of some radix nodes at one moment, as the tree core gave them. Safe to read on any thread."""
 
     paths: Mapping[int, Sequence[Any]]  # radix node -> the nodes from the root to it
-    ends: Sequence[tuple[int | None, int]]  # per hold its node (None: it lost its lock) and the tokens of its path
-    keep_tokens: int
 
-    def cost_tree(self) -> CostTree:
-        """The paths as a forest of radix nodes, cost = tokens of KV beyond the first `keep_tokens`.
+    def unique_tokens(self, holds: Sequence[Hold]) -> int:
+        """Tokens of KV in the union of the paths of those holds that are still locked."""
+        nodes = {hold.node for hold in holds if hold.locked}
+        spans = {span.node_id: span.path_end - span.path_start for node in nodes for span in self.paths[node]}
+        return sum(spans.values())
+
+    def ends(self, holds: Sequence[Hold]) -> list[tuple[int | None, int]]:
+        """Per hold its node (None: it lost its lock) and the tokens that it would need again without it."""
+        return [(hold.node if hold.locked else None, hold.tokens) for hold in holds]
+
+    def cost_tree(self, ends: Sequence[tuple[int | None, int]], keep_tokens: int) -> CostTree:
+        """The paths to `ends` as a forest of radix nodes, cost = tokens of KV beyond the first `keep_tokens`.
 
         The tokens of the prompt cost nothing: they are held whichever leaves are kept. A hold that lost its lock (see
         `RadixLedger.release`) stands as a node of its own with the tokens it would need again.
@@ -64,20 +62,20 @@ class PathSnapshot:
         index: dict[int, int] = {}
         parent: list[int] = []
         cost: list[float] = []
-        for path in self.paths.values():
+        for node in sorted({node for node, _ in ends if node is not None}):
             at = -1
-            for span in path:
+            for span in self.paths[node]:
                 if span.node_id not in index:
                     index[span.node_id] = len(parent)
                     parent.append(at)
-                    cost.append(float(max(0, span.path_end - max(span.path_start, self.keep_tokens))))
+                    cost.append(float(max(0, span.path_end - max(span.path_start, keep_tokens))))
                 at = index[span.node_id]
         leaf = []
-        for node, tokens in self.ends:
+        for node, tokens in ends:
             if node is None or not self.paths[node]:
                 index[node := -1 - len(parent)] = len(parent)
                 parent.append(-1)
-                cost.append(float(max(0, tokens - self.keep_tokens)))
+                cost.append(float(max(0, tokens - keep_tokens)))
             leaf.append(index[node])
         return CostTree(np.array(parent, dtype=np.int64), np.array(cost), np.array(leaf, dtype=np.int64))
 
@@ -93,45 +91,41 @@ class RadixLedger:
 
     def hold(self, owner: str, node: int) -> Hold:
         """Lock the path that ends at `node` in the name of `owner`."""
-        span = self._path(node)
-        hold = Hold(owner, node, span[-1].end if span else 0, self._cache.lock(node))
+        hold = Hold(owner, node, self._cache.lock(node))
         self._holds.setdefault(owner, {})[id(hold)] = hold
         return hold
 
     def release(self, hold: Hold) -> None:
         """Unlock; the KV stays cached until the LRU walk takes it. Idempotent."""
-        if hold.receipt is None:
-            return
-        receipt, hold.receipt = hold.receipt, None
-        self._cache.unlock(receipt)
-        held = self._holds[hold.owner]
-        del held[id(hold)]
-        if not held:
-            del self._holds[hold.owner]
+        if hold.locked:
+            last = self._look(hold.node)
+            hold.tokens = last.path_end if last else 0
+            self._unlock(hold)
 
-    def drop(self, hold: Hold, keep_tokens: int = 0) -> int:
-        """Unlock and free at once what nobody else uses, from the leaf up to `keep_tokens` (the prompt, as a rule).
+    def drop(self, holds: Iterable[Hold], keep_tokens: int = 0) -> int:
+        """Unlock and free at once what nobody else uses, from the leaves up to `keep_tokens` (the prompt, as a rule).
 
         Returns the tokens given back to the allocator. A hold that was already released frees nothing: its node may
         have become someone else's since.
         """
-        if hold.receipt is None:
-            return 0
-        self.release(hold)
-        freed = 0
-        node = hold.node
-        while True:
-            path = self._path(node)
-            if not self._can_evict(path, keep_tokens):
-                break
-            before = self._allocator.available_size()
-            tracker = dict.fromkeys(self._cache.tree_components, 0)
-            if self._cache._evict_device_leaf(node, tracker) is not None:
-                break  # a write-back cache wants to copy the node to the host first: leave it to the LRU walk
-            freed += self._allocator.available_size() - before
-            if len(path) < 2:
-                break
-            node = path[-2].node
+        ended = [hold for hold in holds if hold.locked]
+        paths = self._collect({hold.node for hold in ended})
+        for hold in ended:
+            self._unlock(hold)
+        before = self._allocator.available_size()
+        num_children = {span.node_id: span.num_children for path in paths.values() for span in path}
+        evicted: set[int] = set()
+        with self._one_free():
+            for path in paths.values():
+                for span in reversed(path):
+                    if span.node_id in evicted:
+                        continue
+                    if num_children[span.node_id] or span.path_start < keep_tokens or not self._evict(span):
+                        break
+                    evicted.add(span.node_id)
+                    if span.parent_id in num_children:
+                        num_children[span.parent_id] -= 1
+        freed = int(self._allocator.available_size() - before)
         self.freed_tokens += freed
         return freed
 
@@ -163,48 +157,63 @@ class RadixLedger:
 
     def unique_tokens(self, holds: Sequence[Hold]) -> int:
         """Tokens of the union of the holds' paths, as the tree core reports it."""
-        spans = {span.node: span.end - span.start for path in self._paths(holds) for span in path}
-        return sum(spans.values())
+        return self.snapshot(holds).unique_tokens(holds)
 
-    def snapshot(self, holds: Sequence[Hold], keep_tokens: int) -> PathSnapshot:
-        """The holds' paths as they are now, asked once per radix node. All that must happen on the scheduler's thread."""
-        nodes = sorted({hold.node for hold in holds if hold.locked})
-        paths = dict(zip(nodes, self._cache.tree_core.collect_path_info(nodes), strict=True)) if nodes else {}
-        ends = [(hold.node if hold.locked else None, hold.tokens) for hold in holds]
-        return PathSnapshot(paths, ends, keep_tokens)
+    def snapshot(self, holds: Sequence[Hold]) -> PathSnapshot:
+        """The locked holds' paths as they are now, asked once per radix node, on the scheduler's thread."""
+        return PathSnapshot(self._collect({hold.node for hold in holds if hold.locked}))
 
     def cost_tree(self, holds: Sequence[Hold], keep_tokens: int) -> CostTree:
         """`PathSnapshot.cost_tree` of the paths as they are now."""
-        return self.snapshot(holds, keep_tokens).cost_tree()
+        paths = self.snapshot(holds)
+        return paths.cost_tree(paths.ends(holds), keep_tokens)
 
-    def _can_evict(self, path: Sequence[PathSpan], keep_tokens: int) -> bool:
-        """Whether the path's last node is an unlocked, resident leaf beyond `keep_tokens`."""
-        if not path:
-            return False
-        last = path[-1]
-        if last.num_children or not last.is_resident or last.start < keep_tokens:
+    def _unlock(self, hold: Hold) -> None:
+        receipt, hold.receipt = hold.receipt, None
+        self._cache.unlock(receipt)
+        held = self._holds[hold.owner]
+        del held[id(hold)]
+        if not held:
+            del self._holds[hold.owner]
+
+    @contextmanager
+    def _one_free(self) -> Iterator[None]:
+        """What is freed inside goes back to the allocator at once: each free by itself copies its whole list of free slots."""
+        if self._allocator.free_group is not None:  # sglang gathers frees already, and groups do not nest
+            yield
+            return
+        self._allocator.free_group_begin()
+        try:
+            yield
+        finally:
+            self._allocator.free_group_end()
+
+    def _evict(self, leaf: Any) -> bool:
+        """Evict a node that has no children, or had some when it was looked at. Returns False if it must stay."""
+        if leaf.num_children:
+            leaf = self._look(leaf.node_id)
+        if leaf is None or leaf.num_children or leaf.full_value_len is None:
             return False
         # The lock count of a node cannot be read: locking an unlocked leaf protects at least its own tokens.
         protected = self._cache.protected_size()
-        receipt = self._cache.lock(last.node)
+        receipt = self._cache.lock(leaf.node_id)
         gained = self._cache.protected_size() - protected
         self._cache.unlock(receipt)
-        return bool(gained >= last.end - last.start)
+        if gained < leaf.path_end - leaf.path_start:
+            return False
+        tracker = dict.fromkeys(self._cache.tree_components, 0)
+        # A write-back cache wants to copy the node to the host first: then it is left to the LRU walk.
+        return self._cache._evict_device_leaf(leaf.node_id, tracker) is None
 
-    def _paths(self, holds: Sequence[Hold]) -> list[list[PathSpan]]:
-        """Paths of the locked holds in one call to the tree core; an empty path for a hold without a lock."""
-        locked = [hold.node for hold in holds if hold.locked]
-        if not locked:
-            return [[] for _ in holds]
-        infos = iter(self._cache.tree_core.collect_path_info(locked))
-        return [_spans(next(infos)) if hold.locked else [] for hold in holds]
+    def _collect(self, nodes: Iterable[int]) -> dict[int, Sequence[Any]]:
+        """Per node the nodes from the root to it; in order, so that all ranks do the same."""
+        ordered = sorted(nodes)
+        return dict(zip(ordered, self._cache.tree_core.collect_path_info(ordered), strict=True)) if ordered else {}
 
-    def _path(self, node: int) -> list[PathSpan]:
+    def _look(self, node: int) -> Any:
+        """The node as it is now; None if the tree core has dropped it, or is the root, which has no entry."""
         try:
-            return _spans(self._cache.tree_core.collect_path_info([node])[0])
+            path = self._collect([node])[node]
         except KeyError:
-            return []  # evicted since: the tree core forgets the ids of nodes it drops
-
-
-def _spans(path: Sequence[Any]) -> list[PathSpan]:
-    return [PathSpan(n.node_id, n.path_start, n.path_end, n.num_children, n.full_value_len is not None) for n in path]
+            return None
+        return path[-1] if path else None

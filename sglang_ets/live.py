@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +59,9 @@ class LiveSearch:
     branches: dict[int, Branch] = field(default_factory=dict)
     children: dict[str, ChildReq] = field(default_factory=dict)
     awaited: tuple[Literal["select", "answer"], Future[Any]] | None = None
+    paths: PathSnapshot = field(
+        default_factory=lambda: PathSnapshot({})
+    )  # of all holds when the last level was complete
     kv: list[KvSample] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
     is_answered: bool = False
@@ -66,7 +71,7 @@ class LiveSearch:
     num_pressure_releases: int = 0
     num_fallbacks: int = 0
     select_started_s: float = 0.0  # of the last selection, by time.perf_counter
-    select_blocked_ms: list[float] = field(default_factory=list)
+    loop_ms: list[float] = field(default_factory=list)  # per level: time that it took the scheduler loop, steps aside
     solver_reports: list[Any] = field(default_factory=list)
     news: TreeNews | None = None  # what the live page of this search has not been told; None: nobody traces it
 
@@ -88,26 +93,43 @@ class LiveSearch:
         """Answered, and none of its internal requests is left in the engine."""
         return self.is_answered and not self.children
 
+    @contextmanager
+    def on_loop(self) -> Iterator[None]:
+        """What happens inside takes time of the scheduler loop for the present level."""
+        started = time.perf_counter()
+        yield
+        self.loop_ms[-1] += (time.perf_counter() - started) * 1e3
+
     def holds(self) -> list[Hold]:
         """Locks of the trajectories that may still grow, in the order of their nodes."""
         return [b.hold for _, b in sorted(self.branches.items()) if b.hold is not None and b.hold.locked]
 
-    def decide(self, policy: SelectionPolicy, paths: PathSnapshot) -> Selection:
-        """Decide one level. Pure, on a worker thread as a rule: the search does not change while it waits for this."""
-        return policy.select(self.search.level(paths.cost_tree()), self.config)
+    def decide(self, policy: SelectionPolicy, ends: Sequence[tuple[int | None, int]]) -> Selection:
+        """Decide one level of leaves with these ends (see `PathSnapshot.ends`).
+
+        Pure, on a worker thread as a rule: the search does not change while it waits for this.
+        """
+        costs = self.paths.cost_tree(ends, self.prompt_tokens) if self.config.is_solved else None
+        return policy.select(self.search.level(costs), self.config)
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""
+        self.loop_ms.append(0.0)
+        with self.on_loop():
+            self._sample_kv(ledger, depth)
+
+    def _sample_kv(self, ledger: RadixLedger, depth: int) -> None:
+        self.paths = ledger.snapshot(self.holds())
         branches = [branch for node_id, branch in sorted(self.branches.items()) if node_id != ROOT]
         counts = [branch.is_tip + branch.num_open_children for branch in branches]  # trajectories that reference it
         referenced = sum(n * (self.prompt_tokens + len(b.token_ids)) for n, b in zip(counts, branches, strict=True))
-        self.kv.append(KvSample(depth, sum(counts), ledger.unique_tokens(self.holds()), referenced))
+        self.kv.append(KvSample(depth, sum(counts), self.paths.unique_tokens(self.holds()), referenced))
 
-    def sample_retained(self, ledger: RadixLedger) -> None:
+    def sample_retained(self) -> None:
         """Complete the last record with what is still held after pruning."""
         if self.kv:
             last = self.kv[-1]
-            retained = ledger.unique_tokens(self.holds())
+            retained = self.paths.unique_tokens(self.holds())
             self.kv[-1] = KvSample(last.depth, last.num_leaves, last.held_tokens, last.referenced_tokens, retained)
 
 
@@ -200,5 +222,6 @@ def _solver_figures(live: LiveSearch) -> dict[str, Any]:
         "statuses": sorted({str(report.status) for report in reports}),
         "build_ms": sum(report.build_ms for report in reports),
         "solve_ms": sum(report.solve_ms for report in reports),
-        "loop_blocked_ms_max": max(live.select_blocked_ms, default=0.0),
+        "loop_blocked_ms_mean": sum(live.loop_ms) / max(1, len(live.loop_ms)),
+        "loop_blocked_ms_max": max(live.loop_ms, default=0.0),
     }

@@ -70,7 +70,7 @@ class StepScoring:
         score, path = outcome
         parent = live.branches.get(parent_id)
         if live.is_answered or live.end_reason or parent is None:
-            self._coordinator.prm.drop(path)
+            self._coordinator.prm.drop([path])
             return
         live.prm_tokens += len(path.token_ids) - len(parent.prm.token_ids)
         live.branches[node_id].prm = path
@@ -85,5 +85,5 @@ class StepScoring:
             self._coordinator.fail(live, str(error))
             return
         self._coordinator.one_score_less(live, live.search.tree.nodes[node_id].parent.id)
-        self._coordinator.drop(live, node_id)
+        self._coordinator.drop(live, [node_id])
         self._coordinator.apply(live, live.search.on_failed(node_id, str(error)))

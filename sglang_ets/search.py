@@ -128,9 +128,10 @@ class Search:
         node.state, node.reason = "failed", reason
         return self._settled(node)
 
-    def level(self, kv: CostTree) -> Level:
+    def level(self, kv: CostTree | None) -> Level:
         """The level that the last `Select` asked about; `kv` is the radix ledger's account of its leaves, in order.
 
+        It has what the policy reads: costs if an integer program decides (else `kv` is None), embeddings if it covers.
         To be asked for once a level: its embeddings become part of the running center.
         """
         leaves = self._leaves
@@ -138,8 +139,8 @@ class Search:
         return Level(
             scores=np.array([leaf.score for leaf in leaves], dtype=np.float64),
             kv=kv,
-            nodes=self._node_costs(leaves),
-            embeddings=self._embeddings(leaves),
+            nodes=self._node_costs(leaves) if self.config.is_solved and self.config.kv_cost == "nodes" else None,
+            embeddings=self._embeddings(leaves) if self.config.algorithm == "ets" else None,
             subtree=np.array([leaf.subtree for leaf in leaves], dtype=np.int64),
             growth_tokens=self.remaining_width * sum(steps) / len(steps),
             remaining_width=self.remaining_width,

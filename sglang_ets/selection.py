@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sglang_ets.allocation import even_allocation, inherited_scores, rebase_allocation
 from sglang_ets.clusters import Distances, cluster_labels, cosine_distances
-from sglang_ets.config import Algorithm, SearchConfig
+from sglang_ets.config import Algorithm, KvCost, SearchConfig
 from sglang_ets.ilp import BudgetTooSmall, CostTree, SolverFailure, SolverReport, solve
 
 
@@ -20,13 +20,24 @@ class Level:
     """A complete level as selection sees it: L unfinished leaves in order of creation."""
 
     scores: NDArray[np.float64]  # float64[L], step scores
-    kv: CostTree  # tokens of KV, from the radix ledger
-    nodes: CostTree  # the search tree itself, cost 1 a node
-    embeddings: NDArray[np.float32] | None  # float32[L, H]
+    kv: CostTree | None  # tokens of KV, from the radix ledger; None: no integer program asks for them
+    nodes: CostTree | None  # the search tree itself, cost 1 a node; None: likewise
+    embeddings: NDArray[np.float32] | None  # float32[L, H]; None: no coverage
     subtree: NDArray[np.int64]  # int64[L], DVTS group
     growth_tokens: float  # tokens that the next level may add if every child is as long as these steps
     remaining_width: int
     depth: int
+
+    def costs(self, unit: KvCost) -> CostTree:
+        """What the leaves cost in this unit.
+
+        Raises:
+            ValueError: the level was made without them.
+        """
+        found = self.kv if unit == "tokens" else self.nodes
+        if found is None:
+            raise ValueError(f"a level of an integer program needs its costs in {unit}, got none")
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Ets:
         try:
             kept, report = solve(
                 shares / level.remaining_width,
-                level.kv if config.kv_cost == "tokens" else level.nodes,
+                level.costs(config.kv_cost),
                 config.cost_weight,
                 clusters,
                 config.coverage_weight,

@@ -68,10 +68,11 @@ def kept_leaves(
 ) -> NDArray[np.bool_]:  # bool[L]
     """The leaves that the integer program keeps."""
     shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
-    tree = level.kv if config.kv_cost == "tokens" else level.nodes
     labels = np.zeros(level.scores.size, dtype=np.int64) if clusters is None else clusters
     weight = 0.0 if clusters is None else config.coverage_weight
-    return solve_published(shares / level.remaining_width, tree, config.cost_weight, labels, weight)
+    return solve_published(
+        shares / level.remaining_width, level.costs(config.kv_cost), config.cost_weight, labels, weight
+    )
 
 
 def needs_embedding(node: Node, config: SearchConfig) -> bool:

@@ -223,9 +223,9 @@ class PrmEngine:
         """Unlock; the KV stays cached until it is needed. Idempotent."""
         self._ledger.release(path.hold)
 
-    def drop(self, path: PrmPath) -> int:
-        """Unlock and free at once what only this path holds. Returns the tokens freed. Idempotent."""
-        return self._ledger.drop(path.hold)
+    def drop(self, paths: Sequence[PrmPath]) -> int:
+        """Unlock and free at once what only these paths hold. Returns the tokens freed. Idempotent."""
+        return self._ledger.drop(path.hold for path in paths)
 
     def stats(self) -> dict[str, Any]:
         """For `/server_info`."""

@@ -82,18 +82,18 @@ def test_drop_frees_exactly_the_private_tokens(pool: Pool) -> None:
     a = pool.ledger.hold("s", pool.insert([*PROMPT, 1, 2, 3]))
     b = pool.ledger.hold("s", pool.insert([*PROMPT, 1, 4]))
     before = pool.free
-    assert pool.ledger.drop(a, keep_tokens=len(PROMPT)) == 2
+    assert pool.ledger.drop([a], keep_tokens=len(PROMPT)) == 2
     assert pool.free == before + 2
-    assert pool.ledger.drop(b, keep_tokens=len(PROMPT)) == 2  # the 4, and the 1 that both shared
+    assert pool.ledger.drop([b], keep_tokens=len(PROMPT)) == 2  # the 4, and the 1 that both shared
     assert pool.free == before + 4 == POOL_TOKENS - len(PROMPT)
     pool.assert_balanced()
 
 
 def test_prune_then_abort_frees_once(pool: Pool) -> None:
     hold = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
-    assert pool.ledger.drop(hold) == 11
+    assert pool.ledger.drop([hold]) == 11
     free = pool.free
-    assert pool.ledger.drop(hold) == 0
+    assert pool.ledger.drop([hold]) == 0
     pool.ledger.release(hold)
     assert pool.free == free
     pool.assert_balanced()
@@ -104,7 +104,7 @@ def test_a_leaf_that_somebody_else_locks_is_never_evicted(pool: Pool) -> None:
     running = pool.cache.lock(node)
     hold = pool.ledger.hold("s", node)
     free = pool.free
-    assert pool.ledger.drop(hold) == 0
+    assert pool.ledger.drop([hold]) == 0
     assert pool.free == free
     pool.cache.unlock(running)
     pool.assert_balanced()
@@ -113,16 +113,16 @@ def test_a_leaf_that_somebody_else_locks_is_never_evicted(pool: Pool) -> None:
 def test_two_holds_on_one_leaf_free_it_with_the_second(pool: Pool) -> None:
     ids = [*PROMPT, 1, 2]
     first, second = (pool.ledger.hold("s", pool.insert(ids)) for _ in range(2))
-    assert pool.ledger.drop(first, len(PROMPT)) == 0
-    assert pool.ledger.drop(second, len(PROMPT)) == 2
+    assert pool.ledger.drop([first], len(PROMPT)) == 0
+    assert pool.ledger.drop([second], len(PROMPT)) == 2
     pool.assert_balanced()
 
 
 def test_an_inner_node_stays_while_a_child_is_cached(pool: Pool) -> None:
     parent = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
     child = pool.ledger.hold("s", pool.insert([*PROMPT, 1, 2]))
-    assert pool.ledger.drop(parent, len(PROMPT)) == 0
-    assert pool.ledger.drop(child, len(PROMPT)) == 2
+    assert pool.ledger.drop([parent], len(PROMPT)) == 0
+    assert pool.ledger.drop([child], len(PROMPT)) == 2
     pool.assert_balanced()
 
 
@@ -130,8 +130,8 @@ def test_dropping_an_evicted_node_is_harmless(pool: Pool) -> None:
     hold = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
     pool.ledger.release(hold)
     other = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
-    assert pool.ledger.drop(other) == 11
-    assert pool.ledger.drop(hold) == 0
+    assert pool.ledger.drop([other]) == 11
+    assert pool.ledger.drop([hold]) == 0
     assert pool.ledger.unique_tokens([hold, other]) == 0
     pool.assert_balanced()
 
