@@ -38,6 +38,7 @@ from bench.server import running_server
 PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
 ANSWER = re.compile(r"The answer is (-?\d+)")
 MAX_TOKENS = 512
+LOOP_COSTS = ("loop_blocked_ms_max", "level_loop_ms_mean", "level_loop_ms_max")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def solve(client: openai.OpenAI, setting: Setting, problem: dict[str, Any], seed
         }
         cost["kv_referenced_mean"] = search["kv_referenced_mean"]
         cost["fallbacks"] = search["solver"]["fallbacks"]
-        cost["loop_blocked_ms_max"] = search["solver"]["loop_blocked_ms_max"]
+        cost |= {key: search["solver"][key] for key in LOOP_COSTS}
         cost |= asdict(redundancy(tree_of(response)["nodes"]))
     else:
         response = client.completions.create(**body, n=setting.width, temperature=float(setting.width > 1))

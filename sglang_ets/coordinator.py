@@ -249,10 +249,13 @@ class SearchCoordinator:
             policy = self._policies[live.config.algorithm]
             if live.config.is_solved and get_parallel().tp_size == 1:
                 live.awaited = ("select", self._workers.submit(live.decide, policy, ends))
-                return
-            # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
-            selection = live.decide(policy, ends)
-        self._selected(live, selection)
+                selection = None
+            else:
+                # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
+                selection = live.decide(policy, ends)
+        live.select_blocked_ms.append(live.loop_ms[-1])
+        if selection is not None:
+            self._selected(live, selection)
 
     def _selected(self, live: LiveSearch, selection: Selection) -> None:
         with live.on_loop():

@@ -169,6 +169,8 @@ class RadixLedger:
         return paths.cost_tree(paths.ends(holds), keep_tokens)
 
     def _unlock(self, hold: Hold) -> None:
+        if not hold.locked:
+            return
         receipt, hold.receipt = hold.receipt, None
         self._cache.unlock(receipt)
         held = self._holds[hold.owner]

@@ -106,6 +106,23 @@ def test_every_search_ends_soundly(algorithm: str, width: int, seed: int, failur
         assert driver.log[-1] == Finish("complete")
 
 
+@pytest.mark.parametrize("kv_cost", ["tokens", "nodes"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_level_has_what_its_policy_reads(algorithm: str, kv_cost: str) -> None:
+    search = Search(config_of(algorithm, 4, kv_cost=kv_cost), PROMPT_TOKENS)
+    (expand,) = search.start()
+    for node_id in expand.node_ids:
+        search.on_step(node_id, [7], "7", "step")
+        actions = search.on_scored(node_id, 0.5, np.ones(4, dtype=np.float32))
+    if algorithm == "best_of_n":
+        return  # never asks
+    assert [type(action) for action in actions] == [Measure, Select]
+    is_solved = algorithm in ("ets", "ets_kv")
+    level = search.level(CostTree(np.full(4, -1), np.ones(4), np.arange(4)) if is_solved else None)
+    assert (level.kv is not None, level.nodes is not None) == (is_solved, is_solved and kv_cost == "nodes")
+    assert (level.embeddings is not None) == (algorithm == "ets")
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_equal_events_give_equal_actions(algorithm: str) -> None:
     first, second = (Driver(config_of(algorithm, 16), seed=3, failure_rate=0.1) for _ in range(2))

@@ -52,6 +52,14 @@ def test_every_algorithm_has_a_policy() -> None:
     assert set(POLICIES) == set(ALGORITHMS)
 
 
+@pytest.mark.parametrize(("kv_cost", "missing"), [("tokens", "kv"), ("nodes", "nodes")])
+def test_an_integer_program_needs_costs(kv_cost: str, missing: str) -> None:
+    level = level_of([0.9, 0.5], 4, **{missing: None})
+    with pytest.raises(ValueError, match=f"needs its costs in {kv_cost}, got none"):
+        select("ets", level, width=4, kv_cost=kv_cost)
+    assert shares("rebase", level, width=4) == shares("rebase", level_of([0.9, 0.5], 4), width=4)
+
+
 def test_ets_clusters_by_the_distances_it_is_given() -> None:
     level = level_of([0.9, 0.5, 0.4], 4)
     config = SearchConfig(algorithm="ets", width=4)

@@ -89,6 +89,27 @@ def test_drop_frees_exactly_the_private_tokens(pool: Pool) -> None:
     pool.assert_balanced()
 
 
+def test_several_that_are_dropped_together_free_what_they_share(pool: Pool) -> None:
+    a, b, c = (pool.ledger.hold("s", pool.insert([*PROMPT, *step])) for step in ([1, 2, 3], [1, 4], [9]))
+    parent = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
+    before = pool.free
+    assert pool.ledger.drop([parent, b, a], len(PROMPT)) == 4  # 1, 2 3, 4
+    assert pool.free == before + 4
+    assert pool.ledger.unique_tokens([a, b, parent, c]) == len(PROMPT) + 1
+    assert pool.ledger.drop([a, c, c]) == 11
+    pool.assert_balanced()
+
+
+def test_a_drop_among_frees_that_sglang_gathers_goes_with_them(pool: Pool) -> None:
+    hold = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
+    pool.allocator.free_group_begin()
+    pool.ledger.drop([hold])
+    assert pool.free == POOL_TOKENS - 11
+    pool.allocator.free_group_end()
+    assert pool.free == POOL_TOKENS
+    pool.assert_balanced()
+
+
 def test_prune_then_abort_frees_once(pool: Pool) -> None:
     hold = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
     assert pool.ledger.drop([hold]) == 11
@@ -147,6 +168,14 @@ def test_cost_tree_has_one_node_per_span_and_a_free_prompt(pool: Pool) -> None:
         return tree.cost[leaf] + (path_cost(tree.parent[leaf]) if tree.parent[leaf] >= 0 else 0)
 
     assert [path_cost(leaf) for leaf in tree.leaf] == [3, 2, 3, 2]
+
+
+def test_a_snapshot_counts_the_holds_that_are_left(pool: Pool) -> None:
+    holds = [pool.ledger.hold("s", pool.insert([*PROMPT, *step])) for step in ([1, 2, 3], [1, 4])]
+    paths = pool.ledger.snapshot(holds)
+    assert paths.unique_tokens(holds) == 14
+    pool.ledger.drop(holds[:1], len(PROMPT))
+    assert paths.unique_tokens(holds) == pool.ledger.unique_tokens(holds) == 12
 
 
 def test_a_hold_that_lost_its_lock_costs_what_it_would_need_again(pool: Pool) -> None:
