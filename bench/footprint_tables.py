@@ -53,16 +53,20 @@ def reduced(summary: dict[str, Any]) -> str:
     return f"{summary['kv_reduction']:.2f}x [{summary['kv_low']:.2f}, {summary['kv_high']:.2f}]"
 
 
-def table(done: list[dict[str, Any]], seed: int) -> tuple[str, list[dict[str, Any]]]:
-    """A markdown table and one summary per setting, KV and accuracy against REBASE of the same width."""
+def table(done: list[dict[str, Any]], seed: int, shared: bool = True) -> tuple[str, list[dict[str, Any]]]:
+    """A markdown table and one summary per setting, KV and accuracy against REBASE of the same width.
+
+    All policies of a width are shown on the problems that all of them have solved; without `shared`, each on all of its own,
+    of which those that REBASE has solved too are compared.
+    """
     by_setting: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in done:
         by_setting[row["setting"]][row["problem"]] = row
-    for width in {row["width"] for row in done}:  # an interrupted run compares only what every policy has solved
+    for width in {row["width"] for row in done} if shared else ():
         same = [cases for cases in by_setting.values() if next(iter(cases.values()))["width"] == width]
-        shared = set.intersection(*(set(cases) for cases in same))
+        common = set.intersection(*(set(cases) for cases in same))
         for cases in same:
-            for problem in set(cases) - shared:
+            for problem in set(cases) - common:
                 del cases[problem]
     summaries = [_summary(cases, by_setting, seed) for cases in by_setting.values() if cases]
     summaries.sort(key=lambda s: (s["width"], s["policy"]))

@@ -17,7 +17,8 @@ from bench.client_search import table as throughput
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 MAIN_POLICIES = ("greedy", "self_consistency", "best_of_n", "beam", "dvts", "rebase", "ets_kv b=2", "ets b=4")
-LONG_RUN = (64, ("rebase", "dvts", "ets_kv b=2", "ets b=4"))  # width and policies that have seen the most problems
+LONG_WIDTH = 64
+LONG_RUNS = (("rebase", "ets_kv b=2", "ets b=4"), ("rebase", "dvts", "ets_kv b=2", "ets b=4"))  # on more problems
 SERVED = "centred on the search so far"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -86,30 +87,28 @@ def kv_table(name: str) -> str:
     return footprint_tables.table(footprint_rows(name), seed=0)[0]
 
 
-def long_run_rows() -> list[dict[str, Any]]:
-    """The rows of `LONG_RUN`: other policies of that width have solved fewer problems."""
-    width, policies = LONG_RUN
-    return [row for row in footprint_rows("kv_footprint") if row["width"] == width and row["policy"] in policies]
+def long_runs() -> list[tuple[str, list[dict[str, Any]]]]:
+    """Table and summaries of each of `LONG_RUNS`, on the problems that all its policies have solved."""
+    wide = [row for row in footprint_rows("kv_footprint") if row["width"] == LONG_WIDTH]
+    groups = [[row for row in wide if row["policy"] in policies] for policies in LONG_RUNS]
+    return [footprint_tables.table(group, seed=0) for group in groups]
 
 
 def long_run_table() -> str:
-    return footprint_tables.table(long_run_rows(), seed=0)[0]
+    return "\n\n".join(text for text, _ in long_runs())
 
 
 def headline_table() -> str:
-    """The main policies of `kv_footprint.py`, then those of `LONG_RUN` on more problems: what they solve and hold."""
+    """The main policies of `kv_footprint.py`, each on all problems it has solved: what they solve and what they hold."""
     header = ["width", "policy", "problems", "accuracy", "vs REBASE (95 %)", "KV tokens held", "KV reduction (95 %)"]
-    main = [
-        s for s in footprint_tables.table(footprint_rows("kv_footprint"), seed=0)[1] if s["policy"] in MAIN_POLICIES
-    ]
-    longer = footprint_tables.table(long_run_rows(), seed=0)[1]
     cells = [
         [
             s["width"], s["policy"], s["problems"], f"{s['accuracy']:.3f}",
             f"{s['difference']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}]" if "low" in s else "",
             f"{s['kv_tokens_mean']:.0f}" if "kv_tokens_mean" in s else "", footprint_tables.reduced(s),
         ]
-        for s in [*main, *longer]
+        for s in footprint_tables.table(footprint_rows("kv_footprint"), seed=0, shared=False)[1]
+        if s["policy"] in MAIN_POLICIES
     ]  # fmt: skip
     return rows.markdown(header, cells)
 
@@ -121,15 +120,18 @@ def equal_table() -> str:
 
 
 def frontier_table() -> str:
-    """Per width the policies of `kv_footprint.py` that no other dominates, from the least KV to the most accurate."""
+    """Per width, and for `LONG_RUNS`, the policies that no other dominates, from the least KV to the most accurate."""
     summaries = footprint_tables.table(footprint_rows("kv_footprint"), seed=0)[1]
+    widths = sorted({s["width"] for s in summaries if "kv_tokens_mean" in s})
+    compared = [[s for s in summaries if s["width"] == width] for width in widths]
+    compared += [group for _, group in long_runs()]
     cells = []
-    for width in sorted({s["width"] for s in summaries if "kv_tokens_mean" in s}):
-        edge = footprint_tables.frontier(s for s in summaries if s["width"] == width)
-        cells.append(
-            [width, "; ".join(f"{s['policy']} ({s['kv_tokens_mean']:.0f}, {s['accuracy']:.3f})" for s in edge)]
-        )
-    return rows.markdown(["width", "not dominated (KV tokens held, accuracy)"], cells)
+    for group in sorted(compared, key=lambda group: (group[0]["width"], -len(group))):
+        edge = footprint_tables.frontier(group)
+        shown = "; ".join(f"{s['policy']} ({s['kv_tokens_mean']:.0f}, {s['accuracy']:.3f})" for s in edge)
+        searches = [s["policy"] for s in group if "kv_tokens_mean" in s]
+        cells.append([edge[0]["width"], edge[0]["problems"], len(searches), shown])
+    return rows.markdown(["width", "problems", "searches", "not dominated (KV tokens held, accuracy)"], cells)
 
 
 def sweep_table() -> str:

@@ -2,19 +2,22 @@
 
     python bench/throughput.py --smoke                          a few problems at width 8, about two minutes with start-up
     python bench/throughput.py --widths 16 --rounds 4
-    python bench/throughput.py --widths 64 --in-flight 4 --rounds 2 --encoder FOLDER
+    python bench/throughput.py --widths 64 --in-flight 4 --rounds 2 --replicas 2 --encoder FOLDER
 
 Three systems solve the same problems of the embedded task, with `--in-flight` of them at a time, in turns within each round:
 A) `in_scheduler`: one server, `search_width` in a request; B) `client`: `bench.client_search` on two stock servers with a
 sentence encoder and PuLP; C) `sampling`: plain requests with `n` = width to the server of A. A and B follow the same policy
 (the same code decides); texts differ, because sampling beside other traffic cannot be reproduced.
 
+B has two servers, which two cores run side by side; one server of A keeps one core busy. With `--replicas 2` two servers share
+the problems of A, and of C, so that all three systems use both cores.
+
 The servers that are not measured are frozen, so that they take no core from the one that is. Still, everything that one
 system consists of (for B two schedulers, the encoder and the solver) shares the cores of this machine, and so does whatever
-else runs on it: next to problems per second stand CPU seconds per problem, which depend less on that. All KV pools have the
-same size. `--client-engine ours` (the default) gives the two servers of B the attention of `kernels/paged_attention.py`, which
-the search brings along on a CPU, so that the engines are equal and only the architectures differ; `stock` leaves them as
-sglang has them.
+else runs on it: next to problems per second stand CPU seconds per problem, which depend less on that. The KV pools of all
+servers have the same size. `--client-engine ours` (the default) gives the two servers of B the attention of
+`kernels/paged_attention.py`, which the search brings along on a CPU, so that the engines are equal and only the architectures
+differ; `stock` leaves them as sglang has them.
 
 One round of one system is a row of `--out` (JSONL); a run that was interrupted goes on where it stopped.
 """
@@ -31,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,6 +68,7 @@ class Job:
     seed: int
     pool_tokens: int = POOL_TOKENS
     client_engine: str = "ours"
+    replicas: int = 1  # of the server with the search; the client has one of each of its two
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -100,17 +105,17 @@ class Outcome:
 class Systems:
     """What is compared: three ways to solve a problem, and the servers that each of them needs."""
 
-    search: Running
+    search: tuple[Running, ...]
     stock: tuple[Running, ...]
-    server: Server
+    links: tuple[Server, ...]  # to the servers with the search
     client: Client
 
-    def servers(self, system: str) -> Sequence[Running]:
-        return self.stock if system == "client" else (self.search,)
+    def servers(self, job: Job) -> Sequence[Running]:
+        return self.stock if job.system == "client" else self.search[: job.replicas]
 
     def reconnect(self) -> None:
         """Open new connections to all servers."""
-        for server in (self.server, self.client.policy, self.client.prm):
+        for server in (*self.links, self.client.policy, self.client.prm):
             server.reconnect()
 
     def solver(self, job: Job) -> Callable[[str], Outcome]:
@@ -122,10 +127,10 @@ class Systems:
                   "answer": config.answer, "answer_pattern": PATTERN, "coverage": config.coverage}  # fmt: skip
         body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": job.seed}
 
+        post = self._dealt_out(job)
+
         def solve(prompt: str) -> Outcome:
-            answer = self.server.post(
-                "/v1/completions", {**body, "prompt": prompt, "search_width": job.width, "search": search}
-            )
+            answer = post({**body, "prompt": prompt, "search_width": job.width, "search": search})
             found = answer["metadata"]["search"]
             figures = {"prm_tokens": found["prm_tokens"], "levels": found["levels"]}
             figures["pressure_releases"] = found["kv_pressure_releases"]
@@ -145,9 +150,10 @@ class Systems:
 
     def _sample(self, job: Job) -> Callable[[str], Outcome]:
         body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "n": job.width}
+        post = self._dealt_out(job)
 
         def solve(prompt: str) -> Outcome:
-            answer = self.server.post("/v1/completions", {**body, "prompt": prompt})
+            answer = post({**body, "prompt": prompt})
             found = [extract_answer(choice["text"], PATTERN) for choice in answer["choices"]]
             votes = [text for text in found if text is not None]
             best = statistics.mode(votes) if votes else None
@@ -155,10 +161,25 @@ class Systems:
 
         return solve
 
+    def _dealt_out(self, job: Job) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """Posts each completion to the replica that has the fewest in flight."""
+        free = SimpleQueue[Server]()
+        for place in range(job.in_flight):
+            free.put(self.links[place % job.replicas])
+
+        def post(body: dict[str, Any]) -> dict[str, Any]:
+            server = free.get()
+            try:
+                return server.post("/v1/completions", body)
+            finally:
+                free.put(server)
+
+        return post
+
 
 def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Solve the problems with `in_flight` at a time. Their servers are awake meanwhile, all others frozen."""
-    servers = systems.servers(job.system)
+    servers = systems.servers(job)
     solve = systems.solver(job)
     systems.reconnect()
     with awake(servers), ThreadPoolExecutor(job.in_flight) as pool:
@@ -180,32 +201,33 @@ def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> d
 
 
 @contextmanager
-def all_systems(in_flight: int, pool_tokens: int, encoder: Path | None, client_engine: str) -> Iterator[Systems]:
-    """Start the three servers."""
+def all_systems(args: argparse.Namespace) -> Iterator[Systems]:
+    """Start all servers."""
     import torch
     from transformers import AutoTokenizer
 
     torch.set_num_threads(1)  # the encoder shares the cores with the servers
-    encode = SentenceEncoder(encoder) if encoder else None
-    flags = [search_flags(pool_tokens), stock_flags("policy", pool_tokens), stock_flags("prm", pool_tokens)]
-    print("three servers start: a minute or two", file=sys.stderr)
-    env = {patches.CPU_ATTENTION_ENV: "1"} if client_engine == "ours" else {}  # the search has it anyway
+    encode = SentenceEncoder(args.encoder) if args.encoder else None
+    flags = [stock_flags(model, args.pool_tokens) for model in ("policy", "prm")]
+    flags += [search_flags(args.pool_tokens)] * max(args.replicas)
+    print(f"{len(flags)} servers start: a minute or two", file=sys.stderr)
+    env = {patches.CPU_ATTENTION_ENV: "1"} if args.client_engine == "ours" else {}  # the search has it anyway
     with running(flags, env) as servers:
-        search, policy, prm = servers
-        links = [Server(server.url, in_flight) for server in servers]
+        policy, prm, *links = [Server(server.url, max(args.in_flight)) for server in servers]
         tokenizer = AutoTokenizer.from_pretrained(MODELS / "policy")
-        client = Client(links[1], links[2], tokenizer, prm_marker(MODELS / "prm"), encode)
-        yield Systems(search, (policy, prm), links[0], client)
+        client = Client(policy, prm, tokenizer, prm_marker(MODELS / "prm"), encode)
+        yield Systems(tuple(servers[2:]), tuple(servers[:2]), tuple(links), client)
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
     """Rounds on the outside and the systems in turn on the inside, so that an interrupted run compares equal rounds."""
     return [
-        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, args.client_engine)
+        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, args.client_engine, replicas)
         for number in range(args.rounds)
         for width, in_flight in zip(args.widths, args.in_flight, strict=True)
         for algorithm in args.algorithms
         for system in SYSTEMS
+        for replicas in (args.replicas if system != "client" else [1])
     ]
 
 
@@ -226,6 +248,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--waves", type=int, default=2, help="problems of a round, in multiples of --in-flight")
     parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV pool of every model of every server")
+    parser.add_argument(
+        "--replicas", type=int, nargs="+", default=[1], help="servers with the search, one setting each"
+    )
     parser.add_argument("--client-engine", choices=["ours", "stock"], default="ours")
     parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2; see bench/client_search/encoder.py")
     parser.add_argument("--seed", type=int, default=0)
@@ -252,9 +277,11 @@ def main() -> None:
     known = {tuple(row.get(field.name, field.default) for field in fields(Job)) for row in rows.read(out)}
     todo = [job for job in jobs(args) if job.key not in known]
     if todo:
-        with all_systems(max(args.in_flight), args.pool_tokens, args.encoder, args.client_engine) as systems:
+        with all_systems(args) as systems:
             for system in SYSTEMS:  # first calls compile and load; they are not measured
-                measure(systems, Job(system, args.algorithms[0], args.widths[0], 1, -1, args.seed), problems[-1:])
+                count = 1 if system == "client" else max(args.replicas)
+                warm = Job(system, args.algorithms[0], args.widths[0], count, -1, args.seed, replicas=count)
+                measure(systems, warm, problems[-count:])
             for job in tqdm(todo, unit="round"):
                 rows.append(out, measure(systems, job, problems_of(job, problems, args.waves)))
     done = [row for row in rows.read(out) if row["seed"] == args.seed]

@@ -46,6 +46,20 @@ def test_a_table_compares_the_problems_that_all_policies_of_a_width_have_solved(
     assert (reduced(base), reduced(wide)) == ("1.00x", "")
 
 
+def test_a_policy_on_all_its_problems_is_compared_on_those_of_rebase() -> None:
+    done = [
+        row("rebase", "a", True, 100),
+        row("rebase", "b", False, 300),
+        row("ets", "b", True, 50),
+        row("ets", "c", False, 10),
+        row("dvts", "a", False, 100),
+    ]
+    _, (dvts, ets, base) = table(done, seed=0, shared=False)
+    assert [s["problems"] for s in (dvts, ets, base)] == [1, 2, 2]
+    assert (ets["accuracy"], ets["difference"], ets["kv_reduction"]) == (0.5, 1.0, 6.0)
+    assert (dvts["difference"], dvts["kv_reduction"]) == (-1.0, 1.0)
+
+
 def test_what_leaves_repeat_stands_beside_the_kv() -> None:
     seen = {"leaves": 8.0, "distinct_texts": 6.0, "distinct_meanings": 3.0}
     done = [

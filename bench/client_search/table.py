@@ -12,17 +12,21 @@ from bench import rows
 from bench.figures import panels
 
 Row = dict[str, Any]
-Setting = tuple[int, str, int, str]
-SETTING = ["width", "algorithm", "in flight", "client's engine"]
+Setting = tuple[int, str, int, str, int]
+SETTING = ["width", "algorithm", "in flight", "client's engine", "servers with search"]
 PARTS = ("generate", "score", "encode", "select", "other")
 
 
 def rounds_of(done: Sequence[Row]) -> dict[Setting, list[dict[str, Row]]]:
     """Rounds that all three systems have done, by setting: system -> row."""
     found: dict[Setting, dict[int, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    replicas = {row.get("replicas", 1) for row in done if row["system"] != "client"}
     for row in done:
-        setting = (row["width"], row["algorithm"], row["in_flight"], row.get("client_engine", "stock"))
-        found[setting][row["round"]][row["system"]] = row
+        for count in (
+            replicas if row["system"] == "client" else [row.get("replicas", 1)]
+        ):  # a client is compared with each
+            setting = (row["width"], row["algorithm"], row["in_flight"], row.get("client_engine", "stock"), count)
+            found[setting][row["round"]][row["system"]] = row
     complete = {
         setting: [systems for _, systems in sorted(by_round.items()) if len(systems) == 3]
         for setting, by_round in sorted(found.items())
@@ -101,7 +105,7 @@ def _ratios(ours: Sequence[Row], theirs: Sequence[Row], value: Callable[[Row], f
 def plot(done: Sequence[Row], path: Path) -> None:
     """Problems per second of search in the scheduler and by a client, and the client's time by part."""
     settings = rounds_of(done)
-    names = [f"{algorithm}, width {width}\n{engine} engine" for width, algorithm, _, engine in settings]
+    names = [f"{algorithm}, width {width}\n{count} x search" for width, algorithm, _, _, count in settings]
     with panels(path, 2) as (left, right):
         for place, name in enumerate(("in_scheduler", "client")):
             heights = [statistics.median(rate(systems[name]) for systems in rounds) for rounds in settings.values()]
