@@ -17,8 +17,10 @@ from bench.client_search import table as throughput
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 MAIN_POLICIES = ("greedy", "self_consistency", "best_of_n", "beam", "dvts", "rebase", "ets_kv b=2", "ets b=4")
-LONG_WIDTH = 64
-LONG_RUNS = (("rebase", "ets_kv b=2", "ets b=4"), ("rebase", "dvts", "ets_kv b=2", "ets b=4"))  # on more problems
+LONG_RUN = (
+    64,
+    ("rebase", "dvts", "ets_kv b=2", "ets b=4"),
+)  # a width, and the policies that have solved more of its problems
 SERVED = "centred on the search so far"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -87,15 +89,11 @@ def kv_table(name: str) -> str:
     return footprint_tables.table(footprint_rows(name), seed=0)[0]
 
 
-def long_runs() -> list[tuple[str, list[dict[str, Any]]]]:
-    """Table and summaries of each of `LONG_RUNS`, on the problems that all its policies have solved."""
-    wide = [row for row in footprint_rows("kv_footprint") if row["width"] == LONG_WIDTH]
-    groups = [[row for row in wide if row["policy"] in policies] for policies in LONG_RUNS]
-    return [footprint_tables.table(group, seed=0) for group in groups]
-
-
-def long_run_table() -> str:
-    return "\n\n".join(text for text, _ in long_runs())
+def long_run() -> tuple[str, list[dict[str, Any]]]:
+    """Table and summaries of `LONG_RUN`, on the problems that all its policies have solved."""
+    width, policies = LONG_RUN
+    done = [row for row in footprint_rows("kv_footprint") if row["width"] == width and row["policy"] in policies]
+    return footprint_tables.table(done, seed=0)
 
 
 def headline_table() -> str:
@@ -120,11 +118,11 @@ def equal_table() -> str:
 
 
 def frontier_table() -> str:
-    """Per width, and for `LONG_RUNS`, the policies that no other dominates, from the least KV to the most accurate."""
+    """Per width, and for `LONG_RUN`, the policies that no other dominates, from the least KV to the most accurate."""
     summaries = footprint_tables.table(footprint_rows("kv_footprint"), seed=0)[1]
     widths = sorted({s["width"] for s in summaries if "kv_tokens_mean" in s})
     compared = [[s for s in summaries if s["width"] == width] for width in widths]
-    compared += [group for _, group in long_runs()]
+    compared.append(long_run()[1])
     cells = []
     for group in sorted(compared, key=lambda group: (group[0]["width"], -len(group))):
         edge = footprint_tables.frontier(group)
@@ -162,7 +160,7 @@ def throughput_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
     "kv": partial(kv_table, "kv_footprint"),
-    "long_run": long_run_table,
+    "long_run": lambda: long_run()[0],
     "frontier": frontier_table,
     "equal": equal_table,
     "sweep": sweep_table,
