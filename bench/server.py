@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 START_LIMIT_S = 300
 STOP_LIMIT_S = 30
 TAIL_LINES = 40
+PORTS = range(20_000, 29_000)
 
 
 @contextmanager
@@ -62,9 +64,15 @@ def _end_by_exit() -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the kernel hands out by itself: one of these may be taken again before the server listens."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise RuntimeError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free on 127.0.0.1; stop what holds them")
 
 
 def _wait_until_up(process: subprocess.Popen[bytes], url: str, log: Path, waiting: Callable[[float], None]) -> None:

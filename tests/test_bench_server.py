@@ -1,14 +1,18 @@
-"""A bench that is ended by a signal takes its server with it."""
+"""Servers of benches and tests: their ports, and that one ends with the bench that a signal ends."""
 
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
+
+from bench import server as bench_server
 
 SCRIPT = """
 import sys
@@ -36,3 +40,15 @@ def test_sigterm_stops_the_server_too(tmp_path: Path) -> None:
     bench.send_signal(signal.SIGTERM)
     assert bench.wait(30) == 128 + signal.SIGTERM
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bench_server._free_port()
+    assert first in bench_server.PORTS
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", first))
+        monkeypatch.setattr(bench_server, "PORTS", range(first, first + 2))
+        assert bench_server._free_port() == first + 1
+        monkeypatch.setattr(bench_server, "PORTS", range(first, first + 1))
+        with pytest.raises(RuntimeError, match=f"no port from {first} to {first} is free"):
+            bench_server._free_port()
