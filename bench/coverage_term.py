@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
 from bench.figures import curves, panels
-from bench.footprint_tables import BASELINE, table
+from bench.footprint_tables import BASELINE, tables_by
 from bench.kv_footprint import Setting, add_run_arguments, run_all
 from bench.testbed.task import distinct_problems
 
@@ -57,8 +57,7 @@ def weak_prm(folder: Path) -> Path:
 
 def tables(done: Sequence[dict[str, Any]], seed: int) -> dict[str, tuple[str, list[dict[str, Any]]]]:
     """Table and summaries of each PRM."""
-    own = {prm: [row for row in done if row["prm"] == prm and row["seed"] == seed] for prm in PRMS}
-    return {prm: table(of_prm, seed) for prm, of_prm in own.items() if of_prm}
+    return tables_by(done, "prm", PRMS, seed)
 
 
 def markdown(made: dict[str, tuple[str, list[dict[str, Any]]]]) -> str:

@@ -84,6 +84,14 @@ def table(done: list[dict[str, Any]], seed: int, shared: bool = True) -> tuple[s
     return rows.markdown(header, cells), summaries
 
 
+def tables_by(
+    done: Iterable[dict[str, Any]], column: str, values: Sequence[str], seed: int
+) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """`table` of the rows of each value of a column that has any."""
+    own = {value: [row for row in done if row[column] == value and row["seed"] == seed] for value in values}
+    return {value: table(of_value, seed) for value, of_value in own.items() if of_value}
+
+
 def _summary(cases: dict[str, Any], by_setting: dict[str, dict[str, Any]], seed: int) -> dict[str, Any]:
     some = next(iter(cases.values()))
     mean = {key: sum(row[key] for row in cases.values()) / len(cases) for key in MEANS if key in some}

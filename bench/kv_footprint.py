@@ -22,7 +22,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import openai
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import rows
 from bench.footprint_tables import equal_cost_tables, plot, table
 from bench.redundancy import redundancy, tree_of
-from bench.server import running_server
+from bench.server import Places, running_server
 
 PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
 ANSWER = re.compile(r"The answer is (-?\d+)")
@@ -150,17 +149,12 @@ def run_all(
     if not todo:
         return
     with _clients(url, servers, flags) as clients, ThreadPoolExecutor(in_flight * len(clients)) as pool:
-        free = SimpleQueue[openai.OpenAI]()
-        for client in clients * in_flight:
-            free.put(client)
+        places = Places(clients, in_flight * len(clients))
 
         def run(job: tuple[Setting, dict[str, Any]]) -> dict[str, Any]:
-            client = free.get()
-            try:
+            with places.lent() as client:
                 row = solve(client, *job, seed)
-                return row | {"in_flight": in_flight, "seconds": row["latency_s"] / in_flight}
-            finally:
-                free.put(client)
+            return row | {"in_flight": in_flight, "seconds": row["latency_s"] / in_flight}
 
         try:
             for row in tqdm(pool.map(run, todo), total=len(todo), unit="run"):

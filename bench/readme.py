@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,14 @@ def footprint_rows(name: str) -> list[dict[str, Any]]:
     return list(rows.read(rows.RESULTS / f"{name}.jsonl"))
 
 
+@cache
+def footprint(name: str) -> tuple[str, list[dict[str, Any]]]:
+    """Table and summaries of a file of `kv_footprint.py`, on the problems that every policy of a width has solved."""
+    return footprint_tables.table(footprint_rows(name), seed=0)
+
+
 def kv_table(name: str) -> str:
-    """All problems of a file of `kv_footprint.py` that every policy of a width has solved."""
-    return footprint_tables.table(footprint_rows(name), seed=0)[0]
+    return footprint(name)[0]
 
 
 def long_run() -> tuple[str, list[dict[str, Any]]]:
@@ -113,13 +118,12 @@ def headline_table() -> str:
 
 def equal_table() -> str:
     """The policies at equal tokens and at equal time, from the same rows."""
-    _, summaries = footprint_tables.table(footprint_rows("kv_footprint"), seed=0)
-    return footprint_tables.equal_cost_tables(summaries)
+    return footprint_tables.equal_cost_tables(footprint("kv_footprint")[1])
 
 
 def frontier_table() -> str:
     """Per width, and for `LONG_RUN`, the policies that no other dominates, from the least KV to the most accurate."""
-    summaries = footprint_tables.table(footprint_rows("kv_footprint"), seed=0)[1]
+    summaries = footprint("kv_footprint")[1]
     widths = sorted({s["width"] for s in summaries if "kv_tokens_mean" in s})
     compared = [[s for s in summaries if s["width"] == width] for width in widths]
     compared.append(long_run()[1])

@@ -15,11 +15,32 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
 START_LIMIT_S = 300
 STOP_LIMIT_S = 30
 TAIL_LINES = 40
 PORTS = range(20_000, 29_000)
+T = TypeVar("T")
+
+
+class Places(Generic[T]):
+    """Places of several servers (or clients of them), dealt out in turn; each is lent to one run at a time."""
+
+    def __init__(self, servers: Sequence[T], count: int) -> None:
+        self._free = SimpleQueue[T]()
+        for place in range(count):
+            self._free.put(servers[place % len(servers)])
+
+    @contextmanager
+    def lent(self) -> Iterator[T]:
+        """The place that has been free longest; waits for one."""
+        server = self._free.get()
+        try:
+            yield server
+        finally:
+            self._free.put(server)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
 from bench.figures import curves, panels
-from bench.footprint_tables import BASELINE, frontier, table
+from bench.footprint_tables import BASELINE, frontier, tables_by
 from bench.kv_footprint import PROBLEMS, Setting, add_run_arguments, run_all
 from bench.testbed.task import distinct_problems
 
@@ -63,12 +63,7 @@ def chosen(summaries: Sequence[dict[str, Any]]) -> str:
 
 def split_tables(done: Sequence[dict[str, Any]], seed: int) -> dict[str, tuple[str, list[dict[str, Any]]]]:
     """Table and summaries of each split that has rows."""
-    made = {}
-    for split in SPLITS:
-        own = [row for row in done if row["split"] == split and row["seed"] == seed]
-        if own:
-            made[split] = table(own, seed)
-    return made
+    return tables_by(done, "split", SPLITS, seed)
 
 
 def plot(summaries: Sequence[dict[str, Any]], path: Path) -> None:

@@ -34,7 +34,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,6 +44,7 @@ from bench.client_search.encoder import SentenceEncoder, find_encoder
 from bench.client_search.processes import MODELS, Running, awake, running, search_flags, stock_flags
 from bench.client_search.servers import Server
 from bench.client_search.table import plot, tables
+from bench.server import Places
 from sglang_ets import patches
 from sglang_ets.config import SearchConfig
 from sglang_ets.patterns import extract_answer
@@ -162,17 +162,12 @@ class Systems:
         return solve
 
     def _dealt_out(self, job: Job) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """Posts each completion to the replica that has the fewest in flight."""
-        free = SimpleQueue[Server]()
-        for place in range(job.in_flight):
-            free.put(self.links[place % job.replicas])
+        """Posts a completion to whichever replica has a place for it."""
+        places = Places(self.links[: job.replicas], job.in_flight)
 
         def post(body: dict[str, Any]) -> dict[str, Any]:
-            server = free.get()
-            try:
+            with places.lent() as server:
                 return server.post("/v1/completions", body)
-            finally:
-                free.put(server)
 
         return post
 

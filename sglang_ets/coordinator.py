@@ -213,7 +213,9 @@ class SearchCoordinator:
                 case Score():
                     self._scoring.add(live, action.node_id)
                 case Measure():
-                    live.sample_kv(self.ledger, action.depth)
+                    live.loop_ms.append(0.0)
+                    with live.on_loop():
+                        live.sample_kv(self.ledger, action.depth)
                     self.metrics.level_done(self, live)
                 case Select():
                     self._select(live, action)
@@ -259,16 +261,13 @@ class SearchCoordinator:
 
     def _selected(self, live: LiveSearch, selection: Selection) -> None:
         with live.on_loop():
-            self._go_on(live, selection)
-
-    def _go_on(self, live: LiveSearch, selection: Selection) -> None:
-        if selection.solver is not None:
-            live.solver_reports.append(selection.solver)
-        live.num_fallbacks += selection.is_fallback
-        self.metrics.selected(live, selection, time.perf_counter() - live.select_started_s)
-        self.apply(live, live.search.on_selected(selection))
-        live.sample_retained()
-        report_progress(self, live)
+            if selection.solver is not None:
+                live.solver_reports.append(selection.solver)
+            live.num_fallbacks += selection.is_fallback
+            self.metrics.selected(live, selection, time.perf_counter() - live.select_started_s)
+            self.apply(live, live.search.on_selected(selection))
+            live.sample_retained()
+            report_progress(self, live)
 
     def _take_result(self, live: LiveSearch) -> None:
         if live.awaited is None or not live.awaited[1].done():

@@ -163,11 +163,6 @@ class RadixLedger:
         """The locked holds' paths as they are now, asked once per radix node, on the scheduler's thread."""
         return PathSnapshot(self._collect({hold.node for hold in holds if hold.locked}))
 
-    def cost_tree(self, holds: Sequence[Hold], keep_tokens: int) -> CostTree:
-        """`PathSnapshot.cost_tree` of the paths as they are now."""
-        paths = self.snapshot(holds)
-        return paths.cost_tree(paths.ends(holds), keep_tokens)
-
     def _unlock(self, hold: Hold) -> None:
         if not hold.locked:
             return

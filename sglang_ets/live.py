@@ -59,9 +59,8 @@ class LiveSearch:
     branches: dict[int, Branch] = field(default_factory=dict)
     children: dict[str, ChildReq] = field(default_factory=dict)
     awaited: tuple[Literal["select", "answer"], Future[Any]] | None = None
-    paths: PathSnapshot = field(
-        default_factory=lambda: PathSnapshot({})
-    )  # of all holds when the last level was complete
+    # Of all holds when the last level was complete.
+    paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
     is_answered: bool = False
@@ -71,10 +70,9 @@ class LiveSearch:
     num_pressure_releases: int = 0
     num_fallbacks: int = 0
     select_started_s: float = 0.0  # of the last selection, by time.perf_counter
-    select_blocked_ms: list[float] = field(
-        default_factory=list
-    )  # per level: the loop's time until selection had been handed over
-    loop_ms: list[float] = field(default_factory=list)  # per level: that, and pruning and queueing of children
+    # Per level, the loop's time until selection had been handed over; and that with pruning and queueing of children.
+    select_blocked_ms: list[float] = field(default_factory=list)
+    loop_ms: list[float] = field(default_factory=list)
     solver_reports: list[Any] = field(default_factory=list)
     news: TreeNews | None = None  # what the live page of this search has not been told; None: nobody traces it
 
@@ -117,16 +115,12 @@ class LiveSearch:
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""
-        self.loop_ms.append(0.0)
-        with self.on_loop():
-            self._sample_kv(ledger, depth)
-
-    def _sample_kv(self, ledger: RadixLedger, depth: int) -> None:
-        self.paths = ledger.snapshot(self.holds())
+        holds = self.holds()
+        self.paths = ledger.snapshot(holds)
         branches = [branch for node_id, branch in sorted(self.branches.items()) if node_id != ROOT]
         counts = [branch.is_tip + branch.num_open_children for branch in branches]  # trajectories that reference it
         referenced = sum(n * (self.prompt_tokens + len(b.token_ids)) for n, b in zip(counts, branches, strict=True))
-        self.kv.append(KvSample(depth, sum(counts), self.paths.unique_tokens(self.holds()), referenced))
+        self.kv.append(KvSample(depth, sum(counts), self.paths.unique_tokens(holds), referenced))
 
     def sample_retained(self) -> None:
         """Complete the last record with what is still held after pruning."""

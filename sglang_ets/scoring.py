@@ -50,7 +50,7 @@ class StepScoring:
         started = time.perf_counter()
         try:
             outcomes = self._coordinator.prm.score([self._score_job(live, node_id) for live, node_id in batch])
-        except Exception as error:  # the same boundary as `_guard`, for a call that many searches share
+        except Exception as error:  # the same boundary as `guard`, for a call that many searches share
             logger.exception("the PRM failed on a batch of %d steps", len(batch))
             outcomes = [PrmError(f"{type(error).__name__}: {error}")] * len(batch)
         self._coordinator.metrics.scored(len(batch), time.perf_counter() - started)

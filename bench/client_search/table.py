@@ -18,13 +18,11 @@ PARTS = ("generate", "score", "encode", "select", "other")
 
 
 def rounds_of(done: Sequence[Row]) -> dict[Setting, list[dict[str, Row]]]:
-    """Rounds that all three systems have done, by setting: system -> row."""
+    """Rounds that all three systems have done, by setting: system -> row. A client is compared with every number of servers."""
     found: dict[Setting, dict[int, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
-    replicas = {row.get("replicas", 1) for row in done if row["system"] != "client"}
+    every = {row.get("replicas", 1) for row in done if row["system"] != "client"}
     for row in done:
-        for count in (
-            replicas if row["system"] == "client" else [row.get("replicas", 1)]
-        ):  # a client is compared with each
+        for count in every if row["system"] == "client" else {row.get("replicas", 1)}:
             setting = (row["width"], row["algorithm"], row["in_flight"], row.get("client_engine", "stock"), count)
             found[setting][row["round"]][row["system"]] = row
     complete = {

@@ -159,7 +159,8 @@ def test_dropping_an_evicted_node_is_harmless(pool: Pool) -> None:
 
 def test_cost_tree_has_one_node_per_span_and_a_free_prompt(pool: Pool) -> None:
     holds = [pool.ledger.hold("s", pool.insert([*PROMPT, *step])) for step in ([1, 2, 3], [1, 4], [1, 2, 3], [9, 9])]
-    tree = pool.ledger.cost_tree(holds, keep_tokens=len(PROMPT))
+    paths = pool.ledger.snapshot(holds)
+    tree = paths.cost_tree(paths.ends(holds), keep_tokens=len(PROMPT))
     assert tree.cost.sum() == pool.ledger.unique_tokens(holds) - len(PROMPT) == 6
     assert tree.leaf[0] == tree.leaf[2] != tree.leaf[1]
     assert all(parent < node for node, parent in enumerate(tree.parent))
@@ -182,7 +183,8 @@ def test_a_hold_that_lost_its_lock_costs_what_it_would_need_again(pool: Pool) ->
     kept = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
     lost = pool.ledger.hold("s", pool.insert([*PROMPT, 2, 2]))
     pool.ledger.release(lost)
-    tree = pool.ledger.cost_tree([lost, kept], len(PROMPT))
+    paths = pool.ledger.snapshot([lost, kept])
+    tree = paths.cost_tree(paths.ends([lost, kept]), len(PROMPT))
     assert tree.cost[tree.leaf].tolist() == [2, 1]
 
 
