@@ -1,6 +1,6 @@
 """Attention of one decode and of one level's extends on the CPU: stock sglang against `kernels/paged_attention.py`.
 
-    python bench/bench_attention.py [--smoke]
+    python -m bench.bench_attention [--smoke]
 
 Each case first compares both results, then times both in turns in the same run, one layer at a time. Pages lie as a search
 leaves them: siblings share the pages of their prefix. One row a case goes to bench/results/attention.jsonl.
@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sglang_ets import cpu_shim
 

@@ -1,4 +1,4 @@
-"""Bytes and time of the three kernels: `python bench/bench_kernels.py [--smoke]`.
+"""Bytes and time of the three kernels: `python -m bench.bench_kernels [--smoke]`.
 
 Each case first checks every implementation against float64, then times it and a baseline in the same run: the torch
 reference on the CPU, and on a CUDA machine the reference and Triton there. The bytes come from kernels/traffic.py,
@@ -11,19 +11,14 @@ import argparse
 import functools
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.testing
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from sglang_ets.kernels import describe_backend, pairwise_cosine, step_pool, step_score
 from sglang_ets.kernels.dispatch import Backend
 from sglang_ets.kernels.traffic import Traffic, pairwise_cosine_traffic, step_pool_traffic, step_score_traffic

@@ -1,8 +1,8 @@
 """Accuracy against KV footprint: search policies x widths on held-out problems of the embedded task.
 
-    python bench/kv_footprint.py --smoke                      a few problems, a minute
-    python bench/kv_footprint.py --widths 16 64 --problems 200
-    python bench/kv_footprint.py --url http://127.0.0.1:30000  against a server that runs already
+    python -m bench.kv_footprint --smoke                      a few problems, a minute
+    python -m bench.kv_footprint --widths 16 64 --problems 200
+    python -m bench.kv_footprint --url http://127.0.0.1:30000  against a server that runs already
 
 Every problem is one row of `--out` (JSONL); a run that was interrupted goes on where it stopped. Greedy decoding and
 self-consistency come from the same server through ordinary requests; all other policies are searches.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +25,6 @@ from typing import Any
 
 import openai
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
 from bench.footprint_tables import equal_cost_tables, plot, table

@@ -18,7 +18,6 @@ twice as fast and tells nothing of any one's throughput. Tables and plot keep da
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +28,6 @@ from typing import Any
 import openai
 import psutil
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
 from bench.datasets import Problem, load

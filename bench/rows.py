@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,20 @@ PACKAGES = ("sglang", "torch", "triton", "highspy", "numpy")
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """Where and with what a row was made. The command is relative: no path of this machine."""
-    script = Path(sys.argv[0])
+    """Where and with what a row was made."""
     return {
         "hardware": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": commit_of(Path(__file__).parent),
-        "command": shlex.join(["python", f"bench/{script.name}", *sys.argv[1:]]),
+        "command": command(sys.argv),
     }
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command line of a bench, to be pasted in the root of a clone; of absolute paths only the name is left."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv[1:]]
+    return shlex.join(["python", "-m", f"bench.{Path(argv[0]).stem}", *words])
 
 
 def commit_of(folder: Path) -> str:

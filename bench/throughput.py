@@ -1,8 +1,8 @@
 """Problems per second: the search in the scheduler, the same search driven by a client, and plain sampling.
 
-    python bench/throughput.py --smoke                          a few problems at width 8, about two minutes with start-up
-    python bench/throughput.py --widths 16 --rounds 4
-    python bench/throughput.py --widths 64 --in-flight 4 --rounds 2 --replicas 2 --encoder FOLDER
+    python -m bench.throughput --smoke                          a few problems at width 8, about two minutes with start-up
+    python -m bench.throughput --widths 16 --rounds 4
+    python -m bench.throughput --widths 64 --in-flight 4 --rounds 2 --replicas 2 --encoder FOLDER
 
 Three systems solve the same problems of the embedded task, with `--in-flight` of them at a time, in turns within each round:
 A) `in_scheduler`: one server, `search_width` in a request; B) `client`: `bench.client_search` on two stock servers with a
@@ -33,10 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
 from bench.client_search.driver import Client, prm_marker

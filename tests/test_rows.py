@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.rows import commit_of
+from bench.rows import command, commit_of
 
 
 def git(folder: Path, *args: str) -> str:
@@ -42,3 +42,8 @@ def test_a_changed_file_is_said(checkout: Path, changed: str) -> None:
 
 def test_a_folder_outside_any_checkout_is_unknown(tmp_path: Path) -> None:
     assert commit_of(tmp_path) == "unknown"
+
+
+def test_a_recorded_command_can_be_pasted_and_names_no_folder_of_this_machine() -> None:
+    argv = ["/somewhere/bench/kv_footprint.py", "--only", "ets b=4", "rebase", "--out", "/tmp/here/rows.jsonl"]
+    assert command(argv) == "python -m bench.kv_footprint --only 'ets b=4' rebase --out rows.jsonl"
