@@ -351,6 +351,8 @@ def _solver() -> highspy.Highs:
         solver.silent()
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", 0)
+        # Keeping nothing is feasible in a core, and this heuristic looks for more than that for up to 15 ms.
+        solver.setOptionValue("mip_heuristic_run_feasibility_jump", False)
         solver.setOptionValue("mip_rel_gap", 0.0)
         solver.setOptionValue("mip_abs_gap", 1e-10 * SCALE)
         _per_thread.solver = solver
