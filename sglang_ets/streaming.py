@@ -105,13 +105,15 @@ async def stream_chunks(
 ) -> AsyncIterator[str]:
     """Server-sent events of a search: final text and progress as they become known, then the ranked choices.
 
-    Only choice 0 streams early: whether there is a second answer is known at the end. `first` is the first report of the
-    scheduler (see `last_report`), `rest` what it sends after. A search that fails on the way ends with an error event.
+    Only choice 0 streams early: whether there is a second answer is known at the end. `first` has the first report of the
+    scheduler (see `last_report`), `rest` what it sends after; a busy server may hand out several at once. A search that
+    fails on the way ends with an error event.
     """
     writer = _Writer(request, rid)
     report = last_report(first)
+    for event in writer.levels(first):
+        yield event
     while report is not None and PROGRESS_KEY in report:
-        yield writer.progress(report[PROGRESS_KEY])
         answered = await anext(rest, None)
         reason = (answered or {"meta_info": {}})["meta_info"].get("finish_reason")
         if answered is None or (reason and reason.get("type") == "abort"):
@@ -119,6 +121,8 @@ async def stream_chunks(
             yield DONE
             return
         report = last_report(answered)
+        for event in writer.levels(answered):
+            yield event
     for event in writer.result(report or {}):
         yield event
     yield DONE
@@ -138,12 +142,19 @@ class _Writer:
         self._is_chat = hasattr(request, "messages")
         self._head = head_of(request, rid, "chat.completion.chunk" if self._is_chat else "text_completion")
         self._sent = ""
+        self._level = 0
 
-    def progress(self, progress: Mapping[str, Any]) -> str:
+    def levels(self, answered: Mapping[str, Any]) -> Iterator[str]:
+        """One event for each level that was not told yet."""
+        for report in answered["meta_info"].get(RESULT_KEY) or ():
+            if PROGRESS_KEY in report and report[PROGRESS_KEY]["level"] > self._level:
+                yield self._progress(report[PROGRESS_KEY])
+
+    def _progress(self, progress: Mapping[str, Any]) -> str:
         figures = {key: value for key, value in progress.items() if key != "text"}
         text = progress["text"][len(self._sent) :]
         is_first = not self._sent
-        self._sent = progress["text"]
+        self._sent, self._level = progress["text"], progress["level"]
         choice = {"index": 0, **self._text(text, is_first), "finish_reason": None}
         return self._event([choice], metadata={"search": {PROGRESS_KEY: figures}})
 

@@ -167,8 +167,8 @@ def reported(*reports: dict[str, Any], **info: Any) -> dict[str, Any]:
     return {"meta_info": {"id": "id", "search": list(reports), **info}}
 
 
-def progress(text: str) -> dict[str, Any]:
-    return {"progress": {**FIGURES, "text": text}}
+def progress(text: str, level: int = 1) -> dict[str, Any]:
+    return {"progress": {**FIGURES, "level": level, "text": text}}
 
 
 def events_of(request: Any, answers: Sequence[dict[str, Any]]) -> list[str]:
@@ -189,10 +189,11 @@ def content(choice: dict[str, Any]) -> str:
 @pytest.mark.parametrize("make", [completion, chat])
 @pytest.mark.parametrize("with_usage", [False, True])
 @pytest.mark.parametrize("early", [[], ["1+"], ["", "1+2", "1+2", "1+2=3"]], ids=["none", "one", "all"])
-def test_a_stream_joins_to_the_answer(make: Any, with_usage: bool, early: list[str]) -> None:
+@pytest.mark.parametrize("every", [1, 2, 5], ids=["each report", "two at once", "all at once"])
+def test_a_stream_joins_to_the_answer(make: Any, with_usage: bool, early: list[str], every: int) -> None:
     request = make(stream=True, stream_options={"include_usage": with_usage})
-    told = [progress(text) for text in early]
-    answers = [reported(*told[: i + 1]) for i in range(len(told))] + [reported(*told, RESULT)]
+    told = [progress(text, level) for level, text in enumerate(early, 1)]
+    answers = [reported(*told[: i + 1]) for i in range(len(told)) if i % every == every - 1] + [reported(*told, RESULT)]
     events = events_of(request, answers)
     assert all(event.startswith("data: ") and event.endswith("\n\n") for event in events)
     assert events[-1] == DONE
@@ -207,7 +208,8 @@ def test_a_stream_joins_to_the_answer(make: Any, with_usage: bool, early: list[s
         assert mine[-1]["finish_reason"] == ("stop" if index == 0 else "length")
         assert make is completion or mine[0]["delta"]["role"] == "assistant"
     shown = [chunk["metadata"]["search"] for chunk in chunks if "metadata" in chunk]
-    assert shown == [{"progress": FIGURES}] * len(early) + [RESULT["search"]]
+    levels = [{"progress": {**FIGURES, "level": level}} for level in range(1, len(early) + 1)]
+    assert shown == [*levels, RESULT["search"]]
 
 
 @pytest.mark.parametrize("answers", [[reported(progress("1"))], [reported(progress("1")), "abort"]])
