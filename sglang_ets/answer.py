@@ -55,7 +55,8 @@ def rank(trajectories: Sequence[Trajectory], config: SearchConfig, same: Partiti
 
     `best` orders by score. The majorities order groups of equal answers by votes, then by summed score; each group's
     best trajectory comes first, so that the first results are different answers; trajectories without an answer come last.
-    All ties go to the trajectory that was made first. `same` may join answers whose normalised texts differ.
+    A text that another trajectory has too comes once, and its repetitions after all others. All ties go to the trajectory
+    that was made first. `same` may join answers whose normalised texts differ.
     """
     scores = [aggregate(trajectory.step_scores, config.score_aggregation) for trajectory in trajectories]
     answers = [extract_answer(trajectory.text, config.answer_pattern) for trajectory in trajectories]
@@ -70,6 +71,7 @@ def rank(trajectories: Sequence[Trajectory], config: SearchConfig, same: Partiti
     else:
         order = _by_votes(groups, votes, scores)
         order += sorted((i for i, answer in enumerate(answers) if answer is None), key=lambda i: (-scores[i], i))
+    order = _repetitions_last(order, trajectories)
     return [_ranked(trajectories[i], scores[i], answers[i], votes[i]) for i in order]
 
 
@@ -91,6 +93,14 @@ def _by_votes(groups: Sequence[Sequence[int]], votes: Sequence[float], scores: S
 
     ordered = [sorted(members, key=lambda i: (-scores[i], i)) for members in sorted(groups, key=strength)]
     return [members[0] for members in ordered] + [i for members in ordered for i in members[1:]]
+
+
+def _repetitions_last(order: Sequence[int], trajectories: Sequence[Trajectory]) -> list[int]:
+    """With duplicates more results would tell no more; they still count as votes."""
+    first: dict[str, int] = {}
+    for i in order:
+        first.setdefault(trajectories[i].text, i)
+    return [*first.values()] + [i for i in order if first[trajectories[i].text] != i]
 
 
 def _ranked(trajectory: Trajectory, score: float, answer: str | None, votes: float) -> RankedAnswer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,3 +63,13 @@ def test_votes_of_answers_that_the_caller_joins_are_one() -> None:
     assert [(answer.answer, answer.votes) for answer in found] == [("1", 2), ("2", 2), ("3", 2), ("2", 2)]
     rank(given[:1], config("majority"), odd_and_even)
     assert len(asked) == 1  # one answer equals itself
+
+
+@pytest.mark.parametrize("answer", ["best", "majority", "weighted_majority"])
+def test_repeated_texts_come_after_all_others_and_still_vote(answer: str) -> None:
+    given = [trajectory(1, "1", 0.9), trajectory(2, "1", 0.8), trajectory(3, "2", 0.1), trajectory(4, "1", 0.9)]
+    longer = replace(given[0], node_id=5, text="so " + given[0].text, step_scores=(0.2,))
+    found = rank([*given, longer], config(answer))
+    others = [longer, given[2]] if answer == "best" else [given[2], longer]
+    assert [one.text for one in found] == [one.text for one in (given[0], *others, given[0], given[0])]
+    assert found[0].votes == pytest.approx(2.8 if answer == "weighted_majority" else 4)
