@@ -152,7 +152,7 @@
     ctx.font = "11px system-ui"; ctx.textAlign = "left";
     const twoLines = b.h >= 28, low = b.y + b.h - (twoLines ? 5 : b.h / 2 - 4);
     if (twoLines) ctx.fillText(line(node.text).slice(0, Math.ceil(b.w / 4)), b.x + 4, b.y + 13);
-    if (node.score !== null) ctx.fillText(b.w > 44 ? number(node.score) : node.score.toFixed(2), b.x + 4, low);
+    if (node.score !== null) ctx.fillText(node.score.toFixed(2), b.x + 4, low);
     ctx.restore();
   }
   // Label on the left, KV bars on the right; both stay where they are when the tree is moved sideways.
