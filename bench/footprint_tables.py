@@ -25,6 +25,7 @@ MEANS = (
     "seconds",
 )
 REPEATED = ("leaves", "distinct_texts", "distinct_meanings", "clusters")
+Cases = dict[str, dict[str, Any]]  # rows of one setting by problem
 EQUAL = {"completion_tokens": "tokens generated", "seconds": "seconds a problem"}
 
 
@@ -59,15 +60,7 @@ def table(done: list[dict[str, Any]], seed: int, shared: bool = True) -> tuple[s
     All policies of a width are shown on the problems that all of them have solved; without `shared`, each on all of its own,
     of which those that REBASE has solved too are compared.
     """
-    by_setting: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in done:
-        by_setting[row["setting"]][row["problem"]] = row
-    for width in {row["width"] for row in done} if shared else ():
-        same = [cases for cases in by_setting.values() if next(iter(cases.values()))["width"] == width]
-        common = set.intersection(*(set(cases) for cases in same))
-        for cases in same:
-            for problem in set(cases) - common:
-                del cases[problem]
+    by_setting = _by_setting(done, shared)
     summaries = [_summary(cases, by_setting, seed) for cases in by_setting.values() if cases]
     summaries.sort(key=lambda s: (s["width"], s["policy"]))
     header = ["policy", "width", "problems", "accuracy", "vs REBASE (95 %)", "KV mean", "KV peak", "KV reduction (95 %)",
@@ -84,6 +77,18 @@ def table(done: list[dict[str, Any]], seed: int, shared: bool = True) -> tuple[s
     return rows.markdown(header, cells), summaries
 
 
+def against(done: list[dict[str, Any]], policy: str, seed: int) -> str:
+    """One policy against each other one of its width, on the problems that all of them have solved: a markdown table."""
+    by_policy = {next(iter(cases.values()))["policy"]: cases for cases in _by_setting(done, shared=True).values()}
+    own = by_policy.pop(policy)
+    header = [f"{policy} against", "problems", "accuracy (95 %)", "KV reduction (95 %)"]
+    cells = [
+        [rival, len(own), f"{s['difference']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}]", reduced(s)]
+        for rival, s in ((rival, _compared(own, cases, seed)) for rival, cases in sorted(by_policy.items()))
+    ]
+    return rows.markdown(header, cells)
+
+
 def tables_by(
     done: Iterable[dict[str, Any]], column: str, values: Sequence[str], seed: int
 ) -> dict[str, tuple[str, list[dict[str, Any]]]]:
@@ -92,25 +97,45 @@ def tables_by(
     return {value: table(of_value, seed) for value, of_value in own.items() if of_value}
 
 
-def _summary(cases: dict[str, Any], by_setting: dict[str, dict[str, Any]], seed: int) -> dict[str, Any]:
+def _by_setting(done: list[dict[str, Any]], shared: bool) -> dict[str, Cases]:
+    """The rows of each setting by problem; with `shared` only of problems that all settings of a width have solved."""
+    by_setting: dict[str, Cases] = defaultdict(dict)
+    for row in done:
+        by_setting[row["setting"]][row["problem"]] = row
+    for width in {row["width"] for row in done} if shared else ():
+        same = [cases for cases in by_setting.values() if next(iter(cases.values()))["width"] == width]
+        common = set.intersection(*(set(cases) for cases in same))
+        for cases in same:
+            for problem in set(cases) - common:
+                del cases[problem]
+    return by_setting
+
+
+def _compared(cases: Cases, base: Cases, seed: int) -> dict[str, float]:
+    """Accuracy and KV of two settings on the problems that both have solved; what they do not tell is left out."""
+    shared = [problem for problem in cases if problem in base]
+    if not shared:
+        return {}
+    has_kv = "kv_tokens_mean" in cases[shared[0]]
+    if cases is base:
+        return {"kv_reduction": 1.0} if has_kv else {}
+    right, reference = ([side[problem]["is_right"] for problem in shared] for side in (cases, base))
+    made = {"difference": (sum(right) - sum(reference)) / len(shared)}
+    made["low"], made["high"] = interval(right, reference, seed)
+    if has_kv:
+        held, kept = ([side[problem]["kv_tokens_mean"] for problem in shared] for side in (cases, base))
+        made["kv_reduction"] = sum(kept) / sum(held)
+        made["kv_low"], made["kv_high"] = reduction_interval(held, kept, seed)
+    return made
+
+
+def _summary(cases: Cases, by_setting: dict[str, Cases], seed: int) -> dict[str, Any]:
     some = next(iter(cases.values()))
     mean = {key: sum(row[key] for row in cases.values()) / len(cases) for key in MEANS if key in some}
     made = {"policy": some["policy"], "width": some["width"], "problems": len(cases), **mean}
     made["repeated"] = _repeated(list(cases.values()))
     made["accuracy"] = sum(row["is_right"] for row in cases.values()) / len(cases)
-    base = by_setting.get(f"{BASELINE}@{some['width']}", {})
-    shared = [problem for problem in cases if problem in base]
-    if shared and some["policy"] != BASELINE:
-        right = [cases[problem]["is_right"] for problem in shared]
-        reference = [base[problem]["is_right"] for problem in shared]
-        made["difference"] = (sum(right) - sum(reference)) / len(shared)
-        made["low"], made["high"] = interval(right, reference, seed)
-    if shared and "kv_tokens_mean" in some:
-        held, reference = ([side[problem]["kv_tokens_mean"] for problem in shared] for side in (cases, base))
-        made["kv_reduction"] = sum(reference) / sum(held)
-        if some["policy"] != BASELINE:
-            made["kv_low"], made["kv_high"] = reduction_interval(held, reference, seed)
-    return made
+    return made | _compared(cases, by_setting.get(f"{BASELINE}@{some['width']}", {}), seed)
 
 
 def _repeated(done: Sequence[dict[str, Any]]) -> str:

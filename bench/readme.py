@@ -94,11 +94,10 @@ def kv_table(name: str) -> str:
     return footprint(name)[0]
 
 
-def long_run() -> tuple[str, list[dict[str, Any]]]:
-    """Table and summaries of `LONG_RUN`, on the problems that all its policies have solved."""
+def long_run() -> list[dict[str, Any]]:
+    """The rows of `LONG_RUN`; its tables show the problems that all its policies have solved."""
     width, policies = LONG_RUN
-    done = [row for row in footprint_rows("kv_footprint") if row["width"] == width and row["policy"] in policies]
-    return footprint_tables.table(done, seed=0)
+    return [row for row in footprint_rows("kv_footprint") if row["width"] == width and row["policy"] in policies]
 
 
 def headline_table() -> str:
@@ -126,7 +125,7 @@ def frontier_table() -> str:
     summaries = footprint("kv_footprint")[1]
     widths = sorted({s["width"] for s in summaries if "kv_tokens_mean" in s})
     compared = [[s for s in summaries if s["width"] == width] for width in widths]
-    compared.append(long_run()[1])
+    compared.append(footprint_tables.table(long_run(), seed=0)[1])
     cells = []
     for group in sorted(compared, key=lambda group: (group[0]["width"], -len(group))):
         edge = footprint_tables.frontier(group)
@@ -164,7 +163,8 @@ def throughput_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
     "kv": partial(kv_table, "kv_footprint"),
-    "long_run": lambda: long_run()[0],
+    "long_run": lambda: footprint_tables.table(long_run(), seed=0)[0],
+    "rivals": lambda: footprint_tables.against(long_run(), LONG_RUN[1][-1], seed=0),
     "frontier": frontier_table,
     "equal": equal_table,
     "sweep": sweep_table,

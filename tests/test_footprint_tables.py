@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from bench.footprint_tables import equal_cost_tables, frontier, interval, plot, reduced, reduction_interval, table
+from bench.footprint_tables import (
+    against,
+    equal_cost_tables,
+    frontier,
+    interval,
+    plot,
+    reduced,
+    reduction_interval,
+    table,
+)
 
 
 def row(policy: str, problem: str, is_right: bool, held: float, width: int = 16, **more: Any) -> dict[str, Any]:
@@ -58,6 +67,17 @@ def test_a_policy_on_all_its_problems_is_compared_on_those_of_rebase() -> None:
     assert [s["problems"] for s in (dvts, ets, base)] == [1, 2, 2]
     assert (ets["accuracy"], ets["difference"], ets["kv_reduction"]) == (0.5, 1.0, 6.0)
     assert (dvts["difference"], dvts["kv_reduction"]) == (-1.0, 1.0)
+
+
+def test_one_policy_against_the_others_on_the_problems_of_all() -> None:
+    done = [
+        *(row("ets", problem, True, 50) for problem in "abc"),
+        *(row("dvts", problem, problem == "a", 100) for problem in "ab"),
+        *(row("rebase", problem, True, held) for problem, held in zip("abd", (100, 300, 5), strict=True)),
+    ]
+    *_, dvts, base = against(done, "ets", seed=0).splitlines()
+    assert dvts == "| dvts | 2 | +0.500 [+0.000, +1.000] | 2.00x [2.00, 2.00] |"
+    assert base == "| rebase | 2 | +0.000 [+0.000, +0.000] | 4.00x [2.00, 6.00] |"
 
 
 def test_what_leaves_repeat_stands_beside_the_kv() -> None:
