@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,9 @@ def footprint_rows(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def footprint(name: str) -> tuple[str, list[dict[str, Any]]]:
-    """Table and summaries of a file of `kv_footprint.py`, on the problems that every policy of a width has solved."""
-    return footprint_tables.table(footprint_rows(name), seed=0)
-
-
-def kv_table(name: str) -> str:
-    return footprint(name)[0]
+def footprint() -> tuple[str, list[dict[str, Any]]]:
+    """Table and summaries of `kv_footprint.py`, on the problems that every policy of a width has solved."""
+    return footprint_tables.table(footprint_rows("kv_footprint"), seed=0)
 
 
 def long_run() -> list[dict[str, Any]]:
@@ -117,12 +113,12 @@ def headline_table() -> str:
 
 def equal_table() -> str:
     """The policies at equal tokens and at equal time, from the same rows."""
-    return footprint_tables.equal_cost_tables(footprint("kv_footprint")[1])
+    return footprint_tables.equal_cost_tables(footprint()[1])
 
 
 def frontier_table() -> str:
     """Per width, and for `LONG_RUN`, the policies that no other dominates, from the least KV to the most accurate."""
-    summaries = footprint("kv_footprint")[1]
+    summaries = footprint()[1]
     widths = sorted({s["width"] for s in summaries if "kv_tokens_mean" in s})
     compared = [[s for s in summaries if s["width"] == width] for width in widths]
     compared.append(footprint_tables.table(long_run(), seed=0)[1])
@@ -162,7 +158,7 @@ def throughput_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
-    "kv": partial(kv_table, "kv_footprint"),
+    "kv": lambda: footprint()[0],
     "long_run": lambda: footprint_tables.table(long_run(), seed=0)[0],
     "rivals": lambda: footprint_tables.against(long_run(), LONG_RUN[1][-1], seed=0),
     "frontier": frontier_table,
@@ -174,7 +170,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "selection": selection_table,
     "throughput": throughput_table,
     "attention": attention_table,
-    "width64_6_steps": partial(kv_table, "kv_width64_6_steps"),
     "coverage": coverage_table,
 }
 
