@@ -110,19 +110,20 @@ async def stream_chunks(
     fails on the way ends with an error event.
     """
     writer = _Writer(request, rid)
-    report = last_report(first)
-    for event in writer.levels(first):
-        yield event
-    while report is not None and PROGRESS_KEY in report:
-        answered = await anext(rest, None)
-        reason = (answered or {"meta_info": {}})["meta_info"].get("finish_reason")
-        if answered is None or (reason and reason.get("type") == "abort"):
+    answered = first
+    while True:
+        for event in writer.levels(answered):
+            yield event
+        report = last_report(answered)
+        if report is None or PROGRESS_KEY not in report:
+            break
+        following = await anext(rest, None)
+        reason = (following or {"meta_info": {}})["meta_info"].get("finish_reason")
+        if following is None or (reason and reason.get("type") == "abort"):
             yield writer.error((reason or {}).get("message") or "the scheduler returned no result")
             yield DONE
             return
-        report = last_report(answered)
-        for event in writer.levels(answered):
-            yield event
+        answered = following
     for event in writer.result(report or {}):
         yield event
     yield DONE
