@@ -15,7 +15,7 @@ TIMEOUT_S = 300
 def test_smoke_mode_appends_complete_rows(tmp_path: Path) -> None:
     output = tmp_path / "kernels.jsonl"
     output.write_text('{"kept": true}\n', encoding="utf-8")
-    command = [sys.executable, "bench/bench_kernels.py", "--smoke", "--out", str(output)]
+    command = [sys.executable, "-m", "bench.bench_kernels", "--smoke", "--out", str(output)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
