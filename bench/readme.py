@@ -90,10 +90,15 @@ def footprint() -> tuple[str, list[dict[str, Any]]]:
     return footprint_tables.table(footprint_rows("kv_footprint"), seed=0)
 
 
-def long_run() -> list[dict[str, Any]]:
-    """The rows of `LONG_RUN`; its tables show the problems that all its policies have solved."""
+def long_run_rows() -> list[dict[str, Any]]:
     width, policies = LONG_RUN
     return [row for row in footprint_rows("kv_footprint") if row["width"] == width and row["policy"] in policies]
+
+
+@cache
+def long_run() -> tuple[str, list[dict[str, Any]]]:
+    """Table and summaries of `LONG_RUN`, on the problems that all its policies have solved."""
+    return footprint_tables.table(long_run_rows(), seed=0)
 
 
 def headline_table() -> str:
@@ -121,7 +126,7 @@ def frontier_table() -> str:
     summaries = footprint()[1]
     widths = sorted({s["width"] for s in summaries if "kv_tokens_mean" in s})
     compared = [[s for s in summaries if s["width"] == width] for width in widths]
-    compared.append(footprint_tables.table(long_run(), seed=0)[1])
+    compared.append(long_run()[1])
     cells = []
     for group in sorted(compared, key=lambda group: (group[0]["width"], -len(group))):
         edge = footprint_tables.frontier(group)
@@ -159,8 +164,8 @@ def throughput_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
     "kv": lambda: footprint()[0],
-    "long_run": lambda: footprint_tables.table(long_run(), seed=0)[0],
-    "rivals": lambda: footprint_tables.against(long_run(), LONG_RUN[1][-1], seed=0),
+    "long_run": lambda: long_run()[0],
+    "rivals": lambda: footprint_tables.against(long_run_rows(), LONG_RUN[1][-1], seed=0),
     "frontier": frontier_table,
     "equal": equal_table,
     "sweep": sweep_table,
