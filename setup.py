@@ -37,7 +37,7 @@ setup(
         "sglang_ets.patches",
     ],
     package_dir={"sglang_ets.kernels": "kernels", "sglang_ets.patches": "patches"},
-    package_data={"sglang_ets": ["models/*", "models/*/*", "stand_in/*/*", "py.typed", "view_page.*"]},
+    package_data={"sglang_ets": ["models/*", "models/*/*", "stand_in/*/*", "py.typed", "api/view_page.*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"test": TEST_REQUIRES},
     entry_points={

@@ -26,7 +26,7 @@ from bench.levels import Case, grown_level, recorded_levels
 from bench.published_ilp import solve_published
 from bench.redundancy import tree_of
 from bench.server import running_server
-from sglang_ets.ilp import SolverReport, objective, solve
+from sglang_ets.core.ilp import SolverReport, objective, solve
 
 KV_WEIGHT = 1.0
 DIVERSITY_WEIGHT = 1.45

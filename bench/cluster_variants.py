@@ -34,8 +34,8 @@ from bench.redundancy import meaning, purity_of
 from bench.server import running_server
 from bench.testbed.likelihood import area_under_curve
 from bench.testbed.task import distinct_problems
-from sglang_ets.calibrate import suggest_cut
-from sglang_ets.clusters import RunningCenter, cluster_labels, cosine_distances
+from sglang_ets.core.clusters import RunningCenter, cluster_labels, cosine_distances
+from sglang_ets.tools.calibrate import suggest_cut
 
 MODELS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models"
 SYMBOLS = re.compile(r"\d+(?:\.\d+)?|[-+*/=%]")

@@ -65,7 +65,7 @@ class Problem:
     id: str
     question: str
     answer: str  # a number for embedded and gsm8k, LaTeX for math
-    answer_pattern: str  # a preset of `sglang_ets.patterns`
+    answer_pattern: str  # a preset of `sglang_ets.core.patterns`
     template: str  # of a chat turn or a prompt, with one {question}
 
     @property

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Literal
 
-from sglang_ets.patterns import normalise
+from sglang_ets.core.patterns import normalise
 
 Method = Literal["exact", "math"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_ets.allocation import rebase_allocation
-from sglang_ets.clusters import first_occurrence_labels
-from sglang_ets.ilp import CostTree
+from sglang_ets.core.allocation import rebase_allocation
+from sglang_ets.core.clusters import first_occurrence_labels
+from sglang_ets.core.ilp import CostTree
 
 TEMPERATURE = 0.2  # of REBASE
 STEP_TOKENS = (12, 40)  # length of a grown step

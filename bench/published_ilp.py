@@ -10,7 +10,7 @@ import numpy as np
 import pulp
 from numpy.typing import NDArray
 
-from sglang_ets.ilp import CostTree
+from sglang_ets.core.ilp import CostTree
 
 
 def solve_published(

@@ -38,7 +38,7 @@ from bench.kv_footprint import Setting
 from bench.redundancy import redundancy
 from bench.server import running_server
 from bench.smollm2 import checkpoint
-from sglang_ets.patterns import extract_answer
+from sglang_ets.core.patterns import extract_answer
 
 WARM_UP_TOKENS = 8
 POOL_TOKENS = 32_000

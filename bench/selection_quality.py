@@ -25,10 +25,10 @@ from tqdm import tqdm
 from bench import rows
 from bench.server import running_server
 from bench.testbed.task import Problem, distinct_problems, step_is_right
-from sglang_ets.clusters import RunningCenter
-from sglang_ets.config import SearchConfig
-from sglang_ets.ilp import CostTree
-from sglang_ets.selection import Level, get_policy
+from sglang_ets.core.clusters import RunningCenter
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.selection import Level, get_policy
 
 MAX_TOKENS = 512
 

@@ -43,8 +43,8 @@ from bench.client_search.servers import Server
 from bench.client_search.table import plot, tables
 from bench.server import Places
 from sglang_ets import patches
-from sglang_ets.config import SearchConfig
-from sglang_ets.patterns import extract_answer
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.patterns import extract_answer
 
 PROBLEMS = MODELS / "problems.jsonl"
 SYSTEMS = ("in_scheduler", "client", "sampling")

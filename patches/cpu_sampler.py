@@ -33,7 +33,7 @@ def seed_rows(original: Callable[..., Any], cls: type, batch: Any, vocab_size: i
 
 def row_seeds(reqs: Sequence[Any]) -> list[int]:
     """A seed a request, below 2**SEED_BITS."""
-    from sglang_ets.children import ChildReq
+    from sglang_ets.engine.children import ChildReq
 
     return [
         req.sampling_params.sampling_seed if isinstance(req, ChildReq) else random.getrandbits(SEED_BITS)

@@ -14,7 +14,7 @@ OPENAI = "sglang.srt.entrypoints.openai"
 async def answer_search(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
     if getattr(request, "search_width", None) in (None, 1) and getattr(request, "search", None) is None:
         return await original(serving, request, raw_request)
-    from sglang_ets.serving import answer
+    from sglang_ets.api.serving import answer
 
     return await answer(serving, request, raw_request)
 
@@ -27,7 +27,7 @@ def add_search_pages(result: Any, serving: Any, *_args: Any, **_kwargs: Any) -> 
 
 
 def add_routes(app: Any, settings: dict[str, Any]) -> None:
-    from sglang_ets import trace_pages
+    from sglang_ets.api import trace_pages
 
     trace_pages.add_routes(app, settings)
 
@@ -40,7 +40,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{OPENAI}.protocol.CompletionRequest",
         "replace",
-        "sglang_ets.protocol:CompletionRequest",
+        "sglang_ets.api.protocol:CompletionRequest",
         "1895974b4d5fa8e087bd89c9515c66bbf304b3aa4da748cd2b38449c43580e06",
         FIELDS,
         NO_FIELDS,
@@ -49,7 +49,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{OPENAI}.protocol.ChatCompletionRequest",
         "replace",
-        "sglang_ets.protocol:ChatCompletionRequest",
+        "sglang_ets.api.protocol:ChatCompletionRequest",
         "5d5990ec978280f6a5a1a172972fe91f5d395316372ee895a2ac42ca24ca7f9f",
         FIELDS,
         NO_FIELDS,

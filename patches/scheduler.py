@@ -1,6 +1,6 @@
 """Hooks on the scheduler: where a search enters the engine, is fed by it and leaves it.
 
-Each hook begins with an O(1) test, so an ordinary request pays nothing; the logic is in `sglang_ets.coordinator`.
+Each hook begins with an O(1) test, so an ordinary request pays nothing; the logic is in `sglang_ets.engine.coordinator`.
 Hooks before and after receive the arguments of the method, hooks around receive the original first.
 """
 
@@ -11,13 +11,14 @@ from typing import Any
 
 from sglang_ets.patches.record import Kind, Patch
 
+from sglang_ets.wire import RESULT_KEY
+
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
-RESULT_KEY = "search"  # the key of `meta_info` under which a search's result travels
 
 
 def load_prm(result: Any, scheduler: Any) -> Any:
-    from sglang_ets.startup import make_coordinator
+    from sglang_ets.engine.startup import make_coordinator
 
     scheduler.ets = make_coordinator(scheduler)
     return result
@@ -72,7 +73,7 @@ def busy_while_searching(result: bool, scheduler: Any, *_args: Any, **_kwargs: A
 
 
 def hide_children(original: Callable[..., Any], streamer: Any, reqs: Any, *args: Any, **kwargs: Any) -> Any:
-    from sglang_ets.children import without_children
+    from sglang_ets.engine.children import without_children
 
     return original(streamer, without_children(reqs), *args, **kwargs)
 

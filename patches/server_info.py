@@ -17,7 +17,9 @@ def check_before_start(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs
 
 
 def add_search_state(result: Any, controller: Any, *_args: Any, **_kwargs: Any) -> Any:
-    result.internal_state["search"] = controller.scheduler.ets.describe()
+    from sglang_ets.patches import in_effect
+
+    result.internal_state["search"] = {**controller.scheduler.ets.describe(), "patches": in_effect()}
     return result
 
 

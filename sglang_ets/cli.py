@@ -12,9 +12,9 @@ SERVER = "sglang_ets.launch_server"
 # Name: the module whose `main` takes the rest of the command line, and what it does.
 COMMANDS = {
     "serve": (SERVER, "start sglang's server with search; takes all of its flags"),
-    "ask": ("sglang_ets.ask", "solve one problem on a running server and watch the search"),
-    "view": ("sglang_ets.view", "write a returned search tree as one HTML page"),
-    "calibrate": ("sglang_ets.calibrate", "suggest a cluster cut for a PRM"),
+    "ask": ("sglang_ets.tools.ask", "solve one problem on a running server and watch the search"),
+    "view": ("sglang_ets.api.view", "write a returned search tree as one HTML page"),
+    "calibrate": ("sglang_ets.tools.calibrate", "suggest a cluster cut for a PRM"),
 }
 
 

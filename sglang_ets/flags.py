@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sglang_ets.config import MAX_WIDTH, Aggregation, Algorithm, AnswerRule, Coverage, KvCost, SearchConfig
+from sglang_ets.core.config import MAX_WIDTH, Aggregation, Algorithm, AnswerRule, Coverage, KvCost, SearchConfig
 from sglang_ets.prm.choose import AUTO, NAMES, WITHOUT_PRM
 
 OFF = "off"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_ets.ilp import CostTree
+from sglang_ets.core.ilp import CostTree
 
 
 class LedgerImbalance(RuntimeError):
@@ -71,12 +71,13 @@ class PathSnapshot:
                     cost.append(float(max(0, span.path_end - max(span.path_start, keep_tokens))))
                 at = index[span.node_id]
         leaf = []
-        for node, tokens in ends:
-            if node is None or not self.paths[node]:
-                index[node := -1 - len(parent)] = len(parent)
-                parent.append(-1)
-                cost.append(float(max(0, tokens - keep_tokens)))
-            leaf.append(index[node])
+        for end, tokens in ends:
+            if end is not None and self.paths[end]:
+                leaf.append(index[end])
+                continue
+            leaf.append(len(parent))
+            parent.append(-1)
+            cost.append(float(max(0, tokens - keep_tokens)))
         return CostTree(np.array(parent, dtype=np.int64), np.array(cost), np.array(leaf, dtype=np.int64))
 
 

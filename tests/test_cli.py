@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sglang_ets import cli
-from sglang_ets.metrics import METRICS, PREFIX
+from sglang_ets.engine.metrics import METRICS, PREFIX
 
 HEAVY = ("sglang", "torch", "openai")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sglang_ets import flags
-from sglang_ets.config import SearchConfig
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.launch_server import EMBEDDED, chosen_flags, is_given
 
 

@@ -13,8 +13,17 @@ from sglang_ets.patches import table
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("sglang_ets", "kernels", "patches", "tests", "bench")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-PURE_CORE = ("config", "tree", "allocation", "clusters", "ilp", "selection", "search", "answer", "patterns")
-MAX_FILE_LINES = 400
+# What each room may import of ours. An import points one way only, also under TYPE_CHECKING.
+ROOMS: dict[str, set[str]] = {
+    "core": set(),
+    "wire": set(),
+    "kernels": set(),
+    "kv": {"core"},
+    "prm": {"core", "kv", "kernels"},
+    "engine": {"core", "kv", "prm", "kernels", "wire"},
+    "api": {"core", "wire"},
+    "tools": {"core", "api", "wire"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -24,19 +33,33 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
-def test_source_file_is_of_a_readable_size(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+def room_of(module: str) -> str:
+    """`sglang_ets.core.tree` -> `core`; other packages are their own rooms."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "sglang_ets" and len(parts) > 1 else parts[0]
 
 
-@pytest.mark.parametrize("name", PURE_CORE)
-def test_pure_core_knows_no_engine(name: str) -> None:
-    packages = {module.split(".")[0] for module in imports(ROOT / "sglang_ets" / f"{name}.py")}
-    assert packages.isdisjoint({"sglang", "torch", "triton", "fastapi"})
+def files_of(room: str) -> list[Path]:
+    place = ROOT / room if room == "kernels" else ROOT / "sglang_ets" / room
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_one_way(room: str) -> None:
+    ours = {*ROOMS, "patches"}
+    for path in files_of(room):
+        rooms = {room_of(module) for module in imports(path)} & ours
+        assert rooms <= ROOMS[room] | {room}, f"{path.relative_to(ROOT)} imports {rooms - ROOMS[room] - {room}}"
+
+
+def test_pure_rooms_know_no_engine() -> None:
+    for path in (*files_of("core"), *files_of("wire")):
+        packages = {module.split(".")[0] for module in imports(path)}
+        assert packages.isdisjoint({"sglang", "torch", "triton", "fastapi"}), path
 
 
 def test_highspy_has_one_user() -> None:

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.published_ilp import solve_published
-from sglang_ets.allocation import rebase_allocation
-from sglang_ets.clusters import cluster_labels
-from sglang_ets.config import SearchConfig
-from sglang_ets.ilp import CostTree
-from sglang_ets.selection import Level, Selection, get_policy
-from sglang_ets.tree import Node, SearchTree
+from sglang_ets.core.allocation import rebase_allocation
+from sglang_ets.core.clusters import cluster_labels
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.selection import Level, Selection, get_policy
+from sglang_ets.core.tree import Node, SearchTree
 
 
 def cost_tree(tree: SearchTree, leaf_ids: Sequence[int]) -> CostTree:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from bench.client_search import wire
 from bench.client_search.choose import choose, cost_tree, needs_embedding
 from bench.client_search.servers import Server
-from sglang_ets.answer import RankedAnswer, rank
-from sglang_ets.config import SearchConfig
-from sglang_ets.search import Action, Expand, Finish, Score, Search, Select
-from sglang_ets.tree import Node
+from sglang_ets.core.answer import RankedAnswer, rank
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.search import Action, Expand, Finish, Score, Search, Select
+from sglang_ets.core.tree import Node
 
 PARTS = ("generate", "score", "encode", "select")
 Part = Literal["generate", "score", "encode", "select"]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_ets.config import SearchConfig
-from sglang_ets.tree import StepFinish
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.tree import StepFinish
 
 
 @dataclass(frozen=True)

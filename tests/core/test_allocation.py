@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_ets.allocation import even_allocation, inherited_scores, rebase_allocation
+from sglang_ets.core.allocation import even_allocation, inherited_scores, rebase_allocation
 
 SCORES = st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=1, max_size=40)
 

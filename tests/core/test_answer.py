@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sglang_ets.answer import rank
-from sglang_ets.config import SearchConfig
-from sglang_ets.search import Trajectory
+from sglang_ets.core.answer import rank
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.search import Trajectory
 
 
 def trajectory(number: int, answer: str | None, *scores: float) -> Trajectory:

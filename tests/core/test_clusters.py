@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_ets.clusters import RunningCenter, cluster_labels, cosine_distances, first_occurrence_labels
+from sglang_ets.core.clusters import RunningCenter, cluster_labels, cosine_distances, first_occurrence_labels
 
 
 def at(*degrees: float) -> np.ndarray:  # type: ignore[type-arg]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_ets.config import MAX_STEPS_LIMIT, MAX_WEIGHT, MAX_WIDTH, OUTER_FIELDS, SearchConfig
+from sglang_ets.core.config import MAX_STEPS_LIMIT, MAX_WEIGHT, MAX_WIDTH, OUTER_FIELDS, SearchConfig
 
 ALLOWED: list[dict[str, Any]] = [
     {"width": 2, "num_results": 2},

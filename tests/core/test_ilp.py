@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from bench.levels import grown_level
 from bench.published_ilp import solve_published
-from sglang_ets.allocation import rebase_allocation
-from sglang_ets.ilp import BudgetTooSmall, CostTree, objective, solve
+from sglang_ets.core.allocation import rebase_allocation
+from sglang_ets.core.ilp import BudgetTooSmall, CostTree, objective, solve
 
 Problem = tuple[NDArray[np.float64], CostTree, NDArray[np.int64]]
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sglang_ets.patterns import check_pattern, extract_answer, normalise
+from sglang_ets.core.patterns import check_pattern, extract_answer, normalise
 
 
 @pytest.mark.parametrize(

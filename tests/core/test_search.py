@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_ets.answer import rank
-from sglang_ets.config import Algorithm, SearchConfig
-from sglang_ets.ilp import CostTree
-from sglang_ets.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
-from sglang_ets.selection import get_policy
+from sglang_ets.core.answer import rank
+from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
+from sglang_ets.core.selection import get_policy
 
 ALGORITHMS = get_args(Algorithm)
 PROMPT_TOKENS = 5

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sglang_ets import selection as selection_module
-from sglang_ets.allocation import rebase_allocation
-from sglang_ets.config import Algorithm, SearchConfig
-from sglang_ets.ilp import CostTree, SolverFailure
-from sglang_ets.selection import POLICIES, Level, Selection, get_policy, make_policies, num_groups
+from sglang_ets.core import selection as selection_module
+from sglang_ets.core.allocation import rebase_allocation
+from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.ilp import CostTree, SolverFailure
+from sglang_ets.core.selection import POLICIES, Level, Selection, get_policy, make_policies, num_groups
 
 ALGORITHMS = get_args(Algorithm)
 SCORES = st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=1, max_size=24)

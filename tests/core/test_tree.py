@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_ets.tree import Node, SearchTree, TreeBroken
+from sglang_ets.core.tree import Node, SearchTree, TreeBroken
 
 PROMPT_TOKENS = 5
 

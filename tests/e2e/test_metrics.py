@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_ets.metrics import METRICS, PREFIX
+from sglang_ets.engine.metrics import METRICS, PREFIX
 from tests.e2e.serving import PROBLEMS, Server, serving
 
 pytestmark = pytest.mark.server

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.api.test_view import embedded
 from tests.e2e.serving import PROBLEMS, Server, serving
-from tests.test_view import embedded
 
 pytestmark = pytest.mark.server
 

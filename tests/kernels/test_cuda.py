@@ -9,8 +9,8 @@ import pytest
 import torch
 from sglang_ets.kernels import choose_backend, describe_backend, pairwise_cosine, step_pool, step_score
 
-from sglang_ets.clusters import cosine_distances
-from sglang_ets.device_distances import step_distances
+from sglang_ets.core.clusters import cosine_distances
+from sglang_ets.engine.device_distances import step_distances
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

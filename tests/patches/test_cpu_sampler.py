@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare, kstest
 from sglang_ets.patches.cpu_sampler import draw_by_seed, row_seeds, uniform
 
-from sglang_ets.children import ChildReq
+from sglang_ets.engine.children import ChildReq
 
 
 def draw(probabilities: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

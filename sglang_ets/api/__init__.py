@@ -1,0 +1,1 @@
+"""The HTTP process: what a client may send, and what it gets back."""

@@ -1,0 +1,279 @@
+"""What a client may ask of a search, and what it gets back, on `/v1/completions` and `/v1/chat/completions`.
+
+The fields are loose for pydantic and typed in `/openapi.json`: `SearchConfig` validates them, so that every refusal is
+one sentence with HTTP 400 instead of a validation report.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from sglang.srt.entrypoints.openai import protocol as openai_protocol
+
+from sglang_ets.core.config import (
+    MAX_WIDTH,
+    MIN_WIDTH,
+    Aggregation,
+    Algorithm,
+    AnswerEquality,
+    AnswerRule,
+    Coverage,
+    KvCost,
+    SearchConfig,
+    check_width,
+)
+
+
+class SearchOptions(BaseModel):
+    """The `search` object of a request, for `/openapi.json`. Rules and defaults live in `SearchConfig`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    algorithm: Algorithm | None = Field(None, description="How leaves are kept; the default is the server's --search.")
+    max_steps: int | None = Field(None, description="Steps of one trajectory at most.")
+    max_step_tokens: int | None = Field(None, description="Tokens of one step at most.")
+    step_delimiter: str | list[str | int] | None = Field(None, description="Texts or token ids that end a step.")
+    kv_cost_weight: float | None = Field(None, description="Worth of KV against scores (ets, ets_kv).")
+    diversity_weight: float | None = Field(None, description="Worth of covering clusters of steps (ets).")
+    coverage: Coverage | None = Field(
+        None, description="What a cluster is worth: as much as any other, or the reward of its leaves."
+    )
+    kv_cost: KvCost | None = Field(None, description="What kept KV is counted in.")
+    cluster_distance: float | None = Field(None, description="Cosine distance below which two steps are one.")
+    center_embeddings: bool | None = Field(
+        None, description="Measure distances from the mean of the search's steps so far, not from the origin."
+    )
+    rebase_temperature: float | None = Field(None, description="Softmax temperature over step scores.")
+    score_aggregation: Aggregation | None = Field(None, description="Step scores to the score of a trajectory.")
+    answer: AnswerRule | None = Field(None, description="How trajectories are ranked.")
+    answer_pattern: str | None = Field(None, description="Preset or regular expression of the final answer.")
+    answer_equality: AnswerEquality | None = Field(
+        None, description="Votes of equal values are one, or of equal texts."
+    )
+    kv_budget_tokens: int | None = Field(None, description="Limit on KV held beyond the prompt (ets, ets_kv).")
+    deadline_s: float | None = Field(None, description="Answer with what there is after this many seconds.")
+    return_tree: bool | None = Field(None, description="Return the whole search tree in the metadata.")
+    return_embeddings: bool | None = Field(None, description="The returned tree carries the embedding of each step.")
+
+
+SEED_BITS = 31  # of the seed of a request that has none
+
+WidthField = Annotated[
+    Any,
+    Field(description="Trajectories to grow in a tree search guided by the PRM; absent or 1: an ordinary request."),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_WIDTH}, {"type": "null"}]}),
+]
+SearchField = Annotated[
+    Any,
+    Field(description="Settings of the search; needs search_width."),
+    WithJsonSchema({"anyOf": [SearchOptions.model_json_schema(), {"type": "null"}]}),
+]
+
+
+class CompletionRequest(openai_protocol.CompletionRequest):
+    """sglang's request with the fields of a search. The name is kept: it is the schema's name in `/openapi.json`."""
+
+    search_width: WidthField = None
+    search: SearchField = None
+
+    @model_validator(mode="after")
+    def _unwrap_single_prompt(self) -> CompletionRequest:
+        """Clients that can batch send one prompt as a list of one: `["text"]` or `[[1, 2]]`. A search takes it as that one."""
+        prompt = self.prompt
+        is_list_of_one = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
+        if is_list_of_one and self.search_width not in (None, 1):
+            self.prompt = prompt[0]
+        return self
+
+
+class ChatCompletionRequest(openai_protocol.ChatCompletionRequest):
+    """sglang's request with the fields of a search. The name is kept: it is the schema's name in `/openapi.json`."""
+
+    search_width: WidthField = None
+    search: SearchField = None
+
+
+# Fields that a search cannot honour: a request that sets one to something else than these values is refused.
+REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "echo": (False,),
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "regex": (None,),
+    "ebnf": (None,),
+    "json_schema": (None,),
+    "lora_path": (None,),
+    "session_id": (None,),
+    "session_params": (None,),
+    "custom_logit_processor": (None,),
+    "watermark": (None,),
+    "input_embeds": (None,),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "continue_final_message": (False,),
+}
+# Server settings under which no search can run, and the value each must have.
+UNSUPPORTED_SERVER = {
+    "pp_size": (1, "pipeline parallelism"),
+    "disaggregation_mode": ("null", "disaggregated prefill"),
+    "speculative_algorithm": (None, "speculative decoding"),
+    "enable_dp_attention": (False, "data-parallel attention"),
+}
+
+
+def search_config(request: Any, settings: Mapping[str, Any], context_tokens: int) -> SearchConfig:
+    """The search that a request asks for.
+
+    Raises:
+        ValueError: it cannot be served; one sentence for the client.
+    """
+    _check_shape(request)
+    _check_refused(request)
+    given = request.model_fields_set
+    max_tokens = getattr(request, "max_completion_tokens", None) or (
+        request.max_tokens if "max_tokens" in given else None
+    )
+    # Without either limit a trajectory may fill the default, as far as the context allows.
+    defaults = dict(settings)
+    if max_tokens is None:
+        default = defaults.get("max_tokens") or SearchConfig().max_tokens
+        defaults["max_tokens"] = min(default, max(1, context_tokens // 2))
+    seed = (
+        random.getrandbits(SEED_BITS) if request.seed is None else request.seed
+    )  # told in the answer, to be had again
+    config = SearchConfig.from_request(
+        request.search_width, request.search, defaults, n=request.n, max_tokens=max_tokens, seed=seed
+    )
+    check_width(config, settings["max_width"])
+    if config.max_tokens >= context_tokens:
+        raise ValueError(
+            f"max_tokens must leave room for the prompt in the context of {context_tokens} tokens, "
+            f"got {config.max_tokens}; lower max_tokens"
+        )
+    return config
+
+
+def check_server(server_args: Any) -> None:
+    """Raises:
+    ValueError: the server runs in a mode in which no search is possible.
+    """
+    for name, (needed, what) in UNSUPPORTED_SERVER.items():
+        if getattr(server_args, name, needed) != needed:
+            raise ValueError(f"search does not work together with {what}; send the request without search_width")
+
+
+def _check_shape(request: Any) -> None:
+    width, search = request.search_width, request.search
+    if width is None:
+        raise ValueError("search needs search_width beside it; add search_width or leave search out")
+    if isinstance(width, bool) or not isinstance(width, int) or width < MIN_WIDTH:
+        raise ValueError(
+            f"search_width must be an integer from {MIN_WIDTH} to {MAX_WIDTH}, got {width!r}; "
+            "leave it out for an ordinary request"
+        )
+    if search is not None and not isinstance(search, dict):
+        raise ValueError(f"search must be an object of settings, got {search!r}; for example {{'algorithm': 'ets'}}")
+
+
+def _check_refused(request: Any) -> None:
+    for name, neutral in REFUSED.items():
+        value = getattr(request, name, neutral[0])
+        if not any(value == item and type(value) is type(item) for item in neutral):  # 0 is not False here
+            shown = f", got {value!r}" if isinstance(value, (bool, int, str)) else ""
+            raise ValueError(f"{name} does not work together with search_width{shown}; leave one of them out")
+    response_format = getattr(request, "response_format", None)
+    if response_format is not None and response_format.type != "text":
+        raise ValueError(
+            f"response_format must be text together with search_width, got {response_format.type!r}; "
+            "leave one of them out"
+        )
+    if isinstance(getattr(request, "rid", None), list):
+        raise ValueError("rid must be one text together with search_width; send one request for each prompt")
+    prompt = getattr(request, "prompt", None)
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        raise ValueError(
+            f"prompt must be one text or one list of token ids together with search_width, got {len(prompt)} prompts; "
+            "send one request for each"
+        )
+    for message in getattr(request, "messages", None) or []:
+        _check_text_only(message)
+
+
+def question_of(request: Any) -> str | None:
+    """The last user message of a chat: what a PRM is asked about. A completion's prompt is its question itself."""
+    for message in reversed(getattr(request, "messages", None) or []):
+        content = getattr(message, "content", None)
+        if getattr(message, "role", None) == "user" and content:
+            return content if isinstance(content, str) else "".join(part.text for part in content)
+    return None
+
+
+def _check_text_only(message: Any) -> None:
+    content = getattr(message, "content", None)
+    kinds = [getattr(part, "type", "text") for part in content] if isinstance(content, list) else []
+    for kind in kinds:
+        if kind != "text":
+            raise ValueError(
+                f"messages must be text together with search_width, got a part of type {kind!r}; leave it out"
+            )
+
+
+def usage_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """All generated tokens count as completion tokens, those of pruned steps too; the details tell them apart."""
+    usage = result["usage"]
+    return {
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"],
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "answer_tokens": usage["answer_tokens"],
+            "prm_tokens": usage["prm_tokens"],
+        },
+    }
+
+
+def metadata_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """`metadata` of a response: the figures of the search, and its tree if the client asked for it."""
+    tree = {"tree": result["tree"]} if result.get("tree") is not None else {}
+    return {"search": {**result["search"], **tree}}
+
+
+def finish_reason_of(answer: Mapping[str, Any]) -> Literal["stop", "length"]:
+    """What ended a trajectory, in the words of OpenAI."""
+    return "stop" if answer["finish_reason"] == "stop" else "length"
+
+
+def details_of(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """`search` of a choice: how good the PRM finds it, and what it answers."""
+    return {key: answer[key] for key in ("score", "step_scores", "answer", "votes")}
+
+
+def response_body(request: Any, rid: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON body of an answered search: ranked choices, honest usage, figures."""
+    is_chat = hasattr(request, "messages")
+    choices = []
+    for index, answer in enumerate(result["results"]):
+        text = answer["text"]
+        body = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+        if getattr(request, "return_token_ids", False):
+            body["response_token_ids" if is_chat else "token_ids"] = answer["token_ids"]
+        end = {"logprobs": None, "finish_reason": finish_reason_of(answer), "search": details_of(answer)}
+        choices.append({"index": index, **body, **end})
+    return {
+        **head_of(request, rid, "chat.completion" if is_chat else "text_completion"),
+        "choices": choices,
+        "usage": usage_of(result),
+        "metadata": metadata_of(result),
+    }
+
+
+def head_of(request: Any, rid: str, kind: str) -> dict[str, Any]:
+    """The fields that a body and every chunk begin with."""
+    return {"id": rid, "object": kind, "created": int(time.time()), "model": request.model}

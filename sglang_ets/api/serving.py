@@ -1,0 +1,142 @@
+"""The way of a search through the API server: refuse or convert, send as one request, answer with its result."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from sglang_ets.api.protocol import check_server, question_of, response_body, search_config
+from sglang_ets.api.streaming import last_report, stream_chunks
+from sglang_ets.api.trace import TRACES
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY, TRACE_PARAM
+
+TITLE_CHARS = 80
+
+
+async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
+    """Answer a request that asks for a search. `serving` is sglang's handler of the endpoint.
+
+    Returns:
+        An HTTP response. A search that is refused is HTTP 400, one that fails the status that the scheduler gave it.
+    """
+    try:
+        refusal = serving._validate_request(request)
+        if refusal:
+            raise ValueError(refusal)
+        # Rendering and tokenizing a long prompt would hold up the event loop.
+        internal = await asyncio.get_running_loop().run_in_executor(None, _convert, serving, request, raw_request)
+        sent = _sent(serving.tokenizer_manager, request, internal, raw_request)
+        answered = await anext(sent)
+        if not request.stream:
+            answered = await _last(answered, sent, serving.tokenizer_manager, raw_request)
+        report = _report(answered)
+    except ValueError as error:
+        return _error(str(error), "BadRequest", 400)
+    except HTTPException as error:
+        return _error(str(error.detail), "SearchFailed", error.status_code)
+    rid = answered["meta_info"]["id"]
+    if request.stream:
+        # The first report is here, so a search that is refused has been answered with its status and not with a stream.
+        return StreamingResponse(
+            stream_chunks(request, rid, answered, sent),
+            media_type="text/event-stream",
+            background=serving.tokenizer_manager.create_abort_task(internal),
+        )
+    return JSONResponse(response_body(request, rid, report))
+
+
+def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
+    """sglang's internal request with the search inside. It is one request: `n` ranks results, it samples no more.
+
+    Raises:
+        ValueError: see `search_config`.
+    """
+    manager = serving.tokenizer_manager
+    check_server(manager.server_args)
+    if serving._resolve_lora_path(request.model, getattr(request, "lora_path", None)):
+        raise ValueError(f"model must name no LoRA adapter together with search_width, got {request.model!r}")
+    config = search_config(request, manager.server_args._ets, manager.context_len)
+    plain = request.model_copy(update={"n": 1, "stream_options": None})
+    internal, _ = serving._convert_to_internal_request(plain, raw_request)
+    sampling = internal.sampling_params
+    sampling["max_new_tokens"] = config.max_tokens
+    sampling["stream_interval"] = 1  # progress carries no tokens, and must not wait for any
+    sampling["custom_params"] = {
+        **(sampling.get("custom_params") or {}),
+        CUSTOM_KEY: config.to_json(),
+        QUESTION_KEY: question_of(request),
+        TRACE_PARAM: is_traced(manager),
+    }
+    if is_traced(manager):
+        internal.stream = True  # what the scheduler tells on the way is for the live page
+        internal.rid = internal.rid or uuid.uuid4().hex
+    return internal
+
+
+def is_traced(manager: Any) -> bool:
+    """Whether searches of this server have live pages."""
+    return bool(manager.server_args._ets.get("trace"))
+
+
+def _sent(manager: Any, request: Any, internal: Any, raw_request: Any) -> AsyncIterator[dict[str, Any]]:
+    """What the scheduler sends for one search; followed by its live page where searches are traced."""
+    sent: AsyncIterator[dict[str, Any]] = manager.generate_request(internal, raw_request)
+    if not is_traced(manager):
+        return sent
+    config = SearchConfig.from_json(internal.sampling_params["custom_params"][CUSTOM_KEY])
+    prompt = getattr(request, "prompt", None)
+    question = question_of(request) or (prompt if isinstance(prompt, str) else "")
+    title = " ".join(question.split())[:TITLE_CHARS] or internal.rid
+    trace = TRACES.begin(internal.rid, title, {"algorithm": config.algorithm, "width": config.width})
+    return TRACES.follow(trace, sent)
+
+
+async def _last(
+    answered: dict[str, Any], rest: AsyncIterator[dict[str, Any]], manager: Any, raw_request: Any
+) -> dict[str, Any]:
+    """The end of a search that its client does not stream. Without tracing the first report is the end.
+
+    Raises:
+        ValueError: the client is gone; its search is aborted.
+        HTTPException: the scheduler sent no end.
+    """
+    while last_report(answered) is not None and not answered["meta_info"].get("finish_reason"):
+        if raw_request is not None and await raw_request.is_disconnected():
+            manager.abort_request(answered["meta_info"]["id"])
+            raise ValueError("the client went away before its search ended")
+        following = await anext(rest, None)
+        if following is None:
+            raise HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, "the scheduler returned no result")
+        answered = following
+    return answered
+
+
+def _report(answered: dict[str, Any]) -> dict[str, Any]:
+    """What the scheduler reported: the result or, in a stream, progress.
+
+    Raises:
+        ValueError: the scheduler refused the search.
+        HTTPException: the search failed.
+    """
+    reason = answered["meta_info"].get("finish_reason") or {}
+    report = last_report(answered)
+    if report is not None and reason.get("type") != "abort":
+        return report
+    message = reason.get("message") or "the scheduler returned no result"
+    # Outside a stream the tokenizer manager raises these itself.
+    if reason.get("status_code") == HTTPStatus.BAD_REQUEST:
+        raise ValueError(message)
+    raise HTTPException(reason.get("status_code") or 500, f"search failed: {message.removeprefix('search failed: ')}")
+
+
+def _error(message: str, kind: str, status: int) -> JSONResponse:
+    """sglang's shape of an error, on one line."""
+    body = {"object": "error", "message": " ".join(message.split()), "type": kind, "param": None, "code": status}
+    return JSONResponse(body, status)

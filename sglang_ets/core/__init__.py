@@ -1,0 +1,1 @@
+"""The search itself: state, decisions and answers, without any engine."""

@@ -1,0 +1,360 @@
+"""The integer program of one level: which leaves are worth the KV that keeping them holds. The only file that speaks to HiGHS.
+
+    maximise   sum_i reward_i x_i  -  kv_weight * sum_j cost_j y_j / sum_j cost_j  +  diversity_weight * sum_k worth_k z_k
+    subject to x_i <= y_leaf(i)              a kept leaf keeps the last cost node of its path
+               y_j <= y_parent(j)            a kept cost node keeps its parent
+               z_k <= sum_{i in cluster k} x_i
+               sum_i x_i >= 1
+               sum_j cost_j y_j <= budget    if there is one
+               x binary, 0 <= y <= 1, 0 <= z <= 1
+
+y and z need no integrality: at an optimum with binary x, y_j is the largest x below it (its cost is not negative) and z_k the
+smaller of 1 and its row. Leaves that end in the same cost node stand or fall together, because keeping the second is free;
+they are merged. Source: ETS, arXiv 2502.13575, with costs in tokens. There every cluster is
+worth the same, worth_k = 1 / K.
+
+Three ways lead to the optimum, the cheapest first: `reduction.reduce_level` decides all there is; HiGHS solves the linear
+relaxation of the core, and it is integral; HiGHS solves the core as an integer program. A level whose best set is empty or
+breaks the budget is solved as it stands, with all rows.
+
+Ties: of equal sets the larger one, where adding a leaf is free; of sibling leaves that are worth the same and cover the same
+cluster, the first; any other tie falls as HiGHS's fixed path has it (one thread, fixed seed).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+from sglang_ets.core.reduction import Core, reduce_level
+
+TIME_LIMIT_S = 2.0
+KEPT = 0.5  # a binary above this is one
+INTEGRAL = 1e-7  # how far from 0 or 1 a value of the relaxation may be to count as whole
+SCALE = 1e4  # of the objective, so that HiGHS's absolute tolerances of 1e-7 are small beside differences that matter
+Path = Literal["reduced", "relaxation", "integer", "full"]
+_per_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class CostTree:
+    """A forest of costs in topological order: a node's parent comes before it. Several leaves may end in one node."""
+
+    parent: NDArray[np.int64]  # int64[M], -1 at a root
+    cost: NDArray[np.float64]  # float64[M], not negative
+    leaf: NDArray[np.int64]  # int64[L], the node where each leaf's path ends; -1: the path costs nothing
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """How one solve went."""
+
+    status: str  # "optimal", or "time_limit" with the best found
+    path: Path  # how the optimum was found
+    objective: float
+    gap: float  # relative, 0 when optimal
+    rows: int  # of the level as it stands
+    columns: int
+    core_rows: int  # after our reductions, as HiGHS got it
+    core_columns: int
+    build_ms: float
+    solve_ms: float
+
+
+class SolverFailure(RuntimeError):
+    """HiGHS found no solution; the level is selected by REBASE instead."""
+
+
+class BudgetTooSmall(RuntimeError):
+    """Not even one leaf fits into the KV budget."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Constraint rows in compressed form."""
+
+    columns: list[NDArray[np.int64]]
+    values: list[NDArray[np.float64]]
+    lower: list[NDArray[np.float64]]
+    upper: list[NDArray[np.float64]]
+    lengths: list[NDArray[np.int64]]
+
+    def add_pairs(self, small: NDArray[np.int64], large: NDArray[np.int64]) -> None:
+        """Rows `small - large <= 0`."""
+        self.columns.append(np.column_stack([small, large]).ravel())
+        self.values.append(np.tile([1.0, -1.0], small.size))
+        self._bounds(np.full(small.size, -np.inf), np.zeros(small.size), np.full(small.size, 2, dtype=np.int64))
+
+    def add_cover(self, cluster: int, members: NDArray[np.int64]) -> None:
+        """Row `cluster - sum of members <= 0`."""
+        columns = np.concatenate([[cluster], members])
+        self.add(columns, np.concatenate([[1.0], -np.ones(members.size)]), -np.inf, 0.0)
+
+    def add(self, columns: NDArray[np.int64], values: NDArray[np.float64], lower: float, upper: float) -> None:
+        """One row."""
+        self.columns.append(columns)
+        self.values.append(values)
+        self._bounds(np.array([lower]), np.array([upper]), np.array([columns.size], dtype=np.int64))
+
+    def _bounds(self, lower: NDArray[np.float64], upper: NDArray[np.float64], lengths: NDArray[np.int64]) -> None:
+        self.lower.append(lower)
+        self.upper.append(upper)
+        self.lengths.append(lengths)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What one run of HiGHS found."""
+
+    values: NDArray[np.float64]
+    status: str
+    gap: float
+
+
+def solve(
+    reward: NDArray[np.float64],  # float64[L], not negative
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,  # int64[L], labels 0..K-1
+    diversity_weight: float,
+    budget: float | None = None,
+    worth: NDArray[np.float64] | None = None,  # float64[K], not negative, sums to 1; None: 1 / K each
+) -> tuple[NDArray[np.bool_], SolverReport]:  # bool[L]
+    """The leaves to keep. Deterministic: equal input gives equal output.
+
+    Raises:
+        BudgetTooSmall: no leaf fits into `budget`.
+        SolverFailure: HiGHS ended without a solution.
+    """
+    started = time.perf_counter()
+    labels = clusters if diversity_weight > 0 else None
+    bonus = _bonus(labels, diversity_weight, worth)
+    core = _reduced(reward, tree, kv_weight, labels, bonus)
+    built = time.perf_counter()
+    values, path, answer, size = _solve_core(core, bonus)
+    held = np.zeros(tree.parent.size + 1, dtype=np.bool_)
+    held[-1] = True  # leaf -1: the path costs nothing
+    held[core.kept] = True
+    for members, value in zip(core.members, values.tolist(), strict=True):
+        if value > KEPT:
+            held[members] = True
+    kept = held[tree.leaf]
+    value = _value(kept, held[:-1], reward, tree, kv_weight, labels, bonus)
+    if not kept.any() or (budget is not None and float(tree.cost[held[:-1]].sum()) > budget):
+        path, size = "full", (0, 0)
+        kept, answer = _solve_full(reward, tree, kv_weight, labels, bonus, budget)
+    num_clusters = bonus.size
+    num_groups = np.unique(tree.leaf).size
+    report = SolverReport(
+        status=answer.status,
+        path=path,
+        objective=value
+        if path != "full"
+        else objective(kept, reward, tree, kv_weight, clusters, diversity_weight, worth),
+        gap=answer.gap,
+        rows=num_groups + int((tree.parent >= 0).sum()) + num_clusters + 1,
+        columns=num_groups + tree.parent.size + num_clusters,
+        core_rows=size[0],
+        core_columns=size[1],
+        build_ms=(built - started) * 1e3,
+        solve_ms=(time.perf_counter() - built) * 1e3,
+    )
+    return kept, report
+
+
+def _value(
+    kept: NDArray[np.bool_],
+    held: NDArray[np.bool_],  # bool[M], the cost nodes that are kept
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    bonus: NDArray[np.float64],  # float64[K]
+) -> float:
+    """`objective`, where the held cost nodes are known."""
+    total = float(tree.cost.sum())
+    cost = float(tree.cost[held].sum()) / total if total > 0 else 0.0
+    covered = float(bonus[np.unique(clusters[kept])].sum()) if clusters is not None else 0.0
+    return float(reward[kept].sum()) - kv_weight * cost + covered
+
+
+def _bonus(
+    clusters: NDArray[np.int64] | None, diversity_weight: float, worth: NDArray[np.float64] | None
+) -> NDArray[np.float64]:  # float64[K]
+    """What covering each cluster adds to the objective."""
+    if clusters is None:
+        return np.zeros(0)
+    num_clusters = int(clusters.max()) + 1
+    return np.full(num_clusters, diversity_weight / num_clusters) if worth is None else diversity_weight * worth
+
+
+def _reduced(
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    bonus: NDArray[np.float64],  # float64[K]
+) -> Core:
+    num_nodes = tree.parent.size
+    total = float(tree.cost.sum())
+    gain = np.bincount(tree.leaf + 1, weights=reward, minlength=num_nodes + 1)[1:]
+    weight = gain - kv_weight * tree.cost / total if total > 0 else gain
+    covers: dict[int, set[int]] = {}
+    if clusters is not None:
+        for node, cluster in zip(tree.leaf.tolist(), clusters.tolist(), strict=True):
+            covers.setdefault(node, set()).add(cluster)
+    free = covers.pop(-1, set())  # of leaves whose path costs nothing
+    return reduce_level(weight.tolist(), tree.parent.tolist(), covers, free, bonus.tolist())
+
+
+def _solve_core(core: Core, bonus: NDArray[np.float64]) -> tuple[NDArray[np.float64], Path, _Answer, tuple[int, int]]:
+    """Values of the core's nodes, how they were found, and the core's rows and columns."""
+    if not core.members:
+        return np.zeros(0), "reduced", _Answer(np.zeros(0), "optimal", 0.0), (0, 0)
+    num_nodes = core.parent.size
+    rows = _Rows([], [], [], [], [])
+    inner = np.flatnonzero(core.parent >= 0)
+    rows.add_pairs(inner, core.parent[inner])
+    nodes_of: dict[int, list[int]] = {}
+    for node, covers in enumerate(core.covers):
+        for cluster in sorted(covers):
+            nodes_of.setdefault(cluster, []).append(node)
+    for place, cluster in enumerate(sorted(nodes_of)):
+        rows.add_cover(num_nodes + place, np.array(nodes_of[cluster], dtype=np.int64))
+    gain = np.concatenate([core.weight, bonus[sorted(nodes_of)]])
+    answer = _run(_lp(gain, 0, rows))
+    nodes = answer.values[:num_nodes]
+    path: Path = "relaxation"
+    if np.abs(nodes - np.round(nodes)).max() > INTEGRAL:
+        path = "integer"
+        answer = _run(_lp(gain, num_nodes, rows))
+    return answer.values[:num_nodes], path, answer, (inner.size + len(nodes_of), gain.size)
+
+
+def _solve_full(
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    bonus: NDArray[np.float64],  # float64[K]
+    budget: float | None,
+) -> tuple[NDArray[np.bool_], _Answer]:
+    """The level as it stands, with the rows that the reductions do not know: at least one leaf, and the budget."""
+    group_node, group_of_leaf = np.unique(tree.leaf, return_inverse=True)
+    answer = _run(_model(reward, tree, kv_weight, clusters, bonus, budget, group_node, group_of_leaf))
+    return answer.values[: group_node.size][group_of_leaf] > KEPT, answer
+
+
+def _run(lp: highspy.HighsLp) -> _Answer:
+    """Solve with this thread's HiGHS and check how it ended."""
+    solver = _solver()
+    solver.passModel(lp)
+    solver.run()
+    status = solver.getModelStatus()
+    info = solver.getInfo()
+    found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    if status == highspy.HighsModelStatus.kInfeasible:
+        raise BudgetTooSmall("no leaf fits into the KV budget")
+    if not found or status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
+        raise SolverFailure(f"HiGHS ended with {solver.modelStatusToString(status)}")
+    values = np.asarray(solver.getSolution().col_value)
+    is_optimal = status == highspy.HighsModelStatus.kOptimal
+    return _Answer(values, "optimal" if is_optimal else "time_limit", 0.0 if is_optimal else float(info.mip_gap))
+
+
+def objective(
+    kept: NDArray[np.bool_],  # bool[L]
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    diversity_weight: float,
+    worth: NDArray[np.float64] | None = None,  # float64[K]
+) -> float:
+    """Value of a set of leaves, straight from the definition. The oracle of the tests."""
+    held: set[int] = set()
+    for node in tree.leaf[kept].tolist():
+        while node >= 0 and node not in held:
+            held.add(node)
+            node = int(tree.parent[node])
+    total = float(tree.cost.sum())
+    cost = float(tree.cost[sorted(held)].sum()) / total if total > 0 else 0.0
+    covered = 0.0
+    if clusters is not None:
+        num_clusters = len(set(clusters.tolist()))
+        covered = sum(1 / num_clusters if worth is None else float(worth[k]) for k in set(clusters[kept].tolist()))
+    return float(reward[kept].sum()) - kv_weight * cost + diversity_weight * covered
+
+
+def _model(
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    bonus: NDArray[np.float64],  # float64[K]
+    budget: float | None,
+    group_node: NDArray[np.int64],  # int64[G], the cost node of each group of merged leaves
+    group_of_leaf: NDArray[np.int64],  # int64[L]
+) -> highspy.HighsLp:
+    """Columns: G groups of leaves, M cost nodes, K clusters."""
+    num_groups, num_nodes = group_node.size, tree.parent.size
+    num_clusters = bonus.size
+    total = float(tree.cost.sum())
+    gain = np.bincount(group_of_leaf, weights=reward, minlength=num_groups)
+    price = -kv_weight * tree.cost / total if total > 0 else np.zeros(num_nodes)
+
+    rows = _Rows([], [], [], [], [])
+    groups = np.arange(num_groups)
+    priced = group_node >= 0
+    rows.add_pairs(groups[priced], num_groups + group_node[priced])
+    inner = np.flatnonzero(tree.parent >= 0)
+    rows.add_pairs(num_groups + inner, num_groups + tree.parent[inner])
+    rows.add(groups, np.ones(num_groups), 1.0, np.inf)
+    if budget is not None:
+        rows.add(num_groups + np.arange(num_nodes), tree.cost.copy(), -np.inf, budget)
+    if num_clusters and clusters is not None:
+        for cluster in range(num_clusters):
+            rows.add_cover(num_groups + num_nodes + cluster, np.unique(group_of_leaf[clusters == cluster]))
+    return _lp(np.concatenate([gain, price, bonus]), num_groups, rows)
+
+
+def _lp(gain: NDArray[np.float64], num_integer: int, rows: _Rows) -> highspy.HighsLp:
+    """A HiGHS model with all columns in 0..1, the first `num_integer` of them integer."""
+    lp = highspy.HighsLp()
+    lengths = np.concatenate(rows.lengths) if rows.lengths else np.zeros(0, dtype=np.int64)
+    lp.num_col_, lp.num_row_ = gain.size, lengths.size
+    lp.col_cost_ = gain * SCALE
+    lp.col_lower_, lp.col_upper_ = np.zeros(gain.size), np.ones(gain.size)
+    lp.row_lower_, lp.row_upper_ = np.concatenate(rows.lower), np.concatenate(rows.upper)
+    lp.sense_ = highspy.ObjSense.kMaximize
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    lp.a_matrix_.index_ = np.concatenate(rows.columns).astype(np.int32)
+    lp.a_matrix_.value_ = np.concatenate(rows.values)
+    if num_integer:
+        kinds = [highspy.HighsVarType.kInteger] * num_integer
+        lp.integrality_ = kinds + [highspy.HighsVarType.kContinuous] * (gain.size - num_integer)
+    return lp
+
+
+def _solver() -> highspy.Highs:
+    """One HiGHS per thread, its options set once. `run` releases the interpreter lock."""
+    solver: highspy.Highs | None = getattr(_per_thread, "solver", None)
+    if solver is None:
+        solver = highspy.Highs()  # type: ignore[no-untyped-call]
+        solver.silent()
+        solver.setOptionValue("threads", 1)
+        solver.setOptionValue("random_seed", 0)
+        # Keeping nothing is feasible in a core, and this heuristic looks for more than that for up to 15 ms.
+        solver.setOptionValue("mip_heuristic_run_feasibility_jump", False)
+        solver.setOptionValue("mip_rel_gap", 0.0)
+        solver.setOptionValue("mip_abs_gap", 1e-10 * SCALE)
+        _per_thread.solver = solver
+    solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)  # its clock runs on from solve to solve
+    return solver

@@ -1,0 +1,1 @@
+"""The scheduler process: searches as sglang requests."""

@@ -1,0 +1,64 @@
+"""The search inside a request that has reached the scheduler."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_ets.core.config import SearchConfig, check_width
+from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY
+
+# What a native request may carry that a search cannot honour: attribute of sglang's request, and its name in the API.
+REFUSED_NATIVE = {
+    "return_logprob": "return_logprob",
+    "return_hidden_states": "return_hidden_states",
+    "return_routed_experts": "return_routed_experts",
+    "lora_id": "lora_path",
+    "multimodal_inputs": "image_data",
+    "custom_logit_processor": "custom_logit_processor",
+    "input_embeds": "input_embeds",
+    "session": "session_params",
+}
+REFUSED_SAMPLING = ("json_schema", "regex", "ebnf", "structural_tag")
+
+
+def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
+    """The search inside `sampling_params.custom_params` of a request that has reached the scheduler.
+
+    The OpenAI endpoints send text that they have validated. A client of `/generate` sends an object: `search_width`, `n`,
+    `seed` and the settings of `search`, all flat; `max_new_tokens` stays a sampling parameter.
+
+    Raises:
+        ValueError: it cannot be served; one sentence for the client.
+        TypeError: a value has a type that no setting has.
+    """
+    for attribute, name in REFUSED_NATIVE.items():
+        if getattr(req, attribute, None):
+            raise ValueError(f"{name} does not work together with a search; leave one of them out")
+    for name in REFUSED_SAMPLING:
+        if getattr(req.sampling_params, name, None):
+            raise ValueError(f"{name} does not work together with a search; leave one of them out")
+    given = req.sampling_params.custom_params[CUSTOM_KEY]
+    if isinstance(given, str):
+        return SearchConfig.from_json(given)
+    if not isinstance(given, dict):
+        raise ValueError(f"it must be an object of settings, got {given!r}; for example {{'search_width': 16}}")
+    outer: dict[str, Any] = {name: given.get(name) for name in ("search_width", "n", "seed")}
+    config = SearchConfig.from_request(
+        outer["search_width"],
+        {name: value for name, value in given.items() if name not in outer},
+        settings,
+        n=outer["n"],
+        max_tokens=req.sampling_params.max_new_tokens,
+        # Every tensor-parallel rank reads this request, and all must find the same seed.
+        seed=zlib.crc32(req.rid.encode()) if outer["seed"] is None else outer["seed"],
+    )
+    check_width(config, settings["max_width"])
+    return config
+
+
+def prompt_text(req: Any) -> str:
+    """The question as the scheduler knows it: what came with the request, or its whole prompt as text."""
+    given = (req.sampling_params.custom_params or {}).get(QUESTION_KEY)
+    return given if given is not None else str(req.tokenizer.decode(list(req.origin_input_ids)))

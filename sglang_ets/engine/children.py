@@ -1,0 +1,120 @@
+"""Internal requests: the sglang requests behind the children of a search node."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from sglang.srt.managers.schedule_batch import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    FINISH_MATCHED_STR,
+    FINISH_MATCHED_TOKEN,
+    FINISHED_MATCHED_REGEX,
+    Req,
+)
+
+if TYPE_CHECKING:
+    from sglang_ets.engine.live import LiveSearch
+
+SEED_STRIDE = 1_000_003  # a prime: sampling seeds of different searches and nodes do not fall together
+SEED_RANGE = 2**61 - 1  # a prime
+NAN_STOP = "NaN happened"  # what sglang reports as the matched stop string when the logits are not finite
+
+
+class ChildReq(Req):
+    """The request that samples one step (or, with `node_id` 0, only brings the prompt into the cache)."""
+
+    any_made: ClassVar[bool] = False  # false until this process runs its first search
+    live: LiveSearch
+    node_id: int
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """How a child ended, in the words of the search."""
+
+    kind: Literal["step", "stop", "length", "failed"]
+    reason: str = ""
+    stop_text: str | None = None  # a stop string of the client: the answer ends before it
+
+
+def make_child(live: LiveSearch, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> ChildReq:
+    """A request that continues `prompt + token_ids` by one step. It is not queued yet."""
+    parent = live.req
+    child = ChildReq(
+        f"{parent.rid}/{node_id}",
+        "",
+        parent.origin_input_ids + array("q", token_ids),
+        _step_params(live, node_id, max_new_tokens),
+        eos_token_ids=parent.eos_token_ids,
+        vocab_size=parent.vocab_size,
+        priority=parent.priority,
+        cache_salt=parent.cache_salt,
+        extra_key=parent.extra_key,
+        metrics_collector=parent.metrics_collector,
+    )
+    child.tokenizer = parent.tokenizer
+    child.logprob_start_len = -1
+    child.live = live
+    child.node_id = node_id
+    ChildReq.any_made = True
+    return child
+
+
+def _step_params(live: LiveSearch, node_id: int, max_new_tokens: int) -> Any:
+    """The client's sampling parameters with the step delimiters as stops beside the client's own."""
+    params = copy.copy(live.req.sampling_params)
+    params.custom_params = None
+    params.n = 1
+    params.max_new_tokens = max_new_tokens
+    params.sampling_seed = child_seed(live.config.seed, live.req.origin_input_ids, node_id)
+    if max_new_tokens == 0:
+        return params
+    strings = [d for d in live.config.step_delimiter if isinstance(d, str)]
+    token_ids = {d for d in live.config.step_delimiter if isinstance(d, int)}
+    params.stop_strs = [*(params.stop_strs or []), *strings]
+    lengths = [len(live.req.tokenizer.encode(s, add_special_tokens=False)) for s in strings]
+    params.stop_str_max_len = max([params.stop_str_max_len, *lengths])
+    params.stop_token_ids = (params.stop_token_ids or set()) | token_ids or None
+    return params
+
+
+def child_seed(seed: int, prompt_ids: array[int], node_id: int) -> int:
+    """Sampling seed of a node. The prompt is in it: searches of one seed on two prompts draw independently."""
+    return ((seed << 32 | zlib.crc32(prompt_ids)) * SEED_STRIDE + node_id) % SEED_RANGE
+
+
+def step_end(child: ChildReq) -> StepEnd:
+    """Read how a finished child ended. A client's own stop goes before a delimiter of the same text."""
+    reason = child.finished_reason
+    own_params = child.live.req.sampling_params
+    delimiters = child.live.config.step_delimiter
+    if isinstance(reason, FINISH_ABORT):
+        return StepEnd("failed", reason.message)
+    if isinstance(reason, FINISH_LENGTH):
+        return StepEnd("length")
+    if isinstance(reason, FINISH_MATCHED_TOKEN):
+        is_delimiter = reason.matched in delimiters and reason.matched not in (own_params.stop_token_ids or ())
+        return StepEnd("step" if is_delimiter else "stop")
+    if isinstance(reason, FINISH_MATCHED_STR):
+        if reason.matched == NAN_STOP:
+            return StepEnd("failed", "the policy model's logits are not finite")
+        if reason.matched in (own_params.stop_strs or ()):
+            return StepEnd("stop", stop_text=reason.matched)
+        return StepEnd("step")
+    if isinstance(reason, FINISHED_MATCHED_REGEX):
+        return StepEnd("stop", stop_text=reason.matched)
+    return StepEnd("failed", f"unknown finish reason {reason!r}")
+
+
+def without_children(reqs: Sequence[Any]) -> Sequence[Any]:
+    """The requests whose output goes to a client; the very same list in a process that never ran a search.
+
+    With the overlap schedule a finished child shows once more after its search is gone, so "no live search" is no test.
+    """
+    return [req for req in reqs if not isinstance(req, ChildReq)] if ChildReq.any_made else reqs

@@ -1,0 +1,30 @@
+"""Builds the coordinator of a scheduler process from the server's flags."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.runtime_context import get_device
+
+from sglang_ets.core.selection import make_policies
+from sglang_ets.engine.coordinator import SearchCoordinator
+from sglang_ets.engine.device_distances import step_distances
+from sglang_ets.kernels.dispatch import describe_backend
+from sglang_ets.prm.engine import PrmEngine, PrmSettings
+
+logger = logging.getLogger(__name__)
+
+
+def make_coordinator(scheduler: Any) -> SearchCoordinator:
+    """Load the PRM's weights and make the coordinator. Called once, while the scheduler starts."""
+    flags = scheduler.server_args._ets
+    device = get_device().device
+    logger.info("%s", describe_backend(device))
+    settings = PrmSettings(
+        model_path=flags["prm_model_path"] or scheduler.server_args.model_path,
+        format=flags["prm_format"],
+        max_total_tokens=flags["prm_max_total_tokens"],
+    )
+    policies = make_policies(step_distances(device))
+    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies)

@@ -1,0 +1,311 @@
+"""What a request may ask of a search, each refusal, and the shape of the answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import HTTPException
+from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
+from sglang_ets.patches.openai_api import answer_search
+
+from sglang_ets.api import protocol
+from sglang_ets.api.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    SearchOptions,
+    check_server,
+    question_of,
+    response_body,
+    search_config,
+)
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.engine import admission
+from sglang_ets.engine.admission import carried_config, prompt_text
+from sglang_ets.wire import QUESTION_KEY
+
+SETTINGS = {"search": "rebase", "algorithm": "rebase", "max_width": 64, "max_tokens": 300, "step_delimiter": "\n"}
+CONTEXT_TOKENS = 1000
+ANSWER = {
+    "text": "1+2=3",
+    "token_ids": [5, 6],
+    "finish_reason": "stop",
+    "score": 0.5,
+    "step_scores": [0.7, 0.5],
+    "answer": "3",
+    "votes": 2.0,
+}
+RESULT = {
+    "results": [ANSWER, {**ANSWER, "text": "1+2=4", "answer": "4", "finish_reason": "length"}],
+    "usage": {"prompt_tokens": 10, "completion_tokens": 90, "answer_tokens": 4, "prm_tokens": 100},
+    "search": {"algorithm": "rebase", "kv_tokens_peak": 7},
+}
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest(**{"model": "m", "prompt": "1+2=", "search_width": 16, **fields})
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest(
+        **{"model": "m", "messages": [{"role": "user", "content": "1+2="}], "search_width": 16, **fields}
+    )
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+def test_request_wins_over_the_servers_defaults(make: Any) -> None:
+    request = make(n=3, seed=5, max_tokens=200, search={"algorithm": "ets", "step_delimiter": ["\n\n", 7]})
+    config = search_config(request, SETTINGS, CONTEXT_TOKENS)
+    expected = SearchConfig(
+        algorithm="ets", width=16, num_results=3, max_tokens=200, step_delimiter=("\n\n", 7), seed=5
+    )
+    assert config == expected
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+def test_defaults_of_the_server_fill_the_rest(make: Any) -> None:
+    config = search_config(make(), SETTINGS, CONTEXT_TOKENS)
+    assert (config.algorithm, config.max_tokens, config.step_delimiter) == ("rebase", 300, ("\n",))
+    assert search_config(make(), SETTINGS, 100).max_tokens == 50
+
+
+def test_max_completion_tokens_counts_for_chat() -> None:
+    assert search_config(chat(max_completion_tokens=77), SETTINGS, CONTEXT_TOKENS).max_tokens == 77
+
+
+@pytest.mark.parametrize("prompt", ["1+2=", [5, 6], [5]])
+def test_a_list_of_one_prompt_is_that_prompt(prompt: Any) -> None:
+    """lm-evaluation-harness sends token ids like this, LangChain texts."""
+    assert completion(prompt=[prompt]).prompt == prompt
+    search_config(completion(prompt=[prompt]), SETTINGS, CONTEXT_TOKENS)
+    for width in (None, 1):
+        assert completion(prompt=[prompt], search_width=width).prompt == [prompt], "an ordinary request stays as sent"
+
+
+@pytest.mark.parametrize("prompt", ["1+2=", [5], [], ["a", "b"], [[1], [2]]])
+def test_any_other_prompt_stays_as_sent(prompt: Any) -> None:
+    assert completion(prompt=prompt).prompt == prompt
+
+
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (completion, {"search_width": 0}, "search_width"),
+    (completion, {"search_width": True}, "search_width"),
+    (completion, {"search_width": "16"}, "search_width"),
+    (completion, {"search_width": 65}, "search_width must be at most 64"),
+    (completion, {"search_width": 10_000}, "search_width"),
+    (completion, {"search_width": None, "search": {"algorithm": "ets"}}, "search needs search_width"),
+    (completion, {"search": ["ets"]}, "search must be an object"),
+    (completion, {"search": {"algorithm": "mcts"}}, "best_of_n, beam, dvts, rebase, ets_kv, ets"),
+    (completion, {"search": {"kv_weight": 1}}, "valid settings are algorithm"),
+    (completion, {"search": {"width": 4}}, "valid settings are algorithm"),
+    (completion, {"n": 17}, "n must be"),
+    (completion, {"max_tokens": CONTEXT_TOKENS}, "max_tokens"),
+    (completion, {"logprobs": 0}, "logprobs"),
+    (completion, {"echo": True}, "echo"),
+    (completion, {"best_of": 2}, "best_of"),
+    (completion, {"suffix": "a"}, "suffix"),
+    (completion, {"regex": "a+"}, "regex"),
+    (completion, {"ebnf": "root ::= a"}, "ebnf"),
+    (completion, {"json_schema": "{}"}, "json_schema"),
+    (completion, {"response_format": {"type": "json_object"}}, "response_format"),
+    (completion, {"lora_path": "adapter"}, "lora_path"),
+    (completion, {"session_params": {"id": "a"}}, "session_params"),
+    (completion, {"custom_logit_processor": "p"}, "custom_logit_processor"),
+    (completion, {"return_hidden_states": True}, "return_hidden_states"),
+    (completion, {"prompt": ["a", "b"]}, "prompt"),
+    (completion, {"prompt": [[1, 2], [3]]}, "prompt"),
+    (completion, {"rid": ["a", "b"]}, "rid"),
+    (chat, {"logprobs": True}, "logprobs"),
+    (chat, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    (chat, {"continue_final_message": True}, "continue_final_message"),
+    (
+        chat,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+        "image_url",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "fields", "named"), REFUSED, ids=[str(sorted(case[1].items())) for case in REFUSED])
+def test_refusals_are_one_sentence_that_names_the_field(make: Any, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
+        search_config(make(**fields), SETTINGS, CONTEXT_TOKENS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*protocol.REFUSED])
+@pytest.mark.parametrize("make", [completion, chat])
+def test_each_field_that_a_search_cannot_honour_is_refused(make: Any, name: str) -> None:
+    request = make().model_copy(update={name: "given"})
+    with pytest.raises(ValueError, match=rf"^{name} does not work together with search_width, got 'given'; [^\n]+$"):
+        search_config(request, SETTINGS, CONTEXT_TOKENS)
+
+
+def native(given: Any, sampling: dict[str, Any] | None = None, **fields: Any) -> Any:
+    """A request of `/generate` as it reaches the scheduler."""
+    params = {"custom_params": {"ets": given}, "max_new_tokens": 50, **(sampling or {})}
+    return SimpleNamespace(rid="native", sampling_params=SimpleNamespace(**params), **fields)
+
+
+def test_native_requests_carry_a_flat_object_or_validated_text() -> None:
+    given = {"search_width": 8, "n": 2, "seed": 4, "algorithm": "ets"}
+    config = carried_config(native(given), SETTINGS)
+    expected = SearchConfig(algorithm="ets", width=8, num_results=2, max_tokens=50, step_delimiter=("\n",), seed=4)
+    assert config == expected
+    assert carried_config(native(expected.to_json()), SETTINGS) == expected
+    unseeded = [carried_config(native({"search_width": 8}), SETTINGS).seed for _ in range(2)]
+    assert unseeded[0] == unseeded[1]  # every rank finds the same seed for one request
+
+
+@pytest.mark.parametrize("attribute", [*admission.REFUSED_NATIVE])
+def test_each_native_field_that_a_search_cannot_honour_is_refused(attribute: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{admission.REFUSED_NATIVE[attribute]} does not work together with a search"
+    ):
+        carried_config(native({"search_width": 8}, **{attribute: "given"}), SETTINGS)
+
+
+@pytest.mark.parametrize("name", admission.REFUSED_SAMPLING)
+def test_each_grammar_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} does not work together with a search"):
+        carried_config(native({"search_width": 8}, {name: "given"}), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (16, "must be an object"),
+        ({}, "search_width must be"),
+        ({"search_width": 1}, "search_width must be"),
+        ({"search_width": 65}, "at most 64"),
+        ({"search_width": 8, "kv": 1}, "no setting 'kv'"),
+    ],
+)
+def test_wrong_native_searches_are_refused(given: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        carried_config(native(given), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"pp_size": 2}, "pipeline"),
+        ({"disaggregation_mode": "decode"}, "disaggregated"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative"),
+        ({"enable_dp_attention": True}, "data-parallel attention"),
+    ],
+)
+def test_servers_that_cannot_search_refuse(setting: dict[str, Any], named: str) -> None:
+    plain = {"pp_size": 1, "disaggregation_mode": "null", "speculative_algorithm": None, "enable_dp_attention": False}
+    check_server(SimpleNamespace(**plain))
+    with pytest.raises(ValueError, match=named):
+        check_server(SimpleNamespace(**{**plain, **setting}))
+
+
+def test_openapi_shows_typed_fields_that_match_the_config() -> None:
+    for make in (CompletionRequest, ChatCompletionRequest):
+        properties = make.model_json_schema()["properties"]
+        assert properties["search_width"]["anyOf"][0]["type"] == "integer"
+        options = properties["search"]["anyOf"][0]
+        assert options["additionalProperties"] is False
+    outer = {"width", "num_results", "max_tokens", "seed"}
+    assert set(SearchOptions.model_fields) == set(SearchConfig.__dataclass_fields__) - outer
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+def test_body_holds_ranked_choices_usage_and_figures(make: Any) -> None:
+    body = response_body(make(), "id", RESULT)
+    texts = [choice["message"]["content"] if make is chat else choice["text"] for choice in body["choices"]]
+    assert texts == ["1+2=3", "1+2=4"]
+    assert [choice["finish_reason"] for choice in body["choices"]] == ["stop", "length"]
+    assert body["choices"][0]["search"] == {"score": 0.5, "step_scores": [0.7, 0.5], "answer": "3", "votes": 2.0}
+    assert (body["usage"]["completion_tokens"], body["usage"]["total_tokens"]) == (90, 100)
+    assert body["usage"]["completion_tokens_details"]["answer_tokens"] == 4
+    assert body["metadata"] == {"search": RESULT["search"]}
+    assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["metadata"]["search"]["tree"] == {"nodes": []}
+
+
+class Serving(OpenAIServingBase):
+    """sglang's handler with a scripted engine behind it."""
+
+    def __init__(self, outcome: Any) -> None:
+        server_args = SimpleNamespace(_ets=SETTINGS)
+        self.outcome, self.sent = outcome, []
+        self.tokenizer_manager: Any = SimpleNamespace(
+            served_model_name="m",
+            context_len=CONTEXT_TOKENS,
+            server_args=server_args,
+            generate_request=self.generate,
+            create_abort_task=lambda _internal: None,
+        )
+
+    def _request_id_prefix(self) -> str:
+        return ""
+
+    def _convert_to_internal_request(self, request: Any, raw_request: Any = None) -> Any:
+        sampling = {"n": request.n, "max_new_tokens": request.max_tokens, "custom_params": None}
+        return SimpleNamespace(sampling_params=sampling, stream=request.stream), request
+
+    async def generate(self, internal: Any, _raw_request: Any) -> Any:
+        self.sent.append(internal)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        yield {"meta_info": {"id": "id", "finish_reason": {"type": "stop"}, **self.outcome}}
+
+
+def post(outcome: Any, **fields: Any) -> tuple[Any, list[Any]]:
+    async def stock(*_args: Any) -> str:
+        return "stock"
+
+    serving = Serving(outcome)
+    return asyncio.run(answer_search(stock, serving, completion(**fields), None)), serving.sent
+
+
+@pytest.mark.parametrize("fields", [{"search_width": None}, {"search_width": 1}])
+def test_ordinary_requests_stay_with_sglang(fields: dict[str, Any]) -> None:
+    assert post({}, **fields) == ("stock", [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_engine_gets_one_request_with_the_search_inside(stream: bool) -> None:
+    response, (sent,) = post({"search": [RESULT]}, n=2, stream=stream, max_tokens=99)
+    assert response.status_code == 200
+    assert (sent.sampling_params["n"], sent.sampling_params["max_new_tokens"], sent.stream) == (1, 99, stream)
+    config = SearchConfig.from_json(sent.sampling_params["custom_params"]["ets"])
+    assert (config.width, config.num_results) == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fields", "status", "named"),
+    [
+        ({"search": [RESULT]}, {"echo": True}, 400, "echo"),
+        ({"search": [RESULT]}, {"model": "m:adapter"}, 400, "LoRA"),
+        (ValueError("the context\nis too long"), {}, 400, "the context is too long"),
+        (HTTPException(500, "search failed: no KV"), {}, 500, "no KV"),
+        ({"finish_reason": {"type": "abort", "message": "Aborted"}}, {}, 500, "Aborted"),
+        ({}, {}, 500, "no result"),
+    ],
+)
+def test_errors_have_a_status_and_one_sentence(outcome: Any, fields: dict[str, Any], status: int, named: str) -> None:
+    response, _ = post(outcome, **fields)
+    assert response.status_code == status
+    message = json.loads(response.body)["message"]
+    assert named in message
+    assert "\n" not in message
+
+
+def test_a_prm_is_asked_about_the_last_user_message_or_the_whole_prompt() -> None:
+    part = SimpleNamespace(type="text", text="2+2?")
+    turns = [("user", "hi"), ("assistant", "yes?"), ("user", [part]), ("assistant", "4")]
+    messages = [SimpleNamespace(role=role, content=content) for role, content in turns]
+    assert question_of(SimpleNamespace(messages=messages)) == "2+2?"
+    assert question_of(SimpleNamespace(prompt="1+1=")) is None
+    assert question_of(SimpleNamespace(messages=messages[1:2])) is None
+    tokenizer = SimpleNamespace(decode=lambda ids: f"<{len(ids)}>")
+    for custom, expected in ((None, "<2>"), ({QUESTION_KEY: None}, "<2>"), ({QUESTION_KEY: "q"}, "q")):
+        sampling = SimpleNamespace(custom_params=custom)
+        req = SimpleNamespace(sampling_params=sampling, tokenizer=tokenizer, origin_input_ids=[1, 2])
+        assert prompt_text(req) == expected

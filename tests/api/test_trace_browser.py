@@ -1,0 +1,76 @@
+"""A live page in Chromium: it draws each level as it comes, without being loaded again."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from sglang_ets.api.trace import TraceStore
+from sglang_ets.api.trace_pages import add_routes
+from tests.api.test_trace import progress, result, sent_by_scheduler
+from tests.api.test_view import BROWSER_LIMIT_S, CHROMIUM, needs_chromium
+
+START_LIMIT_S = 20.0
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The app on a free local port."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+        thread.start()
+        end = time.monotonic() + START_LIMIT_S
+        while not server.started and time.monotonic() < end:
+            time.sleep(0.02)
+        try:
+            yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@needs_chromium
+def test_a_page_that_was_loaded_before_the_first_step_shows_the_end(tmp_path: Path) -> None:
+    app, store = FastAPI(), TraceStore()
+    add_routes(app, {"trace": True}, store)
+
+    @app.post("/go")
+    async def go() -> dict[str, str]:
+        """The page calls this once it follows the search, which then runs to its end."""
+        trace = store.get("a")
+        assert trace is not None
+        reports = [progress(depth) for depth in range(1, 6)] + [result(6)]
+        async for _ in store.follow(trace, sent_by_scheduler(reports, type="length")):
+            pass
+        return {}
+
+    @app.get("/begin")
+    async def begin() -> dict[str, str]:
+        store.begin("a", "1+2=", {"algorithm": "ets", "width": 16})
+        return {}
+
+    with served(app) as url:
+        subprocess.run(["curl", "-sf", f"{url}/begin"], check=True, capture_output=True, timeout=START_LIMIT_S)
+        starter = threading.Timer(
+            3.0, lambda: subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/go"], check=False, capture_output=True)
+        )
+        starter.start()
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+        command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", f"{url}/search/a"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_LIMIT_S, check=True)
+        starter.join()
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert int(re.findall(r'data-updates="(\d+)"', done.stdout)[0]) > 0
+    assert 'data-drawn="96"' in done.stdout
+    assert '<p id="live" role="status" hidden="">' in done.stdout

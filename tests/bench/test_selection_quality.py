@@ -1,0 +1,45 @@
+"""The bench that judges selections: its levels, costs and shares on a tree small enough to see through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.selection_quality import judged_levels, kept_cost, quality
+from bench.testbed.task import Problem
+from sglang_ets.core.config import SearchConfig
+
+PROBLEM = Problem("1+2+3", 6)
+
+
+def node(number: int, parent: int, depth: int, text: str, score: float, axis: int) -> dict[str, Any]:
+    embedding = [float(place == axis) for place in range(3)]
+    made = {"id": number, "parent": parent, "depth": depth, "text": text, "score": score, "embedding": embedding}
+    return made | {"token_ids": [ord(letter) for letter in text], "finish": "step"}
+
+
+NODES = [
+    node(1, 0, 1, "so 1+2=3:3+3\n", 0.9, 0),
+    node(2, 0, 1, "so 1+2=3:3+3\n", 0.9, 0),
+    node(3, 0, 1, "so 1+2=4:4+3\n", 0.9, 1),
+    node(4, 1, 2, "so 3+3=6:The answer is 6", 0.9, 0),  # all leaves of its level are right: nothing to judge
+]
+
+
+def test_a_level_counts_equal_paths_once_and_knows_the_truth() -> None:
+    (judged,) = judged_levels(NODES, PROBLEM, 3)
+    assert judged.is_right.tolist() == [True, True, False]
+    assert judged.level.kv.cost.tolist() == [13.0, 13.0]  # two equal steps share their KV
+    assert judged.level.nodes.cost.tolist() == [1.0, 1.0, 1.0]
+    assert kept_cost(judged.level.kv, np.array([True, False, False])) == 0.5
+    assert kept_cost(judged.level.nodes, np.array([True, False, True])) == pytest.approx(2 / 3)
+
+
+def test_coverage_keeps_the_wrong_meaning_too() -> None:
+    judged = list(judged_levels(NODES, PROBLEM, 3))
+    greedy = quality(judged, SearchConfig(width=3, kv_cost_weight=4.0, diversity_weight=0.0))
+    covering = quality(judged, SearchConfig(width=3, kv_cost_weight=4.0, diversity_weight=100.0))
+    assert (greedy["kv_kept"], greedy["right_kept"], greedy["all_right_lost"]) == (0.5, 1.0, 0.0)
+    assert (covering["kv_kept"], covering["right_kept"]) == (1.0, pytest.approx(2 / 3))

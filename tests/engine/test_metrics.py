@@ -1,0 +1,164 @@
+"""The metrics of searches: what each event adds, that off costs nothing, and that the dashboard asks for what exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.ilp import CostTree, solve
+from sglang_ets.core.selection import Selection
+from sglang_ets.core.tree import SearchTree
+from sglang_ets.engine.metrics import METRICS, PREFIX, NoMetrics, SearchMetrics, finished_line, make_metrics, outcome_of
+
+DASHBOARD = Path(__file__).resolve().parents[2] / "bench" / "grafana.json"
+LABELS = {"model_name": "m", "tp_rank": 0}
+UNITS = ("tokens", "seconds", "steps", "searches", "levels", "running", "made", "pruned", "releases", "fallbacks")
+
+
+class Finished:
+    """A finish reason as sglang's requests carry it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def to_json(self) -> dict[str, str]:
+        return {"type": self.kind}
+
+
+def live_search(end_reason: str = "", finish: str = "length") -> Any:
+    tree = SearchTree(3)
+    for state, tokens in (("retained", (1, 2)), ("pruned", (3,))):
+        node = tree.add_child(tree.root)
+        tree.set_step(node, tokens, "x", "step")
+        node.state = state  # type: ignore[assignment]
+    return SimpleNamespace(
+        owner="a",
+        config=SearchConfig(algorithm="ets"),
+        search=SimpleNamespace(tree=tree),
+        prm_tokens=9,
+        num_pressure_releases=1,
+        end_reason=end_reason,
+        req=SimpleNamespace(finished_reason=Finished(finish)),
+    )
+
+
+def coordinator(num_searches: int, held: int, freed: int) -> Any:
+    ledger = SimpleNamespace(held_tokens=lambda: held, freed_tokens=freed)
+    return SimpleNamespace(searches=dict.fromkeys(range(num_searches)), ledger=ledger)
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry: CollectorRegistry) -> SearchMetrics:
+    return SearchMetrics(LABELS, registry)
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(PREFIX + name, {"model_name": "m", "tp_rank": "0", **labels})
+
+
+def test_a_search_is_counted_once_however_often_it_is_published(
+    registry: CollectorRegistry, metrics: SearchMetrics
+) -> None:
+    live = live_search("complete")
+    metrics.level_done(coordinator(2, 70, 5), live)
+    assert value(registry, "searches_running") == 2
+    assert value(registry, "kv_held_tokens") == 70
+    live.prm_tokens = 12
+    metrics.ended(coordinator(1, 40, 9), live, 3.0)
+    counts = {
+        name: value(registry, f"{name}_total", algorithm="ets") for name in ("levels", "nodes_made", "prm_tokens")
+    }
+    assert counts == {"levels": 1, "nodes_made": 2, "prm_tokens": 12}
+    assert value(registry, "nodes_pruned_total", algorithm="ets") == 1
+    assert value(registry, "generated_tokens_total", algorithm="ets") == 3
+    assert value(registry, "kv_pressure_releases_total", algorithm="ets") == 1
+    assert value(registry, "kv_freed_tokens_total") == 9
+    assert value(registry, "searches_running") == 1
+    assert value(registry, "searches_total", algorithm="ets", outcome="complete") == 1
+    assert value(registry, "search_seconds_sum", algorithm="ets") == 3.0
+
+
+def test_calls_of_prm_and_solver_are_timed(registry: CollectorRegistry, metrics: SearchMetrics) -> None:
+    metrics.scored(16, 0.02)
+    assert value(registry, "prm_batch_steps_sum") == 16
+    assert value(registry, "score_seconds_bucket", le="0.025") == 1
+    tree = CostTree(np.array([-1, -1]), np.array([1.0, 1.0]), np.array([0, 1]))
+    _, report = solve(np.array([0.5, 0.5]), tree, 1.0, None, 0.0, None)
+    metrics.selected(live_search(), Selection(np.array([1, 1]), solver=report), 0.3)
+    metrics.selected(live_search(), Selection(np.array([1, 1]), is_fallback=True), 0.3)
+    assert value(registry, "select_seconds_count", algorithm="ets") == 2
+    solved = value(registry, "solver_seconds_sum", algorithm="ets")
+    assert solved == pytest.approx((report.build_ms + report.solve_ms) / 1e3)
+    assert value(registry, "rebase_fallbacks_total", algorithm="ets") == 1
+
+
+@pytest.mark.parametrize(
+    ("end_reason", "finish", "outcome"),
+    [
+        ("complete", "length", "complete"),
+        ("deadline", "length", "deadline"),
+        ("aborted", "abort", "aborted"),
+        ("failed", "abort", "failed"),
+        ("", "abort", "refused"),
+    ],
+)
+def test_outcomes(end_reason: str, finish: str, outcome: str) -> None:
+    assert outcome_of(live_search(end_reason, finish)) == outcome
+
+
+def test_metrics_that_are_off_do_nothing_and_import_nothing() -> None:
+    off = SimpleNamespace(metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False))
+    made = make_metrics(off)
+    assert (type(made), made.is_on) == (NoMetrics, False)
+    nothing: Any = None  # any look at an argument would raise
+    made.level_done(nothing, nothing)
+    made.scored(nothing, nothing)
+    made.selected(nothing, nothing, nothing)
+    made.ended(nothing, nothing, nothing)
+    made.sync(nothing)
+    code = "import sys, sglang_ets.engine.metrics; sys.exit('prometheus_client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=[metric.name for metric in METRICS])
+def test_names_end_in_their_unit(metric: Any) -> None:
+    assert metric.name.split("_")[-1] in UNITS
+
+
+def test_every_query_of_the_dashboard_names_a_metric_and_every_metric_is_shown() -> None:
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries += [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    exposed = {name: metric.name for metric in METRICS for name in metric.exposed_names}
+    asked = [re.findall(rf"{PREFIX}\w+", query) for query in queries]
+    assert all(asked), "a query without a metric of ours"
+    assert {name for names in asked for name in names} <= set(exposed)
+    assert {exposed[name] for names in asked for name in names} == {metric.name for metric in METRICS}
+
+
+def test_the_line_of_a_finished_search_reads_as_a_sentence() -> None:
+    figures = {
+        "id": "a", "algorithm": "ets", "width": 16, "finish_reason": "complete", "levels": 7, "nodes_made": 90,
+        "nodes_pruned": 31, "kv_tokens_peak": 400, "kv_referenced_peak": 1900, "seconds": 1.234,
+    }  # fmt: skip
+    usage = {"completion_tokens": 800, "prm_tokens": 950}
+    line = finished_line({"search": figures, "usage": usage, "results": [{"answer": "42", "score": 0.9}]})
+    assert line == (
+        "search a complete in 1.23 s: ets width 16, 7 levels, 90 nodes (31 pruned), KV peak 400 of 1900 referenced "
+        "tokens, 800 tokens generated, 950 read by the PRM, answer '42' with score 0.900"
+    )
