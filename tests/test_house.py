@@ -13,6 +13,7 @@ from sglang_ets.patches import table
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("sglang_ets", "kernels", "patches", "tests", "bench")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+MAX_FUNCTION_LINES = 50
 # What each room may import of ours. An import points one way only, also under TYPE_CHECKING.
 ROOMS: dict[str, set[str]] = {
     "core": set(),
@@ -35,6 +36,17 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def test_functions_are_of_a_readable_size() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (node.end_lineno or node.lineno) - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    assert not long, f"functions of more than {MAX_FUNCTION_LINES} lines: {long}"
 
 
 def room_of(module: str) -> str:
