@@ -58,8 +58,8 @@ SEARCH_KEYS = (
 )  # fmt: skip
 SAMPLING_KEYS = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "seed", "n",
-    "stop", "logit_bias", "max_tokens", "stream", "logprobs", "echo", "best_of", "user", "priority", "ignore_eos", "stop_token_ids",
-    "min_tokens", "skip_special_tokens", "rid", "response_format", "tools", "suffix", "regex", "ebnf",
+    "stop", "logit_bias", "max_tokens", "stream", "logprobs", "echo", "best_of", "user", "priority", "ignore_eos",
+    "stop_token_ids", "min_tokens", "skip_special_tokens", "rid", "response_format", "tools", "suffix", "regex", "ebnf",
 )  # fmt: skip
 
 
