@@ -23,7 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "prm": {"core", "kv", "kernels"},
     "engine": {"core", "kv", "prm", "kernels", "wire"},
     "api": {"core", "wire"},
-    "tools": {"core", "api", "wire"},
+    "tools": {"core", "prm", "api", "wire"},
 }
 
 
