@@ -30,8 +30,9 @@ class StepScoring:
 
     def run_when_due(self) -> None:
         """One PRM batch over all searches, when it is large enough or some search waits for nothing else."""
-        self._waiting = [(live, node) for live, node in self._waiting if not live.is_answered and not live.end_reason]
         while True:
+            # Each round: a search may have ended in the one before.
+            self._waiting = [job for job in self._waiting if not job[0].is_answered and not job[0].end_reason]
             # A step follows its parent's; best-of-N may have both waiting.
             batch = [(live, node) for live, node in self._waiting if self._parent(live, node).prm is not None]
             if not batch or (len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch)):
