@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -175,7 +174,12 @@ class SearchConfig:
         Raises:
             ValueError: not a JSON object with our fields, or a value breaks its rule.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError(
+                "search settings must be a JSON object, got a text nested too deep; send it flat"
+            ) from None
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or any(key not in names for key in values):
             raise ValueError(f"search settings must be a JSON object with the fields {', '.join(names)}, got {text!r}")
@@ -215,7 +219,7 @@ def _integer(field: str, value: object, low: int, high: int | None) -> None:
 
 
 def _number(field: str, value: object, low: float, high: float) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # type: ignore[operator]
         raise _wrong(field, f"a number from {low:g} to {high:g}", value, "choose a value in that range")
 
@@ -224,12 +228,21 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a tokenizer can read it: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _delimiters(value: object) -> None:
     rule = f"1 to {MAX_DELIMITERS} texts or token ids"
     if not isinstance(value, tuple) or not 1 <= len(value) <= MAX_DELIMITERS:
         raise _wrong("step_delimiter", rule, value, 'for example ["\\n\\n"]')
     for item in value:
-        is_text = isinstance(item, str) and item != ""
+        is_text = isinstance(item, str) and item != "" and _is_unicode(item)
         is_id = isinstance(item, int) and not isinstance(item, bool) and item >= 0
         if not is_text and not is_id:
             raise _wrong("step_delimiter", rule, value, f"{item!r} is neither a non-empty text nor a token id")

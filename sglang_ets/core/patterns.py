@@ -63,7 +63,7 @@ def normalise(answer: str) -> str:
 def _compile(pattern: str) -> Any:
     try:
         compiled = regex.compile(pattern)
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise ValueError(
             f"answer_pattern must be one of {', '.join(PRESETS)} or a regular expression with one group, "
             f"got {pattern!r}; it does not compile ({error})"

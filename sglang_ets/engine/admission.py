@@ -40,8 +40,13 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
         if getattr(req.sampling_params, name, None):
             raise ValueError(f"{name} does not work together with a search; leave one of them out")
     given = req.sampling_params.custom_params[CUSTOM_KEY]
+    question = req.sampling_params.custom_params.get(QUESTION_KEY)
+    if not isinstance(question, str | None):
+        raise ValueError(f"{QUESTION_KEY} beside it must be a text, got {question!r}; leave it out")
     if isinstance(given, str):
-        return SearchConfig.from_json(given)
+        config = SearchConfig.from_json(given)
+        check_width(config, settings["max_width"])
+        return config
     if not isinstance(given, dict):
         raise ValueError(f"it must be an object of settings, got {given!r}; for example {{'search_width': 16}}")
     outer: dict[str, Any] = {name: given.get(name) for name in ("search_width", "n", "seed")}

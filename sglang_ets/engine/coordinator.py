@@ -81,7 +81,7 @@ class SearchCoordinator:
             return True
         try:
             config = carried_config(req, self.scheduler.server_args._ets)
-        except (TypeError, ValueError) as error:  # custom_params can also come straight from a client
+        except Exception as error:  # custom_params can come straight from a client: the same boundary as `guard`
             prepare_abort(req, f"custom_params['ets'] is wrong: {error}", status_code=HTTPStatus.BAD_REQUEST)
             self.scheduler.output_streamer.stream_output([req], False)
             return True
@@ -103,6 +103,11 @@ class SearchCoordinator:
         self._queue_child(live, ROOT, (), 0)
 
     def _refusal(self, live: LiveSearch) -> str | None:
+        if not live.prompt_tokens:
+            return "the prompt must hold at least one token, got none; send a text that is not empty"
+        unknown = [d for d in live.config.step_delimiter if isinstance(d, int) and d >= live.req.vocab_size]
+        if unknown:
+            return f"token ids of step_delimiter must be below {live.req.vocab_size}, got {unknown[0]}; leave it out"
         pool = self.scheduler.max_total_num_tokens
         need = live.prompt_tokens + live.config.max_tokens + 1
         if need > pool:

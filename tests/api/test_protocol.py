@@ -181,12 +181,20 @@ def test_each_grammar_is_refused(name: str) -> None:
         ({}, "search_width must be"),
         ({"search_width": 1}, "search_width must be"),
         ({"search_width": 65}, "at most 64"),
+        ('{"width": 65}', "at most 64"),
         ({"search_width": 8, "kv": 1}, "no setting 'kv'"),
     ],
 )
 def test_wrong_native_searches_are_refused(given: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         carried_config(native(given), SETTINGS)
+
+
+def test_a_native_question_is_a_text() -> None:
+    request = native({"search_width": 8})
+    request.sampling_params.custom_params[QUESTION_KEY] = 5
+    with pytest.raises(ValueError, match=f"^{QUESTION_KEY} beside it must be a text, got 5; leave it out$"):
+        protocol.carried_config(request, SETTINGS)
 
 
 @pytest.mark.parametrize(
