@@ -194,7 +194,7 @@ def test_a_native_question_is_a_text() -> None:
     request = native({"search_width": 8})
     request.sampling_params.custom_params[QUESTION_KEY] = 5
     with pytest.raises(ValueError, match=f"^{QUESTION_KEY} beside it must be a text, got 5; leave it out$"):
-        protocol.carried_config(request, SETTINGS)
+        carried_config(request, SETTINGS)
 
 
 @pytest.mark.parametrize(
