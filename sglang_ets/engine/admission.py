@@ -48,6 +48,9 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
         if getattr(req.sampling_params, name, None):
             raise ValueError(f"{name} does not work together with a search; leave one of them out")
     given = req.sampling_params.custom_params[CUSTOM_KEY]
+    question = req.sampling_params.custom_params.get(QUESTION_KEY)
+    if not isinstance(question, str | None):
+        raise ValueError(f"{QUESTION_KEY} beside it must be a text, got {question!r}; leave it out")
     room = max(1, req.sampling_params.max_new_tokens)
     if isinstance(given, str):
         config = SearchConfig.from_json(given)
@@ -73,10 +76,14 @@ def _flat_config(req: Any, given: Mapping[str, Any], settings: Mapping[str, Any]
     )
 
 
-def refusal(config: SearchConfig, prompt_tokens: int, pool_tokens: int, num_ranks: int) -> str | None:
-    """Why this server cannot run the search, in one sentence for the client; None if it can."""
-    if prompt_tokens == 0:
-        return "a search needs a prompt of at least 1 token, got 0; send a text"
+def refusal(config: SearchConfig, req: Any, pool_tokens: int, num_ranks: int) -> str | None:
+    """Why this server cannot run the search of `req`, in one sentence for the client; None if it can."""
+    prompt_tokens = len(req.origin_input_ids)
+    if not prompt_tokens:
+        return "the prompt must hold at least one token, got none; send a text that is not empty"
+    unknown = [d for d in config.step_delimiter if isinstance(d, int) and d >= req.vocab_size]
+    if unknown:
+        return f"token ids of step_delimiter must be below {req.vocab_size}, got {unknown[0]}; leave it out"
     need = prompt_tokens + config.max_tokens + 1
     if need > pool_tokens:
         return (

@@ -87,7 +87,7 @@ class SearchCoordinator:
             return True
         try:
             config = carried_config(req, self._settings)
-        except (TypeError, ValueError) as error:  # custom_params can also come straight from a client
+        except Exception as error:  # custom_params can come straight from a client: the same boundary as `guard`
             message = f"custom_params['{CUSTOM_KEY}'] is wrong: {error}"
             prepare_abort(req, message, status_code=HTTPStatus.BAD_REQUEST)
             self.scheduler.output_streamer.stream_output([req], False)
@@ -100,7 +100,7 @@ class SearchCoordinator:
 
     def _begin(self, live: LiveSearch) -> None:
         pool_tokens = self.scheduler.max_total_num_tokens
-        refused = refusal(live.search.config, live.prompt_tokens, pool_tokens, self._num_ranks)
+        refused = refusal(live.search.config, live.req, pool_tokens, self._num_ranks)
         if refused:
             self._answer_error(live, refused, HTTPStatus.BAD_REQUEST)
             return
