@@ -17,7 +17,9 @@ from sglang_ets.core.config import Algorithm
 from sglang_ets.core.selection import Level, Selection
 from sglang_ets.engine.children import ChildReq
 from sglang_ets.engine.live import LiveSearch
+from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.engine.pressure import HOPELESS_TICKS
+from sglang_ets.kv import RadixLedger
 from sglang_ets.prm.engine import PrmError
 from sglang_ets.wire import PROGRESS_KEY, QUESTION_KEY, TRACE_KEY, TRACE_PARAM
 from tests.engine.fakes import EOS, FakeScheduler, ScriptedPrm, World, request, three_steps, tokens
@@ -573,3 +575,40 @@ def test_end_of_text_is_no_part_of_the_answers_text() -> None:
     best = world.answer()["results"][0]
     assert best["token_ids"][-1] == EOS
     assert best["text"].encode() == bytes(best["token_ids"][:-1])
+
+
+def test_a_budget_that_no_leaf_fits_ends_the_search_without_a_report() -> None:
+    world = World()
+    world.ask(algorithm="ets", kv_budget_tokens=1, stream=True)
+    world.run()
+    result = world.answer()
+    assert (result["search"]["finish_reason"], result["results"][0]["finish_reason"]) == ("kv_budget", "length")
+    assert world.scheduler.output_streamer.reports("pa") == []
+    world.assert_balanced()
+
+
+def test_metrics_are_counted_once_for_each_event() -> None:
+    world = World()
+    events: list[str] = []
+
+    class Events(NoMetrics):
+        def level_done(self, live: LiveSearch) -> None:
+            events.append("level")
+
+        def selected(self, live: LiveSearch, selection: Selection, seconds: float) -> None:
+            events.append("selected")
+
+        def ended(self, live: LiveSearch, seconds: float) -> None:
+            events.append("ended")
+
+        def sync(self, num_searches: int, ledger: RadixLedger) -> None:
+            counts.append((num_searches, ledger.held_tokens()))
+
+    counts: list[tuple[int, int]] = []
+    world.ets._metrics = Events()
+    world.ask(algorithm="beam")
+    world.run()
+    assert events == ["level", "selected"] * 2 + ["level", "ended"]
+    assert counts[0] == (1, 0)
+    assert counts[-1] == (0, 0)
+    assert max(held for _, held in counts) > len("Q: 1+1?\n")
