@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 from pathlib import Path
@@ -28,14 +29,14 @@ ROOMS: dict[str, set[str]] = {
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level packages that a file imports, and our own modules by their full name."""
-    found = set()
+    """Modules that a file imports, by their full name, and what it takes from them."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def test_functions_are_of_a_readable_size() -> None:
@@ -66,6 +67,16 @@ def test_imports_point_one_way(room: str) -> None:
     for path in files_of(room):
         rooms = {room_of(module) for module in imports(path)} & ours
         assert rooms <= ROOMS[room] | {room}, f"{path.relative_to(ROOT)} imports {rooms - ROOMS[room] - {room}}"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    graph = {
+        f"sglang_ets.{path.relative_to(ROOT / 'sglang_ets').with_suffix('').as_posix().replace('/', '.')}": imports(
+            path
+        )
+        for path in (ROOT / "sglang_ets").rglob("*.py")
+    }
+    list(graphlib.TopologicalSorter({name: modules & set(graph) for name, modules in graph.items()}).static_order())
 
 
 def test_pure_rooms_know_no_engine() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang.srt.runtime_context import get_device
+from sglang.srt.runtime_context import get_device, get_parallel
 
 from sglang_ets.core.selection import make_policies
 from sglang_ets.engine.coordinator import SearchCoordinator
@@ -27,4 +27,4 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
         max_total_tokens=flags["prm_max_total_tokens"],
     )
     policies = make_policies(step_distances(device))
-    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies)
+    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies, get_parallel().tp_size)

@@ -57,11 +57,11 @@ class Voting:
         short = [i for i, answer in enumerate(answers) if len(answer) <= MAX_ANSWER_CHARS]
         if all(regex.fullmatch(r"-?\d+", answers[i]) for i in short):
             return labels
-        found = self._process.ask([answers[i] for i in short], ASK_LIMIT_S)
-        if found is None:
+        by_value = self._process.ask([answers[i] for i in short], ASK_LIMIT_S)
+        if by_value is None:
             logger.warning("answers were not compared in %g s; votes count equal texts instead", ASK_LIMIT_S)
             return labels
-        for place, label in zip(short, found, strict=True):
+        for place, label in zip(short, by_value, strict=True):
             labels[place] = short[label]
         return labels
 
