@@ -89,9 +89,7 @@ def pool_case(width: int, hidden_size: int, generator: torch.Generator) -> Case:
         kernel="step_pool",
         shape={"num_segments": width, "num_rows": num_rows, "hidden_size": hidden_size},
         inputs={"hidden": hidden, "offsets": offsets},
-        traffic=step_pool_traffic(
-            num_rows=num_rows, hidden_size=hidden_size, num_segments=width, dtype=hidden.dtype, has_center=False
-        ),
+        traffic=step_pool_traffic(num_rows=num_rows, hidden_size=hidden_size, num_segments=width, dtype=hidden.dtype),
         run=lambda inputs, backend: step_pool(inputs["hidden"], inputs["offsets"], backend=backend),
         baseline=one_segment_at_a_time,
         baseline_name="one segment at a time",

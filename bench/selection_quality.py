@@ -58,13 +58,14 @@ def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem, width: int)
         paths = [_path(leaf, by_id) for leaf in leaves]
         level = Level(
             scores=np.array([leaf["score"] for leaf in leaves]),
-            kv=_trie([[tuple(step["token_ids"]) for step in path] for path in paths], by_tokens=True),
-            nodes=_trie([[(step["id"],) for step in path] for path in paths], by_tokens=False),
+            kv=CostTree.from_paths(
+                [[(tuple(step["token_ids"]), float(len(step["token_ids"]))) for step in path] for path in paths]
+            ),
+            nodes=CostTree.from_paths([[(step["id"], 1.0) for step in path] for path in paths]),
             embeddings=embeddings,
             subtree=np.zeros(len(leaves), dtype=np.int64),
             growth_tokens=0.0,
             remaining_width=len(leaves),
-            depth=depth,
         )
         yield Judged(level, truth)
 
@@ -77,33 +78,9 @@ def _path(node: dict[str, Any] | None, by_id: dict[int, dict[str, Any]]) -> list
     return path[::-1]
 
 
-def _trie(paths: Sequence[Sequence[tuple[int, ...]]], by_tokens: bool) -> CostTree:
-    """Steps as nodes; a step costs its tokens or one. Equal steps after equal paths share their KV."""
-    parent: list[int] = []
-    cost: list[float] = []
-    index: dict[tuple[int, tuple[int, ...]], int] = {}
-    ends = []
-    for path in paths:
-        at = -1
-        for step in path:
-            if (at, step) not in index:
-                index[at, step] = len(parent)
-                parent.append(at)
-                cost.append(float(len(step)) if by_tokens else 1.0)
-            at = index[at, step]
-        ends.append(at)
-    return CostTree(np.array(parent, dtype=np.int64), np.array(cost), np.array(ends, dtype=np.int64))
-
-
 def kept_cost(tree: CostTree, kept: NDArray[np.bool_]) -> float:
     """Share of the tree's cost that the kept leaves hold, 0..1."""
-    held: set[int] = set()
-    for leaf in np.flatnonzero(kept).tolist():
-        node = int(tree.leaf[leaf])
-        while node >= 0 and node not in held:
-            held.add(node)
-            node = int(tree.parent[node])
-    return float(sum(tree.cost[sorted(held)]) / tree.cost.sum())
+    return float(tree.cost[tree.held(kept)].sum() / tree.cost.sum())
 
 
 def quality(judged: Sequence[Judged], config: SearchConfig) -> dict[str, float]:
