@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_ets.core.config import SearchConfig, check_width
+from sglang_ets.core.config import SearchConfig, check_vocabulary, check_width
+from sglang_ets.core.settings import shown, wrong
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY
 
 # What a native request may carry that a search cannot honour: attribute of sglang's request, and its name in the API.
@@ -20,6 +21,7 @@ REFUSED_NATIVE = {
     "input_embeds": "input_embeds",
     "session": "session_params",
 }
+MAX_QUESTION_CHARS = 1_000_000  # far more than any context holds
 REFUSED_SAMPLING = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -30,8 +32,7 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
     `seed` and the settings of `search`, all flat; `max_new_tokens` stays a sampling parameter.
 
     Raises:
-        ValueError: it cannot be served; one sentence for the client.
-        TypeError: a value has a type that no setting has.
+        ValueError: it cannot be served, whatever is wrong; one sentence for the client.
     """
     for attribute, name in REFUSED_NATIVE.items():
         if getattr(req, attribute, None):
@@ -39,23 +40,33 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
     for name in REFUSED_SAMPLING:
         if getattr(req.sampling_params, name, None):
             raise ValueError(f"{name} does not work together with a search; leave one of them out")
+    _check_question(req.sampling_params.custom_params.get(QUESTION_KEY))
     given = req.sampling_params.custom_params[CUSTOM_KEY]
-    if isinstance(given, str):
-        return SearchConfig.from_json(given)
+    config = SearchConfig.from_json(given) if isinstance(given, str) else _native_config(req, given, settings)
+    check_width(config, settings["max_width"])
+    check_vocabulary(config, req.vocab_size)
+    return config
+
+
+def _native_config(req: Any, given: object, settings: Mapping[str, Any]) -> SearchConfig:
     if not isinstance(given, dict):
-        raise ValueError(f"it must be an object of settings, got {given!r}; for example {{'search_width': 16}}")
+        raise ValueError(f"it must be an object of settings, got {shown(given)}; for example {{'search_width': 16}}")
     outer: dict[str, Any] = {name: given.get(name) for name in ("search_width", "n", "seed")}
-    config = SearchConfig.from_request(
+    return SearchConfig.from_request(
         outer["search_width"],
         {name: value for name, value in given.items() if name not in outer},
         settings,
         n=outer["n"],
         max_tokens=req.sampling_params.max_new_tokens,
         # Every tensor-parallel rank reads this request, and all must find the same seed.
-        seed=zlib.crc32(req.rid.encode()) if outer["seed"] is None else outer["seed"],
+        seed=zlib.crc32(req.rid.encode("utf-8", "replace")) if outer["seed"] is None else outer["seed"],
     )
-    check_width(config, settings["max_width"])
-    return config
+
+
+def _check_question(question: object) -> None:
+    if question is not None and (not isinstance(question, str) or len(question) > MAX_QUESTION_CHARS):
+        rule = f"text of at most {MAX_QUESTION_CHARS} characters, or null"
+        raise wrong(QUESTION_KEY, rule, question, "leave it out to ask about the prompt")
 
 
 def prompt_text(req: Any) -> str:
