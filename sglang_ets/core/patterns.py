@@ -61,7 +61,8 @@ def normalise(answer: str) -> str:
     """Equal numbers become equal texts (`1,200.50` -> `1200.5`, `4/2` -> `2`); other texts lose outer blanks and `$`."""
     text = answer.strip().strip("$").strip().rstrip(".,").strip()
     plain = text.replace(",", "").removeprefix("+").replace("\\%", "").removesuffix("%")
-    if not regex.fullmatch(r"-?(?:\d+(?:\.\d+)?|\.\d+|\d+/\d+)", plain) or regex.search(r"/0+$", plain):
+    # Digits of other scripts stay as they are: a zero among them would be a division by it.
+    if not regex.fullmatch(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)", plain):
         return text
     value = Fraction(plain)
     if "/" in plain or value.denominator == 1:

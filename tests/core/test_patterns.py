@@ -45,7 +45,17 @@ def test_extract(pattern: str, text: str, answer: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "plain"),
-    [("1,200.50", "1200.5"), ("4/2", "2"), ("+7", "7"), ("50%", "50"), ("x+1", "x+1"), ("1/0", "1/0")],
+    [
+        ("1,200.50", "1200.5"),
+        ("4/2", "2"),
+        ("+7", "7"),
+        ("50%", "50"),
+        ("x+1", "x+1"),
+        ("1/0", "1/0"),
+        ("1/00", "1/00"),
+        ("6/03", "2"),
+        ("1/٠", "1/٠"),
+    ],
 )
 def test_equal_numbers_become_equal_texts(text: str, plain: str) -> None:
     assert normalise(text) == plain
