@@ -161,7 +161,7 @@ def name_of(config: SearchConfig) -> str:
     if config.algorithm != "ets":
         return config.algorithm
     coverage = " reward" if config.coverage == "reward" else ""
-    return f"ets b={config.cost_weight:g} d={config.coverage_weight:g} {config.kv_cost}{coverage}"
+    return f"ets b={config.weights.kv_cost_weight:g} d={config.weights.diversity_weight:g} {config.kv_cost}{coverage}"
 
 
 def main() -> None:

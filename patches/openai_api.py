@@ -12,7 +12,8 @@ OPENAI = "sglang.srt.entrypoints.openai"
 
 
 async def answer_search(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
-    if getattr(request, "search_width", None) in (None, 1) and getattr(request, "search", None) is None:
+    width = getattr(request, "search_width", None)
+    if (type(width) is int and width == 1) or (width is None and getattr(request, "search", None) is None):
         return await original(serving, request, raw_request)
     from sglang_ets.api.serving import answer
 

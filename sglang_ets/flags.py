@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sglang_ets.core.config import MAX_WIDTH, Aggregation, Algorithm, AnswerRule, Coverage, KvCost, SearchConfig
+from sglang_ets.core.config import MAX_WIDTH, Algorithm, SearchConfig
+from sglang_ets.core.settings import Setting, settings_of
 from sglang_ets.prm.choose import AUTO, NAMES, WITHOUT_PRM
 
 OFF = "off"
@@ -50,7 +51,8 @@ class Flag:
         return text.lower() in YES
 
 
-FLAGS = (
+# Flags of the server itself. The rest sets defaults of requests: one for each setting of a search that says so.
+SERVER_FLAGS = (
     Flag(
         "search", "search", str, OFF, "Default algorithm of a search; off: stock sglang.", (*get_args(Algorithm), OFF)
     ),
@@ -64,21 +66,30 @@ FLAGS = (
     ),
     Flag("prm-max-total-tokens", "prm_max_total_tokens", int, None, "Tokens in the PRM's KV pool."),
     Flag("search-max-width", "max_width", int, MAX_WIDTH, "Largest search_width that a request may ask for."),
-    Flag("search-max-tokens", "max_tokens", int, None, "Tokens of one trajectory if a request sets no max_tokens."),
-    Flag("search-max-steps", "max_steps", int, None, "Steps of one trajectory at most."),
-    Flag("search-max-step-tokens", "max_step_tokens", int, None, "Tokens of one step at most."),
-    Flag("search-step-delimiter", "step_delimiter", str, None, r"Text that ends a step; \n is a line break."),
-    Flag("search-coverage", "coverage", str, None, "What covering a cluster is worth.", get_args(Coverage)),
-    Flag("search-kv-cost", "kv_cost", str, None, "What kept KV is counted in.", get_args(KvCost)),
-    Flag("search-kv-cost-weight", "kv_cost_weight", float, None, "Worth of KV against scores (ets, ets_kv)."),
-    Flag("search-diversity-weight", "diversity_weight", float, None, "Worth of covering clusters of steps (ets)."),
-    Flag("search-cluster-distance", "cluster_distance", float, None, "Cosine distance below which steps are one."),
-    Flag("search-rebase-temperature", "rebase_temperature", float, None, "Softmax temperature over step scores."),
-    Flag("search-score-aggregation", "score_aggregation", str, None, "Steps to one score.", get_args(Aggregation)),
-    Flag("search-answer", "answer", str, None, "How the answer is chosen.", get_args(AnswerRule)),
-    Flag("search-answer-pattern", "answer_pattern", str, None, "Preset or regular expression of the final answer."),
     Flag("search-trace", "trace", bool, False, "Show searches, running and just ended, as live pages under /search."),
 )
+
+
+def flags_of(settings_class: type) -> tuple[Flag, ...]:
+    """The flags of those settings that have one; without it, the field's default counts."""
+    return tuple(
+        Flag(item.flag_name, item.name, _flag_type(item), None, _flag_help(item), item.choices or None)
+        for item in settings_of(settings_class)
+        if item.flag_name
+    )
+
+
+def _flag_type(item: Setting) -> type:
+    """Several texts do not fit into a flag: a tuple is given as the one that it holds."""
+    return str if item.kind is tuple else item.kind
+
+
+def _flag_help(item: Setting) -> str:
+    values = "" if item.choices else f" Values: {item.values_text}."
+    return f"{item.help_text}{values} If not set: {item.default_text}.".replace("`", "")
+
+
+FLAGS = (*SERVER_FLAGS, *flags_of(SearchConfig))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +100,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for flag in FLAGS:
         is_switch = flag.type is bool
         kind: dict[str, Any] = {"action": "store_true"} if is_switch else {"type": flag.type, "choices": flag.choices}
-        shown = f"{flag.help} Also {flag.env}. Default: {'off' if is_switch else flag.default}"
+        default = "" if flag.default is None else f" Default: {'off' if is_switch else flag.default}."
+        shown = f"{flag.help}{default} Also {flag.env}.".replace("%", "%%")
         group.add_argument(f"--{flag.name}", default=flag.from_environment(), help=shown, **kind)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from sglang_ets import flags
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.settings import settings_of
 from sglang_ets.launch_server import EMBEDDED, chosen_flags, is_given
 
 
@@ -86,6 +87,14 @@ def test_wrong_flags_end_the_launch_with_a_sentence(argv: list[str], named: str)
 def test_every_search_flag_is_a_setting_that_a_search_reads() -> None:
     own = {"search", "prm_model_path", "prm_format", "prm_max_total_tokens", "max_width", "trace"}
     assert {flag.key for flag in flags.FLAGS} - own <= set(SearchConfig.__dataclass_fields__)
+
+
+def test_what_the_launcher_sets_for_the_embedded_task_stands_in_the_table() -> None:
+    settings = {f"--{item.flag_name}": item for item in settings_of(SearchConfig) if item.flag_name}
+    for flag, value in EMBEDDED.items():
+        if flag.startswith("--search-"):
+            text = settings[flag].default_text.partition("embedded task ")[2]
+            assert text.startswith((f"`{value}`", f'`"{value}"`')), flag
 
 
 def test_launcher_adds_only_what_is_not_given() -> None:

@@ -56,9 +56,9 @@ def kept_leaves(
     """The leaves that the integer program keeps."""
     shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
     labels = np.zeros(level.scores.size, dtype=np.int64) if clusters is None else clusters
-    weight = 0.0 if clusters is None else config.coverage_weight
+    weight = 0.0 if clusters is None else config.weights.diversity_weight
     return solve_published(
-        shares / level.remaining_width, level.costs(config.kv_cost), config.cost_weight, labels, weight
+        shares / level.remaining_width, level.costs(config.kv_cost), config.weights.kv_cost_weight, labels, weight
     )
 
 

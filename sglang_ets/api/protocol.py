@@ -11,55 +11,28 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 from sglang.srt.entrypoints.openai import protocol as openai_protocol
 
-from sglang_ets.core.config import (
-    MAX_WIDTH,
-    MIN_WIDTH,
-    Aggregation,
-    Algorithm,
-    AnswerEquality,
-    AnswerRule,
-    Coverage,
-    KvCost,
-    SearchConfig,
-    check_width,
-)
+from sglang_ets.core.config import MAX_WIDTH, MIN_WIDTH, SearchConfig, check_width
+from sglang_ets.core.settings import settings_of, shown
 
 
-class SearchOptions(BaseModel):
-    """The `search` object of a request, for `/openapi.json`. Rules and defaults live in `SearchConfig`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    algorithm: Algorithm | None = Field(None, description="How leaves are kept; the default is the server's --search.")
-    max_steps: int | None = Field(None, description="Steps of one trajectory at most.")
-    max_step_tokens: int | None = Field(None, description="Tokens of one step at most.")
-    step_delimiter: str | list[str | int] | None = Field(None, description="Texts or token ids that end a step.")
-    kv_cost_weight: float | None = Field(None, description="Worth of KV against scores (ets, ets_kv).")
-    diversity_weight: float | None = Field(None, description="Worth of covering clusters of steps (ets).")
-    coverage: Coverage | None = Field(
-        None, description="What a cluster is worth: as much as any other, or the reward of its leaves."
-    )
-    kv_cost: KvCost | None = Field(None, description="What kept KV is counted in.")
-    cluster_distance: float | None = Field(None, description="Cosine distance below which two steps are one.")
-    center_embeddings: bool | None = Field(
-        None, description="Measure distances from the mean of the search's steps so far, not from the origin."
-    )
-    rebase_temperature: float | None = Field(None, description="Softmax temperature over step scores.")
-    score_aggregation: Aggregation | None = Field(None, description="Step scores to the score of a trajectory.")
-    answer: AnswerRule | None = Field(None, description="How trajectories are ranked.")
-    answer_pattern: str | None = Field(None, description="Preset or regular expression of the final answer.")
-    answer_equality: AnswerEquality | None = Field(
-        None, description="Votes of equal values are one, or of equal texts."
-    )
-    kv_budget_tokens: int | None = Field(None, description="Limit on KV held beyond the prompt (ets, ets_kv).")
-    deadline_s: float | None = Field(None, description="Answer with what there is after this many seconds.")
-    return_tree: bool | None = Field(None, description="Return the whole search tree in the metadata.")
-    return_embeddings: bool | None = Field(None, description="The returned tree carries the embedding of each step.")
+def options_model(settings_class: type) -> type[BaseModel]:
+    """The `search` object of a request, for `/openapi.json`: the settings that stand inside it, each may be left out."""
+    options: dict[str, Any] = {
+        item.name: (
+            item.json_type | None,
+            Field(None, description=item.help_text, ge=item.about.low, le=item.about.high),
+        )
+        for item in settings_of(settings_class)
+        if not item.about.is_outer
+    }
+    doc = "Settings of a search. Defaults are the server's flags."
+    return create_model("SearchOptions", __config__=ConfigDict(extra="forbid"), __doc__=doc, **options)
 
 
+SearchOptions = options_model(SearchConfig)
 SEED_BITS = 31  # of the seed of a request that has none
 
 WidthField = Annotated[
@@ -74,27 +47,48 @@ SearchField = Annotated[
 ]
 
 
-class CompletionRequest(openai_protocol.CompletionRequest):
+def merged_extra_body(data: Any) -> Any:
+    """The body with the fields of its `extra_body`, if a search stands there.
+
+    The official client's argument of that name never arrives: it merges the fields itself, over those of the body. A client
+    that sends the argument as it is means the same; a search that is passed over would be an ordinary answer, unnoticed.
+    """
+    extra = data.get("extra_body") if isinstance(data, dict) else None
+    is_search = isinstance(extra, dict) and ("search_width" in extra or "search" in extra)
+    return {**data, **extra} if is_search else data  # type: ignore[dict-item]
+
+
+class CompletionRequest(openai_protocol.CompletionRequest):  # type: ignore[misc]  # sglang has no types
     """sglang's request with the fields of a search. The name is kept: it is the schema's name in `/openapi.json`."""
 
     search_width: WidthField = None
     search: SearchField = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_extra_body(cls, data: Any) -> Any:
+        return merged_extra_body(data)
+
     @model_validator(mode="after")
     def _unwrap_single_prompt(self) -> CompletionRequest:
         """Clients that can batch send one prompt as a list of one: `["text"]` or `[[1, 2]]`. A search takes it as that one."""
-        prompt = self.prompt
+        prompt: Any = self.prompt  # type: ignore[has-type]
         is_list_of_one = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
         if is_list_of_one and self.search_width not in (None, 1):
             self.prompt = prompt[0]
         return self
 
 
-class ChatCompletionRequest(openai_protocol.ChatCompletionRequest):
+class ChatCompletionRequest(openai_protocol.ChatCompletionRequest):  # type: ignore[misc]
     """sglang's request with the fields of a search. The name is kept: it is the schema's name in `/openapi.json`."""
 
     search_width: WidthField = None
     search: SearchField = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_extra_body(cls, data: Any) -> Any:
+        return merged_extra_body(data)
 
 
 # Fields that a search cannot honour: a request that sets one to something else than these values is refused.
@@ -144,9 +138,8 @@ def search_config(request: Any, settings: Mapping[str, Any], context_tokens: int
     if max_tokens is None:
         default = defaults.get("max_tokens") or SearchConfig().max_tokens
         defaults["max_tokens"] = min(default, max(1, context_tokens // 2))
-    seed = (
-        random.getrandbits(SEED_BITS) if request.seed is None else request.seed
-    )  # told in the answer, to be had again
+    # The seed is reported in the answer, so that the same tree can be had again.
+    seed = random.getrandbits(SEED_BITS) if request.seed is None else request.seed
     config = SearchConfig.from_request(
         request.search_width, request.search, defaults, n=request.n, max_tokens=max_tokens, seed=seed
     )
@@ -174,19 +167,21 @@ def _check_shape(request: Any) -> None:
         raise ValueError("search needs search_width beside it; add search_width or leave search out")
     if isinstance(width, bool) or not isinstance(width, int) or width < MIN_WIDTH:
         raise ValueError(
-            f"search_width must be an integer from {MIN_WIDTH} to {MAX_WIDTH}, got {width!r}; "
+            f"search_width must be an integer from {MIN_WIDTH} to {MAX_WIDTH}, got {shown(width)}; "
             "leave it out for an ordinary request"
         )
     if search is not None and not isinstance(search, dict):
-        raise ValueError(f"search must be an object of settings, got {search!r}; for example {{'algorithm': 'ets'}}")
+        raise ValueError(
+            f"search must be an object of settings, got {shown(search)}; for example {{'algorithm': 'ets'}}"
+        )
 
 
 def _check_refused(request: Any) -> None:
     for name, neutral in REFUSED.items():
         value = getattr(request, name, neutral[0])
         if not any(value == item and type(value) is type(item) for item in neutral):  # 0 is not False here
-            shown = f", got {value!r}" if isinstance(value, (bool, int, str)) else ""
-            raise ValueError(f"{name} does not work together with search_width{shown}; leave one of them out")
+            given = f", got {shown(value)}" if isinstance(value, (bool, int, str)) else ""
+            raise ValueError(f"{name} does not work together with search_width{given}; leave one of them out")
     response_format = getattr(request, "response_format", None)
     if response_format is not None and response_format.type != "text":
         raise ValueError(
@@ -220,12 +215,12 @@ def _check_text_only(message: Any) -> None:
     for kind in kinds:
         if kind != "text":
             raise ValueError(
-                f"messages must be text together with search_width, got a part of type {kind!r}; leave it out"
+                f"messages must be text together with search_width, got a part of type {shown(kind)}; leave it out"
             )
 
 
 def usage_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """All generated tokens count as completion tokens, those of pruned steps too; the details tell them apart."""
+    """All generated tokens count as completion tokens, those of pruned steps too; the details divide them."""
     usage = result["usage"]
     return {
         "prompt_tokens": usage["prompt_tokens"],
@@ -253,6 +248,12 @@ def finish_reason_of(answer: Mapping[str, Any]) -> Literal["stop", "length"]:
 def details_of(answer: Mapping[str, Any]) -> dict[str, Any]:
     """`search` of a choice: how good the PRM finds it, and what it answers."""
     return {key: answer[key] for key in ("score", "step_scores", "answer", "votes")}
+
+
+def error_body(message: str, kind: str, status: int) -> dict[str, Any]:
+    """The JSON body of a refusal, on one line: OpenAI's shape, and beside it sglang's, for those who read that."""
+    error = {"message": " ".join(message.split()), "type": kind, "param": None, "code": status}
+    return {"object": "error", **error, "error": error}
 
 
 def response_body(request: Any, rid: str, result: Mapping[str, Any]) -> dict[str, Any]:

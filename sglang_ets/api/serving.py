@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from sglang_ets.api.protocol import check_server, question_of, response_body, search_config
+from sglang_ets.api.protocol import check_server, error_body, question_of, response_body, search_config
 from sglang_ets.api.streaming import last_report, stream_chunks
 from sglang_ets.api.trace import TRACES
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.settings import shown
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY, TRACE_PARAM
 
 TITLE_CHARS = 80
@@ -61,7 +63,7 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
     manager = serving.tokenizer_manager
     check_server(manager.server_args)
     if serving._resolve_lora_path(request.model, getattr(request, "lora_path", None)):
-        raise ValueError(f"model must name no LoRA adapter together with search_width, got {request.model!r}")
+        raise ValueError(f"model must name no LoRA adapter together with search_width, got {shown(request.model)}")
     config = search_config(request, manager.server_args._ets, manager.context_len)
     plain = request.model_copy(update={"n": 1, "stream_options": None})
     internal, _ = serving._convert_to_internal_request(plain, raw_request)
@@ -75,7 +77,7 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
         TRACE_PARAM: is_traced(manager),
     }
     if is_traced(manager):
-        internal.stream = True  # what the scheduler tells on the way is for the live page
+        internal.stream = True  # what the scheduler reports on the way is for the live page
         internal.rid = internal.rid or uuid.uuid4().hex
     return internal
 
@@ -136,7 +138,6 @@ def _report(answered: dict[str, Any]) -> dict[str, Any]:
     raise HTTPException(reason.get("status_code") or 500, f"search failed: {message.removeprefix('search failed: ')}")
 
 
-def _error(message: str, kind: str, status: int) -> JSONResponse:
-    """sglang's shape of an error, on one line."""
-    body = {"object": "error", "message": " ".join(message.split()), "type": kind, "param": None, "code": status}
-    return JSONResponse(body, status)
+def _error(message: str, kind: str, status: int) -> Response:
+    """In ASCII, so that any text can be sent: half a character, which a client can send as an escape, has no UTF-8."""
+    return Response(json.dumps(error_body(message, kind, status)), status, media_type="application/json")

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-from sglang_ets.api.protocol import details_of, finish_reason_of, head_of, metadata_of, usage_of
+from sglang_ets.api.protocol import details_of, error_body, finish_reason_of, head_of, metadata_of, usage_of
 from sglang_ets.wire import PROGRESS_KEY, RESULT_KEY
 
 DONE = "data: [DONE]\n\n"
@@ -54,11 +54,12 @@ class _Writer:
         self._request = request
         self._is_chat = hasattr(request, "messages")
         self._head = head_of(request, rid, "chat.completion.chunk" if self._is_chat else "text_completion")
+        self._begun: set[int] = set()  # choices that have had their first chunk
         self._sent = ""
         self._level = 0
 
     def levels(self, answered: Mapping[str, Any]) -> Iterator[str]:
-        """One event for each level that was not told yet."""
+        """One event for each level that was not reported yet."""
         for report in answered["meta_info"].get(RESULT_KEY) or ():
             if PROGRESS_KEY in report and report[PROGRESS_KEY]["level"] > self._level:
                 yield self._progress(report[PROGRESS_KEY])
@@ -66,34 +67,35 @@ class _Writer:
     def _progress(self, progress: Mapping[str, Any]) -> str:
         figures = {key: value for key, value in progress.items() if key != "text"}
         text = progress["text"][len(self._sent) :]
-        is_first = not self._sent
         self._sent, self._level = progress["text"], progress["level"]
-        choice = {"index": 0, **self._text(text, is_first), "finish_reason": None}
+        choice = {"index": 0, **self._text(0, text), "finish_reason": None}
         return self._event([choice], metadata={"search": {PROGRESS_KEY: figures}})
 
     def result(self, result: Mapping[str, Any]) -> Iterator[str]:
         last = len(result["results"]) - 1
         for index, answer in enumerate(result["results"]):
             sent = self._sent if index == 0 else ""
-            choice = {"index": index, **self._text(answer["text"][len(sent) :], not sent), "finish_reason": None}
+            choice = {"index": index, **self._text(index, answer["text"][len(sent) :]), "finish_reason": None}
             yield self._event([choice])
             end = {"finish_reason": finish_reason_of(answer), "search": details_of(answer)}
             figures = {"metadata": metadata_of(result)} if index == last else {}
-            yield self._event([{"index": index, **self._text("", False), **end}], **figures)
+            yield self._event([{"index": index, **self._text(index, ""), **end}], **figures)
         options = self._request.stream_options
         if options is not None and options.include_usage:
             yield self._event([], usage=usage_of(result))
 
     def error(self, message: str) -> str:
-        body = {"message": " ".join(message.split()), "type": "SearchFailed", "param": None, "code": 500}
-        return f"data: {json.dumps({'error': body}, ensure_ascii=False)}\n\n"
+        error = error_body(message, "SearchFailed", 500)["error"]
+        return f"data: {json.dumps({'error': error}, ensure_ascii=False)}\n\n"
 
-    def _text(self, text: str, is_first: bool) -> dict[str, Any]:
-        """The piece of text as its endpoint writes it; the role of a chat stands in the choice's first chunk."""
+    def _text(self, index: int, text: str) -> dict[str, Any]:
+        """The piece of text as its endpoint writes it. Clients join roles, so a chat's stands in the first chunk alone."""
         if not self._is_chat:
             return {"text": text}
-        role = {"role": "assistant"} if is_first else {}
-        return {"delta": {**role, "content": text} if text or is_first else role}
+        if index not in self._begun:
+            self._begun.add(index)
+            return {"delta": {"role": "assistant", "content": text}}
+        return {"delta": {"content": text} if text else {}}
 
     def _event(self, choices: list[dict[str, Any]], **fields: Any) -> str:
         return f"data: {json.dumps({**self._head, 'choices': choices, **fields}, ensure_ascii=False)}\n\n"

@@ -23,7 +23,7 @@ REFUSED_STATUS = 400
 
 @dataclass(eq=False)
 class Trace:
-    """One search as far as the scheduler has told of it. Written by `TraceStore` on the event loop; pages read."""
+    """One search as far as the scheduler has reported it. Written by `TraceStore` on the event loop; pages read."""
 
     id: str
     title: str
@@ -55,8 +55,8 @@ class Trace:
         The nodes are shared, but never changed: a later report replaces them.
         """
         if self._packed:
-            found: dict[str, Any] = json.loads(zlib.decompress(self._packed))
-            return found
+            unpacked: dict[str, Any] = json.loads(zlib.decompress(self._packed))
+            return unpacked
         tree = {"prompt_tokens": self._prompt_tokens, "nodes": [self._nodes[i] for i in sorted(self._nodes)]}
         plain: dict[str, Any] = {"metadata": {"search": {**self.figures, "tree": tree}}}
         if self._choices is not None:
@@ -66,28 +66,28 @@ class Trace:
     def add(self, reports: Iterable[Mapping[str, Any]]) -> None:
         """Take in reports of the scheduler; those that came before are passed over."""
         for report in reports:
-            news = report.get(TRACE_KEY)
-            if news is None or news["part"] <= self._part:
+            update = report.get(TRACE_KEY)
+            if update is None or update["part"] <= self._part:
                 continue
-            self._part, self._prompt_tokens = news["part"], news["prompt_tokens"]
-            self._nodes.update((node["id"], node) for node in news["nodes"])
-            self.figures = news["figures"]
+            self._part, self._prompt_tokens = update["part"], update["prompt_tokens"]
+            self._nodes.update((node["id"], node) for node in update["nodes"])
+            self.figures = update["figures"]
             if "results" in report:
                 self._choices = [_choice(answer) for answer in report["results"]]
-            self.tell()
+            self.notify()
 
     def end(self, state: str, note: str) -> None:
         """No more will come. What is kept of it is small."""
         self.state, self.note = state, note
         self._packed = zlib.compress(json.dumps(self.content()).encode(), 1)
         self._nodes, self._choices, self.cached = {}, None, (-1, "")
-        self.tell()
+        self.notify()
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Wake whoever watches."""
         self.version += 1
-        told, self.changed = self.changed, asyncio.Event()
-        told.set()
+        awaited, self.changed = self.changed, asyncio.Event()
+        awaited.set()
 
 
 class TraceStore:

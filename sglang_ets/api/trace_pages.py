@@ -18,6 +18,7 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
+from sglang_ets.api.protocol import error_body
 from sglang_ets.api.trace import TRACES, Trace, TraceStore
 from sglang_ets.api.view import SearchView, empty_view, page_data, read_view, render
 
@@ -160,6 +161,4 @@ def _json(body: dict[str, Any], status: int = 200) -> Response:
 
 
 def _missing(message: str) -> Response:
-    """sglang's shape of an error."""
-    body = {"object": "error", "message": " ".join(message.split()), "type": "NotFound", "param": None, "code": 404}
-    return _json(body, 404)
+    return _json(error_body(message, "NotFound", 404), 404)

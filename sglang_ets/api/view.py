@@ -97,7 +97,7 @@ def page_data(view: SearchView) -> str:
 
 
 def _temperature_of(figures: Mapping[str, Any]) -> float:
-    """REBASE's temperature in this search; answers of earlier servers do not tell it."""
+    """REBASE's temperature in this search; answers of earlier servers do not hold it."""
     value = figures.get("rebase_temperature")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
     return float(value) if is_number else DEFAULT_TEMPERATURE  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def _parts(data: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _given_answers(choices: Sequence[Any], nodes: Sequence[ViewNode]) -> tuple[Answer, ...]:
-    """The choices of the response. A choice is found in the tree by its text; equal texts take one node each."""
+    """The choices of the response. A choice belongs to the node that ends with its text; equal texts take one node each."""
     ends: dict[str, list[int]] = {}
     texts = {0: ""}
     for node in nodes:
@@ -137,12 +137,12 @@ def _given_answers(choices: Sequence[Any], nodes: Sequence[ViewNode]) -> tuple[A
         plain: Mapping[str, Any] = choice if isinstance(choice, dict) else {}
         details = plain.get("search") or {}
         text = plain.get("text") if "text" in plain else (plain.get("message") or {}).get("content")
-        found = ends.get(text) if isinstance(text, str) else None
+        ended = ends.get(text) if isinstance(text, str) else None
         finish = str(plain.get("finish_reason"))
         answer = details.get("answer")
         shown = "-" if answer is None else str(answer)
         answers.append(
-            Answer(shown, details.get("score"), details.get("votes"), finish, found.pop(0) if found else None)
+            Answer(shown, details.get("score"), details.get("votes"), finish, ended.pop(0) if ended else None)
         )
     return tuple(answers)
 

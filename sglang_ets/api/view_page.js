@@ -347,8 +347,8 @@
   }
   function resize() { size = { w: plot.clientWidth, h: plot.clientHeight }; keepInside(); redraw(); }
   function fromHash() {
-    const found = /^#node=(\d+)$/.exec(location.hash);
-    if (found && byId.has(Number(found[1]))) select(byId.get(Number(found[1])));
+    const match = /^#node=(\d+)$/.exec(location.hash);
+    if (match && byId.has(Number(match[1]))) select(byId.get(Number(match[1])));
   }
 
   // ---- a search that still runs ----

@@ -105,7 +105,7 @@ class Ets:
     def select(self, level: Level, config: SearchConfig) -> Selection:
         shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
         clusters = worth = None
-        if self.with_coverage and level.embeddings is not None and config.coverage_weight > 0:
+        if self.with_coverage and level.embeddings is not None and config.weights.diversity_weight > 0:
             clusters = cluster_labels(level.embeddings, config.cluster_distance, self.distances)
             if config.coverage == "reward":
                 worth = np.bincount(clusters, weights=shares / level.remaining_width).astype(np.float64)
@@ -116,9 +116,9 @@ class Ets:
             kept, report = solve(
                 shares / level.remaining_width,
                 level.costs(config.kv_cost),
-                config.cost_weight,
+                config.weights.kv_cost_weight,
                 clusters,
-                config.coverage_weight,
+                config.weights.diversity_weight,
                 budget,
                 worth,
             )

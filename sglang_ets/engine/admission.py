@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sglang_ets.core.config import SearchConfig, check_width
+from sglang_ets.core.config import SearchConfig, check_vocabulary, check_width
+from sglang_ets.core.settings import shown, wrong
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY
 
 # What a native request may carry that a search cannot honour: attribute of sglang's request, and its name in the API.
@@ -21,6 +22,7 @@ REFUSED_NATIVE = {
     "input_embeds": "input_embeds",
     "session": "session_params",
 }
+MAX_QUESTION_CHARS = 1_000_000  # far more than any context holds
 REFUSED_SAMPLING = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -38,8 +40,7 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
     it to what the context takes.
 
     Raises:
-        ValueError: it cannot be served; one sentence for the client.
-        TypeError: a value has a type that no setting has.
+        ValueError: it cannot be served, whatever is wrong; one sentence for the client.
     """
     for attribute, name in REFUSED_NATIVE.items():
         if getattr(req, attribute, None):
@@ -47,23 +48,18 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
     for name in REFUSED_SAMPLING:
         if getattr(req.sampling_params, name, None):
             raise ValueError(f"{name} does not work together with a search; leave one of them out")
+    _check_question(req.sampling_params.custom_params.get(QUESTION_KEY))
     given = req.sampling_params.custom_params[CUSTOM_KEY]
-    question = req.sampling_params.custom_params.get(QUESTION_KEY)
-    if not isinstance(question, str | None):
-        raise ValueError(f"{QUESTION_KEY} beside it must be a text, got {question!r}; leave it out")
     room = max(1, req.sampling_params.max_new_tokens)
-    if isinstance(given, str):
-        config = SearchConfig.from_json(given)
-        config = replace(config, max_tokens=room) if config.max_tokens > room else config
-    elif isinstance(given, dict):
-        config = _flat_config(req, given, settings, room)
-    else:
-        raise ValueError(f"it must be an object of settings, got {given!r}; for example {{'search_width': 16}}")
+    config = SearchConfig.from_json(given) if isinstance(given, str) else _native_config(req, given, settings, room)
     check_width(config, settings["max_width"])
-    return config
+    check_vocabulary(config, req.vocab_size)
+    return replace(config, max_tokens=room) if config.max_tokens > room else config
 
 
-def _flat_config(req: Any, given: Mapping[str, Any], settings: Mapping[str, Any], room: int) -> SearchConfig:
+def _native_config(req: Any, given: object, settings: Mapping[str, Any], room: int) -> SearchConfig:
+    if not isinstance(given, dict):
+        raise ValueError(f"it must be an object of settings, got {shown(given)}; for example {{'search_width': 16}}")
     outer: dict[str, Any] = {name: given.get(name) for name in ("search_width", "n", "seed")}
     return SearchConfig.from_request(
         outer["search_width"],
@@ -72,7 +68,7 @@ def _flat_config(req: Any, given: Mapping[str, Any], settings: Mapping[str, Any]
         n=outer["n"],
         max_tokens=room,
         # Every tensor-parallel rank reads this request, and all must find the same seed.
-        seed=zlib.crc32(req.rid.encode()) if outer["seed"] is None else outer["seed"],
+        seed=zlib.crc32(req.rid.encode("utf-8", "replace")) if outer["seed"] is None else outer["seed"],
     )
 
 
@@ -81,9 +77,6 @@ def refusal(config: SearchConfig, req: Any, pool_tokens: int, num_ranks: int) ->
     prompt_tokens = len(req.origin_input_ids)
     if not prompt_tokens:
         return "the prompt must hold at least one token, got none; send a text that is not empty"
-    unknown = [d for d in config.step_delimiter if isinstance(d, int) and d >= req.vocab_size]
-    if unknown:
-        return f"token ids of step_delimiter must be below {req.vocab_size}, got {unknown[0]}; leave it out"
     need = prompt_tokens + config.max_tokens + 1
     if need > pool_tokens:
         return (
@@ -93,6 +86,12 @@ def refusal(config: SearchConfig, req: Any, pool_tokens: int, num_ranks: int) ->
     if config.deadline_s is not None and num_ranks > 1:
         return "deadline_s needs tensor parallel size 1, because ranks must not decide by their own clocks; omit it"
     return None
+
+
+def _check_question(question: object) -> None:
+    if question is not None and (not isinstance(question, str) or len(question) > MAX_QUESTION_CHARS):
+        rule = f"text of at most {MAX_QUESTION_CHARS} characters, or null"
+        raise wrong(QUESTION_KEY, rule, question, "leave it out to ask about the prompt")
 
 
 def prompt_text(req: Any) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from fastapi import HTTPException
+from hypothesis import given
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sglang_ets.patches.openai_api import answer_search
 
@@ -18,14 +23,18 @@ from sglang_ets.api.protocol import (
     CompletionRequest,
     SearchOptions,
     check_server,
+    error_body,
+    options_model,
     question_of,
     response_body,
     search_config,
 )
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.settings import setting, shown
 from sglang_ets.engine import admission
 from sglang_ets.engine.admission import carried_config, prompt_text
 from sglang_ets.wire import QUESTION_KEY
+from tests.core.test_config import JSON
 
 SETTINGS = {"search": "rebase", "algorithm": "rebase", "max_width": 64, "max_tokens": 300, "step_delimiter": "\n"}
 CONTEXT_TOKENS = 1000
@@ -97,7 +106,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (completion, {"search_width": 65}, "search_width must be at most 64"),
     (completion, {"search_width": 10_000}, "search_width"),
     (completion, {"search_width": None, "search": {"algorithm": "ets"}}, "search needs search_width"),
+    (completion, {"search_width": 1.0}, "search_width must be an integer from 2 to 1024, got 1.0"),
+    (completion, {"search_width": 10**5000}, "search_width must be an integer from 2 to 1024, got an integer of"),
     (completion, {"search": ["ets"]}, "search must be an object"),
+    (completion, {"search": "x" * 10_000}, "search must be an object"),
+    (completion, {"search": {"x" * 10_000: 1}}, "valid settings are algorithm"),
+    (completion, {"search": {"kv_cost_weight": 10**400}}, "kv_cost_weight must be a number"),
+    (completion, {"search": {"step_delimiter": [chr(97 + i) * 10**6 for i in range(16)]}}, "step_delimiter must be"),
+    (completion, {"search": {"answer_pattern": "(" * 500}}, "answer_pattern must be"),
+    (completion, {"search": {"answer_pattern": "((?:ab){1000000})"}}, "answer_pattern must be"),
+    (completion, {"regex": "x" * 10_000}, "regex"),
     (completion, {"search": {"algorithm": "mcts"}}, "best_of_n, beam, dvts, rebase, ets_kv, ets"),
     (completion, {"search": {"kv_weight": 1}}, "valid settings are algorithm"),
     (completion, {"search": {"width": 4}}, "valid settings are algorithm"),
@@ -129,11 +147,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "fields", "named"), REFUSED, ids=[str(sorted(case[1].items())) for case in REFUSED])
+@pytest.mark.parametrize(("make", "fields", "named"), REFUSED, ids=[shown(case[1]) for case in REFUSED])
 def test_refusals_are_one_sentence_that_names_the_field(make: Any, fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named) as caught:
         search_config(make(**fields), SETTINGS, CONTEXT_TOKENS)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("name", [*protocol.REFUSED])
@@ -147,7 +166,7 @@ def test_each_field_that_a_search_cannot_honour_is_refused(make: Any, name: str)
 def native(given: Any, sampling: dict[str, Any] | None = None, **fields: Any) -> Any:
     """A request of `/generate` as it reaches the scheduler."""
     params = {"custom_params": {"ets": given}, "max_new_tokens": 50, **(sampling or {})}
-    return SimpleNamespace(rid="native", sampling_params=SimpleNamespace(**params), **fields)
+    return SimpleNamespace(rid="native", vocab_size=100, sampling_params=SimpleNamespace(**params), **fields)
 
 
 def test_native_requests_carry_a_flat_object_or_validated_text() -> None:
@@ -156,6 +175,7 @@ def test_native_requests_carry_a_flat_object_or_validated_text() -> None:
     expected = SearchConfig(algorithm="ets", width=8, num_results=2, max_tokens=50, step_delimiter=("\n",), seed=4)
     assert config == expected
     assert carried_config(native(expected.to_json()), SETTINGS) == expected
+    assert carried_config(native({"search_width": 8, "step_delimiter": 99}), SETTINGS).step_delimiter == (99,)
     unseeded = [carried_config(native({"search_width": 8}), SETTINGS).seed for _ in range(2)]
     assert unseeded[0] == unseeded[1]  # every rank finds the same seed for one request
 
@@ -183,11 +203,50 @@ def test_each_grammar_is_refused(name: str) -> None:
         ({"search_width": 65}, "at most 64"),
         ('{"width": 65}', "at most 64"),
         ({"search_width": 8, "kv": 1}, "no setting 'kv'"),
+        ({"search_width": 2**70}, "search_width must be"),
+        ({"search_width": 8, "n": "2"}, "n must be"),
+        ({"search_width": 8, "seed": []}, "seed must be"),
+        ({"search_width": 8, "kv_cost_weight": 10**400}, "kv_cost_weight must be"),
+        ({"search_width": 8, "answer_pattern": "(" * 500}, "answer_pattern must be"),
+        ({"search_width": 8, "step_delimiter": 100}, "token ids below 100, the size of the model's vocabulary"),
+        ("[" * 5000, "must be a JSON object"),
+        ('{"width": 4, "kv_cost_weight": 1' + "0" * 400 + "}", "kv_cost_weight must be"),
+        ('{"width": 4, "kv_cost_weight": 1' + "0" * 5000 + "}", "must be a JSON object"),
+        ('{"width": 128}', "search_width must be at most 64 on this server, got 128"),
+        ('{"width": 8, "step_delimiter": ["\\n", 100]}', "token ids below 100"),
+        ('{"width": 8, "max_tokens": null}', "max_tokens must be"),
+        (None, "must be an object of settings, got None"),
     ],
+    ids=lambda value: shown(value)[:60],
 )
 def test_wrong_native_searches_are_refused(given: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=named) as caught:
         carried_config(native(given), SETTINGS)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@given(JSON, JSON)
+def test_nothing_but_a_value_error_leaves_admission(search: Any, question: Any) -> None:
+    """Whatever `/generate` brings: any other error would end the scheduler."""
+    req = native(search)
+    req.sampling_params.custom_params[QUESTION_KEY] = question
+    for text in (search, {"search_width": 8, "answer": search}, json.dumps(search)):
+        req.sampling_params.custom_params["ets"] = text
+        try:
+            carried_config(req, SETTINGS)
+        except ValueError as error:
+            assert len(str(error)) < 600  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    "question", [5, ["q"], "q" * (admission.MAX_QUESTION_CHARS + 1)], ids=["number", "list", "long"]
+)
+def test_a_native_question_is_text_of_bounded_length(question: Any) -> None:
+    req = native({"search_width": 8})
+    req.sampling_params.custom_params[QUESTION_KEY] = question
+    with pytest.raises(ValueError, match=r"^ets_question must be text of at most 1000000 characters, or null, got "):
+        carried_config(req, SETTINGS)
 
 
 def test_a_native_question_is_a_text() -> None:
@@ -221,6 +280,27 @@ def test_openapi_shows_typed_fields_that_match_the_config() -> None:
         assert options["additionalProperties"] is False
     outer = {"width", "num_results", "max_tokens", "seed"}
     assert set(SearchOptions.model_fields) == set(SearchConfig.__dataclass_fields__) - outer
+
+
+def test_the_schema_of_search_holds_types_choices_ranges_and_help() -> None:
+    properties = SearchOptions.model_json_schema()["properties"]
+    assert properties["max_steps"]["anyOf"] == [{"type": "integer", "minimum": 1, "maximum": 1024}, {"type": "null"}]
+    assert properties["max_steps"]["description"] == "Steps of one trajectory at most."
+    assert properties["coverage"]["anyOf"][0]["enum"] == ["uniform", "reward"]
+    assert properties["deadline_s"]["anyOf"][0] == {"type": "number", "minimum": 1e-3, "maximum": 1e6}
+    kinds = properties["step_delimiter"]["anyOf"]
+    assert [kind["type"] for kind in kinds] == ["string", "integer", "array", "null"]
+
+
+@dataclass(frozen=True)
+class LongerConfig(SearchConfig):
+    patience: int = setting(3, "levels to wait", low=1, high=9)
+
+
+def test_a_new_setting_stands_in_the_schema() -> None:
+    properties = options_model(LongerConfig).model_json_schema()["properties"]
+    assert properties["patience"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 9}
+    assert properties["patience"]["description"] == "Levels to wait."
 
 
 @pytest.mark.parametrize("make", [completion, chat])
@@ -272,9 +352,45 @@ def post(outcome: Any, **fields: Any) -> tuple[Any, list[Any]]:
     return asyncio.run(answer_search(stock, serving, completion(**fields), None)), serving.sent
 
 
-@pytest.mark.parametrize("fields", [{"search_width": None}, {"search_width": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"search_width": None},
+        {"search_width": 1},
+        {"search_width": 1, "search": {}},
+        {"search_width": 1, "search": {"algorithm": "ets"}},
+        {"extra_body": {"top_k": 1}},
+        {"extra_body": {"search_width": 1}},
+        {"extra_body": "search_width"},
+    ],
+)
 def test_ordinary_requests_stay_with_sglang(fields: dict[str, Any]) -> None:
-    assert post({}, **fields) == ("stock", [])
+    assert post({}, **{"search_width": None, **fields}) == ("stock", [])
+
+
+@pytest.mark.parametrize("width", [True, 1.0, "1"])
+def test_what_only_equals_1_is_refused(width: Any) -> None:
+    response, _ = post({}, search_width=width)
+    assert response.status_code == 400
+    assert "search_width must be an integer" in json.loads(response.body)["error"]["message"]
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+def test_a_search_in_a_literal_extra_body_is_read(make: Any) -> None:
+    """its-hub 1.2.0 sends the argument of the official client as a field of the body."""
+    request = make(
+        search_width=None,
+        max_tokens=50,
+        extra_body={"search_width": 8, "search": {"algorithm": "ets"}, "max_tokens": 70, "seed": 3},
+    )
+    config = search_config(request, SETTINGS, CONTEXT_TOKENS)
+    assert (config.width, config.algorithm, config.max_tokens, config.seed) == (8, "ets", 70, 3)
+    with pytest.raises(ValueError, match="search needs search_width"):
+        search_config(make(search_width=None, extra_body={"search": {}}), SETTINGS, CONTEXT_TOKENS)
+
+
+def test_a_list_of_one_prompt_counts_with_a_literal_extra_body_too() -> None:
+    assert completion(search_width=None, prompt=["1+2="], extra_body={"search_width": 8}).prompt == "1+2="
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -300,9 +416,44 @@ def test_the_engine_gets_one_request_with_the_search_inside(stream: bool) -> Non
 def test_errors_have_a_status_and_one_sentence(outcome: Any, fields: dict[str, Any], status: int, named: str) -> None:
     response, _ = post(outcome, **fields)
     assert response.status_code == status
-    message = json.loads(response.body)["message"]
+    body = json.loads(response.body)
+    message = body["error"]["message"]
     assert named in message
     assert "\n" not in message
+    assert {key: body[key] for key in body["error"]} == body["error"], "sglang's shape holds the same"
+    assert (body["object"], body["error"]["code"], body["error"]["param"]) == ("error", status, None)
+
+
+def test_an_error_holds_any_text() -> None:
+    response, _ = post(ValueError("half \ud800 of a character"))
+    assert json.loads(response.body)["error"]["message"] == "half \ud800 of a character"
+
+
+def answering(status: int, body: dict[str, Any]) -> openai.OpenAI:
+    """The official client of a server that answers everything like this."""
+    transport = httpx.MockTransport(lambda _request: httpx.Response(status, json=body))
+    return openai.OpenAI(
+        base_url="http://x/v1", api_key="k", max_retries=0, http_client=httpx.Client(transport=transport)
+    )
+
+
+def test_the_official_client_reads_the_refusal() -> None:
+    client = answering(400, error_body("n must be\nless", "BadRequest", 400))
+    with pytest.raises(openai.BadRequestError, match="n must be less") as caught:
+        client.completions.create(model="m", prompt="p")
+    assert (caught.value.type, caught.value.param) == ("BadRequest", None)
+    assert caught.value.body == {"message": "n must be less", "type": "BadRequest", "param": None, "code": 400}
+
+
+def test_the_official_client_writes_answers_out_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = answering(200, response_body(completion(), "id", RESULT)).completions.create(model="m", prompt="p")
+        turn = answering(200, response_body(chat(), "id", RESULT)).chat.completions.create(model="m", messages=[])
+        for done in (whole, turn):
+            assert done.to_dict()["metadata"] == {"search": RESULT["search"]}
+            assert json.loads(done.to_json())["choices"][0]["search"]["score"] == 0.5
+            assert "kv_tokens_peak" in repr(done)
 
 
 def test_a_prm_is_asked_about_the_last_user_message_or_the_whole_prompt() -> None:

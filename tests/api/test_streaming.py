@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from sglang_ets.api.streaming import DONE, stream_chunks
 from sglang_ets.core.config import SearchConfig
@@ -211,6 +214,53 @@ def test_a_stream_joins_to_the_answer(make: Any, with_usage: bool, early: list[s
     shown = [chunk["metadata"]["search"] for chunk in chunks if "metadata" in chunk]
     levels = [{"progress": {**FIGURES, "level": level}} for level in range(1, len(early) + 1)]
     assert shown == [*levels, RESULT["search"]]
+
+
+EARLY = [[], ["", "", ""], ["", "1+"], ["1+", "1+2"], ["", "1+2=3", "1+2=3"]]
+
+
+def streaming(request: Any, early: Sequence[str]) -> openai.OpenAI:
+    """The official client of a server that streams a search which reports these final texts before its result."""
+    levels = [progress(text, level) for level, text in enumerate(early, 1)]
+    answers = [reported(*levels[: i + 1]) for i in range(len(levels))] + [reported(*levels, RESULT)]
+    content = "".join(events_of(request, answers)).encode()
+    headers = {"content-type": "text/event-stream"}
+    transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=content, headers=headers))
+    return openai.OpenAI(
+        base_url="http://x/v1", api_key="k", max_retries=0, http_client=httpx.Client(transport=transport)
+    )
+
+
+@pytest.mark.parametrize("early", EARLY, ids=str)
+def test_the_official_accumulator_joins_a_chat(early: list[str]) -> None:
+    client = streaming(chat(stream=True, n=2, stream_options={"include_usage": True}), early)
+    state = ChatCompletionStreamState()
+    roles: list[int] = []
+    for chunk in client.chat.completions.create(model="m", messages=[], stream=True):
+        roles += [choice.index for choice in chunk.choices if choice.delta.role is not None]
+        state.handle_chunk(chunk)
+    done = state.current_completion_snapshot  # the final one is refused where a choice has reached its length
+    assert [(choice.message.role, choice.message.content) for choice in done.choices] == [
+        ("assistant", "1+2=3"),
+        ("assistant", "1+2=4"),
+    ]
+    assert [choice.finish_reason for choice in done.choices] == ["stop", "length"]
+    assert done.usage is not None and done.usage.completion_tokens == 90
+    assert roles == [0, 1], "each choice has its role once, in its first chunk"
+
+
+@pytest.mark.parametrize("early", EARLY, ids=str)
+def test_a_client_of_completions_joins_the_texts(early: list[str]) -> None:
+    client = streaming(completion(stream=True, n=2, stream_options={"include_usage": True}), early)
+    texts, reasons, usage = ["", ""], [None, None], None
+    for chunk in client.completions.create(model="m", prompt="p", stream=True):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            assert reasons[choice.index] is None, "nothing comes after the end of a choice"
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert (texts, reasons) == (["1+2=3", "1+2=4"], ["stop", "length"])
+    assert usage is not None and usage.completion_tokens == 90
 
 
 @pytest.mark.parametrize("answers", [[reported(progress("1"))], [reported(progress("1")), "abort"]])

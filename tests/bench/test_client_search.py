@@ -146,7 +146,7 @@ def test_the_client_selects_as_well_as_the_core(
         return
     assert (client.clusters is None) == (algorithm == "ets_kv")
     shares = get_policy("rebase").select(level, config).allocation / 16
-    coverage = config.coverage_weight if algorithm == "ets" else 0.0
+    coverage = config.weights.diversity_weight if algorithm == "ets" else 0.0
     kept = kept_leaves(level, config, client.clusters)
     best, _ = solve(shares, costs, weight, core.clusters, coverage)
     # Equal values, not equal sets: a leaf that is worth nothing may be kept or not.

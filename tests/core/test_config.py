@@ -11,7 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_ets.core.config import MAX_STEPS_LIMIT, MAX_WEIGHT, MAX_WIDTH, OUTER_FIELDS, SearchConfig
+from sglang_ets.core.config import (
+    MAX_DELIMITER_CHARS,
+    MAX_DELIMITERS,
+    MAX_JSON_CHARS,
+    MAX_STEPS_LIMIT,
+    MAX_WEIGHT,
+    MAX_WIDTH,
+    OUTER_FIELDS,
+    SearchConfig,
+    Weights,
+    check_vocabulary,
+    check_width,
+)
+from sglang_ets.core.patterns import MAX_PATTERN_CHARS
+from sglang_ets.core.settings import MAX_COUNT, settings_of, shown
 
 ALLOWED: list[dict[str, Any]] = [
     {"width": 2, "num_results": 2},
@@ -20,6 +34,8 @@ ALLOWED: list[dict[str, Any]] = [
     {"max_steps": MAX_STEPS_LIMIT},
     {"step_delimiter": ("\n", 0, "\u00b6")},
     {"step_delimiter": tuple(range(16))},
+    {"step_delimiter": (MAX_COUNT,)},
+    {"max_tokens": MAX_COUNT, "max_step_tokens": MAX_COUNT},
     {"kv_cost_weight": 0, "diversity_weight": 0},
     {"kv_cost_weight": MAX_WEIGHT, "diversity_weight": MAX_WEIGHT},
     {"cluster_distance": 0.0},
@@ -39,21 +55,32 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"width": MAX_WIDTH + 1}, "search_width must be"),
     ({"width": 16.0}, "search_width must be"),
     ({"width": True}, "search_width must be"),
-    ({"num_results": 0}, "n must be an integer from 1 to 16, got 0"),
-    ({"num_results": 17}, "n must be an integer from 1 to 16, got 17"),
-    ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
+    ({"num_results": 0}, "n must be an integer from 1 to 1024, got 0"),
+    ({"num_results": 17}, "n must be at most search_width, 16, got 17"),
+    ({"max_tokens": 0}, "max_tokens must be an integer from 1 to 2147483647, got 0"),
+    ({"max_tokens": MAX_COUNT + 1}, "max_tokens must be"),
+    ({"max_tokens": 10**5000}, "got an integer of 16610 bits"),
     ({"max_steps": 0}, "max_steps must be"),
     ({"max_steps": MAX_STEPS_LIMIT + 1}, "max_steps must be"),
     ({"max_step_tokens": "8"}, "max_step_tokens must be"),
     ({"step_delimiter": ()}, "step_delimiter must be 1 to 16 texts or token ids"),
     ({"step_delimiter": tuple(range(17))}, "step_delimiter must be"),
     ({"step_delimiter": "\n"}, "step_delimiter must be"),
-    ({"step_delimiter": ("",)}, "'' is neither a non-empty text nor a token id"),
-    ({"step_delimiter": (-1,)}, "-1 is neither"),
-    ({"step_delimiter": (True,)}, "True is neither"),
+    ({"step_delimiter": ("",)}, "step_delimiter must be texts of 1 to 64 whole characters or token ids, got ''"),
+    ({"step_delimiter": (-1,)}, "token ids, got -1"),
+    ({"step_delimiter": (True,)}, "token ids, got True"),
+    ({"step_delimiter": (2**70,)}, "token ids, got 1180591620717411303424"),
+    ({"step_delimiter": ("\n", "a" * 65)}, "step_delimiter must be texts of 1 to 64 whole characters"),
+    ({"step_delimiter": ("\ud800",)}, r"got '\ud800'"),
+    ({"step_delimiter": (None,)}, "token ids, got None"),
     ({"kv_cost_weight": -0.1}, "kv_cost_weight must be a number from 0 to 1e"),
     ({"kv_cost_weight": math.nan}, "kv_cost_weight must be"),
     ({"kv_cost_weight": True}, "kv_cost_weight must be"),
+    ({"kv_cost_weight": 10**400}, "kv_cost_weight must be a number from 0 to 1e+06, got an integer of 1329 bits"),
+    ({"kv_budget_tokens": 10**400}, "kv_budget_tokens must be"),
+    ({"deadline_s": 10**400}, "deadline_s must be"),
+    ({"seed": 10**5000}, "seed must be"),
+    ({"width": 2**70}, "search_width must be"),
     ({"diversity_weight": math.inf}, "diversity_weight must be"),
     ({"coverage": "all"}, "coverage must be one of uniform, reward, got 'all'"),
     ({"center_embeddings": 1}, "center_embeddings must be true or false, got 1"),
@@ -68,8 +95,9 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"answer_equality": "close"}, "answer_equality must be one of math, text"),
     ({"answer_pattern": ""}, "answer_pattern must be"),
     ({"answer_pattern": "a" * 501}, "answer_pattern must be"),
-    ({"answer_pattern": "(a"}, "it does not compile"),
-    ({"answer_pattern": "(" * 500}, "it does not compile"),
+    ({"answer_pattern": "(a"}, "a group is not closed"),
+    ({"answer_pattern": "(a)[b-a]"}, "it does not compile"),
+    ({"answer_pattern": 7}, "answer_pattern must be text, got 7"),
     ({"answer_pattern": "a"}, "it has 0 groups"),
     ({"kv_budget_tokens": 0}, "kv_budget_tokens must be"),
     ({"kv_budget_tokens": 9, "algorithm": "rebase"}, "kv_budget_tokens needs algorithm ets or ets_kv"),
@@ -77,7 +105,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"deadline_s": 0}, "deadline_s must be"),
     ({"deadline_s": False}, "deadline_s must be"),
     ({"return_tree": 1}, "return_tree must be true or false"),
-    ({"return_embeddings": True}, "return_embeddings must be true or false, and false without return_tree"),
+    ({"return_embeddings": True}, "return_embeddings must be false without return_tree, got True"),
+    ({"return_embeddings": 1}, "return_embeddings must be true or false"),
     ({"seed": -1}, "seed must be"),
     ({"seed": 2**63}, "seed must be"),
 ]
@@ -96,7 +125,7 @@ def test_values_at_the_limits_are_allowed_and_cross_as_text(fields: dict[str, An
     assert SearchConfig.from_json(config.to_json()) == config
 
 
-@pytest.mark.parametrize(("fields", "message"), BROKEN, ids=[str(case[0])[:60] for case in BROKEN])
+@pytest.mark.parametrize(("fields", "message"), BROKEN, ids=[shown(case[0]) for case in BROKEN])
 def test_a_broken_rule_is_one_sentence_with_field_rule_and_value(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="; ") as caught:
         SearchConfig(**fields)
@@ -114,15 +143,15 @@ def test_settings_cannot_be_changed() -> None:
 )
 def test_coverage_weight_is_the_published_one_of_the_nearest_width(width: int, weight: float) -> None:
     config = SearchConfig(width=width, coverage="uniform")
-    assert (config.cost_weight, config.coverage_weight) == (1.0, weight)
-    assert SearchConfig(width=width, coverage="uniform", diversity_weight=0.0).coverage_weight == 0.0
+    assert config.weights == Weights(kv_cost_weight=1.0, diversity_weight=weight)
+    assert SearchConfig(width=width, coverage="uniform", diversity_weight=0.0).weights.diversity_weight == 0.0
 
 
 def test_coverage_by_reward_weighs_as_much_as_kv() -> None:
-    assert (SearchConfig().cost_weight, SearchConfig().coverage_weight) == (4.0, 4.0)
-    assert SearchConfig(kv_cost_weight=2).coverage_weight == 2
-    assert SearchConfig(diversity_weight=0.5).coverage_weight == 0.5
-    assert SearchConfig(algorithm="ets_kv").cost_weight == 1.0
+    assert SearchConfig().weights == (4.0, 4.0)
+    assert SearchConfig(kv_cost_weight=2).weights == (2, 2)
+    assert SearchConfig(diversity_weight=0.5).weights == (4.0, 0.5)
+    assert SearchConfig(algorithm="ets_kv").weights.kv_cost_weight == 1.0
 
 
 def test_a_request_wins_over_the_server_and_the_server_over_the_fields() -> None:
@@ -148,7 +177,21 @@ def test_a_setting_that_does_not_exist_inside_search_lists_those_that_do(name: s
         from_request({name: 4})
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"widht": 4}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        '{"widht": 4}',
+        "null",
+        "",
+        "{",
+        "[" * 5000,
+        '{"width": 1' + "0" * 6000 + "}",
+        '{"seed": ' + "[" * 5000,
+    ],
+    ids=["list", "number", "name", "null", "nothing", "open", "deep", "digits", "deep value"],
+)
 def test_text_that_holds_no_settings_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be a JSON object with the fields algorithm, width"):
         SearchConfig.from_json(text)
@@ -165,7 +208,7 @@ def test_text_that_is_nested_too_deep_is_refused_without_its_text() -> None:
 
 @given(
     width=st.integers(2, MAX_WIDTH),
-    delimiters=st.lists(st.one_of(st.text(min_size=1), st.integers(0, 10**6)), min_size=1, max_size=16),
+    delimiters=st.lists(st.text(min_size=1, max_size=64) | st.integers(0, 10**6), min_size=1, max_size=16),
     weight=st.floats(0, MAX_WEIGHT),
     temperature=st.floats(1e-3, 1e3),
     budget=st.none() | st.integers(1, 10**9),
@@ -183,3 +226,61 @@ def test_every_config_survives_the_way_through_text(
         kv_budget_tokens=budget,
     )
     assert SearchConfig.from_json(config.to_json()) == config
+
+
+def test_the_longest_settings_cross_as_text() -> None:
+    widest = "\U0001f9ee"  # twelve characters of JSON
+    config = SearchConfig(
+        step_delimiter=(widest * MAX_DELIMITER_CHARS,) * MAX_DELIMITERS,
+        answer_pattern=f"({widest * (MAX_PATTERN_CHARS - 2)})",
+    )
+    assert SearchConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="must be at most 20000 characters of JSON, got 20001; "):
+        SearchConfig.from_json(" " * (MAX_JSON_CHARS + 1))
+
+
+def test_limits_of_a_server_are_named() -> None:
+    check_width(SearchConfig(width=64), 64)
+    with pytest.raises(ValueError, match="search_width must be at most 63 on this server, got 64; "):
+        check_width(SearchConfig(width=64), 63)
+    config = SearchConfig(step_delimiter=("\n", 99))
+    check_vocabulary(config, 100)
+    with pytest.raises(ValueError, match="token ids below 99, the size of the model's vocabulary, got 99; "):
+        check_vocabulary(config, 99)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(st.characters(), max_size=100)
+    | st.sampled_from(["ets", "\ud800", "(" * 500, "(a{99999})", "x" * 10_000, "("]),
+    lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(
+    search=st.dictionaries(st.sampled_from([item.name for item in settings_of(SearchConfig)]) | st.text(), JSON),
+    width=JSON | st.just(8),
+    count=JSON,
+    seed=JSON,
+)
+def test_whatever_a_client_sends_is_a_config_or_one_short_sentence(
+    search: dict[str, Any], width: Any, count: Any, seed: Any
+) -> None:
+    for read in (
+        lambda: from_request(search, search_width=width, n=count, seed=seed),
+        lambda: SearchConfig.from_json(json.dumps({"width": width, **search})),
+    ):
+        message = ""
+        try:
+            config = read()
+        except ValueError as error:
+            message = str(error)
+        else:
+            assert SearchConfig.from_json(config.to_json()) == config
+        assert len(message) < 600
+        assert "\n" not in message
+        assert message.encode().decode() == message

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 LIGHT = [
-    *(f"core.{name}" for name in ("config", "tree", "allocation", "clusters", "reduction", "ilp")),
+    *(f"core.{name}" for name in ("settings", "config", "tree", "allocation", "clusters", "reduction", "ilp")),
     *(f"core.{name}" for name in ("selection", "search", "answer", "patterns")),
     "wire",
     "engine.voting",
