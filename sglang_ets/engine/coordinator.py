@@ -112,7 +112,7 @@ class SearchCoordinator:
             )
         if live.config.deadline_s is not None and get_parallel().tp_size > 1:
             return "deadline_s needs tensor parallel size 1, because ranks must not decide by their own clocks; omit it"
-        return None
+        return self.prm.refusal(live.req.origin_input_ids, prompt_text(live.req), live.config.max_tokens)
 
     # ---- events from the engine ----
 
@@ -179,7 +179,7 @@ class SearchCoordinator:
     def _prompt_ready(self, live: LiveSearch, hold: Hold) -> None:
         branch = Branch((), "", hold)
         live.branches[ROOT] = branch
-        branch.prm = self.prm.open_prompt(tuple(live.req.origin_input_ids), prompt_text(live.req))
+        branch.prm = self.prm.open_prompt(tuple(live.req.origin_input_ids), prompt_text(live.req), live.owner)
         live.prm_tokens += len(branch.prm.token_ids)
         self.apply(live, live.search.start())
 
@@ -383,6 +383,7 @@ class SearchCoordinator:
             live = self.searches.pop(rid)
             with self.guard(live):
                 self.ledger.end_owner(live.owner)
+                self.prm.end_owner(live.owner)
             self.metrics.sync(self)
 
     def _wait_if_idle(self) -> None:
