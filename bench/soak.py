@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -147,7 +148,7 @@ class SoakClients:
     def _note_warnings(self, answer: dict[str, Any]) -> None:
         with self._lock:
             for warning in answer["metadata"]["search"].get("warnings", ()):
-                self._report.warnings[warning["kind"]] += 1
+                self._report.warnings[re.sub(r"[\d.]+", "#", warning)] += 1
 
 
 def soak(url: str, minutes: float, seed: int) -> SoakReport:

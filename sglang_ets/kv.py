@@ -138,6 +138,16 @@ class RadixLedger:
             f"search {owner} ended with {len(left)} locks on {tokens} KV tokens; expected 0 locks on 0"
         )
 
+    def forget_locks(self) -> None:
+        """The cache was emptied, and with it all locks: what holds them is told. Nothing is unlocked."""
+        for hold in [hold for held in self._holds.values() for hold in held.values()]:
+            hold.receipt = None
+        self._holds.clear()
+
+    def holds(self, owner: str) -> list[Hold]:
+        """What `owner` has locked, the oldest first."""
+        return list(self._holds.get(owner, {}).values())
+
     def held_tokens(self, owner: str | None = None) -> int:
         """Distinct tokens whose KV `owner` (or, by default, anybody) protects."""
         owners = [owner] if owner is not None else list(self._holds)

@@ -99,8 +99,10 @@ class SearchCoordinator:
         return True
 
     def _begin(self, live: LiveSearch) -> None:
-        pool_tokens = self.scheduler.max_total_num_tokens
-        refused = refusal(live.search.config, live.req, pool_tokens, self._num_ranks)
+        config, req = live.search.config, live.req
+        refused = refusal(config, req, self.scheduler.max_total_num_tokens, self._num_ranks) or self.prm.refusal(
+            req.origin_input_ids, prompt_text(req), config.max_tokens
+        )
         if refused:
             self._answer_error(live, refused, HTTPStatus.BAD_REQUEST)
             return
@@ -190,7 +192,7 @@ class SearchCoordinator:
 
     def _prompt_ready(self, live: LiveSearch, hold: Hold) -> None:
         branch = live.branches[ROOT] = Branch(hold)
-        branch.prm = self.prm.open_prompt(tuple(live.req.origin_input_ids), prompt_text(live.req))
+        branch.prm = self.prm.open_prompt(live.req.origin_input_ids, prompt_text(live.req), live.id)
         live.prm_tokens += len(branch.prm.token_ids)
         self.apply(live, live.search.start())
 
@@ -388,6 +390,7 @@ class SearchCoordinator:
             self.fail(live, f"no trajectory was completed ({live.end_reason})")
             return
         req = live.req
+        live.num_prm_releases = self.prm.num_releases(live.id)
         result = result_of(live, answers)
         req.output_ids = array("q", answers[0].token_ids)
         req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))
@@ -443,6 +446,7 @@ class SearchCoordinator:
             live = self.searches.pop(search_id)
             with self.guard(live):
                 self.ledger.end_owner(live.id)
+                self.prm.end_owner(live.id)
             self._metrics.sync(len(self.searches), self.ledger)
 
     def _wait_if_idle(self) -> None:

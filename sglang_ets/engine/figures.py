@@ -91,6 +91,7 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
             for sample in live.kv
         ],
         "kv_pressure_releases": live.num_pressure_releases,
+        "prm_pressure_releases": live.num_prm_releases,
         "prm_tokens": live.prm_tokens,
         "solver": _solver_figures(live),
         "seconds": time.monotonic() - live.started_s,
@@ -122,6 +123,11 @@ def warnings_of(live: LiveSearch) -> list[str]:
         warnings.append(
             f"the KV pool was full and this search gave up its KV {live.num_pressure_releases} times, to compute it again; "
             "lower search_width or raise --max-total-tokens"
+        )
+    if live.num_prm_releases:
+        warnings.append(
+            f"the PRM's KV pool was full and this search gave up {live.num_prm_releases} locks in it, to compute their KV "
+            "again; lower search_width or raise --prm-max-total-tokens"
         )
     if live.num_fallbacks:
         warnings.append(

@@ -67,6 +67,7 @@ class LiveSearch:
     final_text: str = ""  # what every answer that is still possible begins with
     prm_tokens: int = 0
     num_pressure_releases: int = 0
+    num_prm_releases: int = 0  # locks given up in the PRM's pool, known at the end
     num_fallbacks: int = 0
     select_started_s: float = 0.0  # of the last selection, by time.perf_counter
     # Per level, the loop's time until selection had been handed over; and that with pruning and queueing of children.

@@ -253,8 +253,20 @@ class ScriptedPrm:
         self.locked: dict[int, ScriptedPath] = {}
         self.batches: list[list[str]] = []  # texts of the steps of each call
         self.questions: list[str] = []
+        self.refused: str | None = None
+        self.releases: dict[str, int] = {}  # search id -> locks that it gave up
+        self.ended: list[str] = []  # ids of searches
 
-    def open_prompt(self, prompt_ids: Sequence[int], question: str) -> ScriptedPath:
+    def refusal(self, prompt_ids: Sequence[int], question: str, max_tokens: int) -> str | None:
+        return self.refused
+
+    def num_releases(self, owner: str) -> int:
+        return self.releases.get(owner, 0)
+
+    def end_owner(self, owner: str) -> None:
+        self.ended.append(owner)
+
+    def open_prompt(self, prompt_ids: Sequence[int], question: str, owner: str) -> ScriptedPath:
         self.questions.append(question)
         return self._lock(tuple(prompt_ids))
 
