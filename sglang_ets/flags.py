@@ -50,6 +50,13 @@ class Flag:
         return text.lower() in YES
 
 
+ALLOW_UNTESTED = Flag(
+    "allow-untested-sglang",
+    "allow_untested_sglang",
+    bool,
+    False,
+    "Warn, and do not stop, where sglang's code is of no tested version and every contract of the patches holds.",
+)
 FLAGS = (
     Flag(
         "search", "search", str, OFF, "Default algorithm of a search; off: stock sglang.", (*get_args(Algorithm), OFF)
@@ -78,6 +85,7 @@ FLAGS = (
     Flag("search-answer", "answer", str, None, "How the answer is chosen.", get_args(AnswerRule)),
     Flag("search-answer-pattern", "answer_pattern", str, None, "Preset or regular expression of the final answer."),
     Flag("search-trace", "trace", bool, False, "Show searches, running and just ended, as live pages under /search."),
+    ALLOW_UNTESTED,
 )
 
 
