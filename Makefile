@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
 .PHONY: install python demo serve test lint types unit e2e e2e-formats bench bench-ilp bench-kernels bench-attention bench-clusters bench-kv bench-sweep \
-	bench-throughput bench-coverage bench-selection bench-variants bench-real smollm2 clean
+	bench-throughput bench-coverage bench-selection bench-variants bench-real smollm2 drift clean
 
 install: $(STAMP)
 
@@ -96,6 +96,10 @@ bench-real: install
 # A real language model as a checkpoint in the user's cache; prints its folder.
 smollm2: install
 	@$(PY) -m bench.smollm2
+
+# What another version of sglang would change for the patches: make drift VERSION=..., or none for the installed one.
+drift: install
+	@$(RUN) -m sglang_ets.patches.drift $(VERSION)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sglang_ets.patches.record import Patch
+from sglang_ets.patches.record import Patch, Use
 
 NO_SEED = -1  # of a row that belongs to no search; the seeds of a search's rows are not negative
 # Constants of the splitmix64 generator (Steele, Lea, Flood 2014).
@@ -107,39 +107,47 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 WHY = "the same seed grows the same tree on the CPU too, where sglang's deterministic mode does not exist"
-WHY_OWN = "only rows of searches are drawn by seed, with min_p too; all others by sglang as if there were no seeds"
 UPSTREAM = "none: not asked for yet"
-GOES = "sglang's deterministic mode works on the CPU"
+SAMPLING_FIELDS = ("sampling_seed", "top_ks", "top_ps", "min_ps", "need_min_p_sampling")
+GOES_WHEN = "sglang's deterministic mode works on the CPU"
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
-        "around",
-        "sglang_ets.patches.cpu_sampler:seed_rows",
-        "48352e06affec0436a3f074cccd020fc67b4ec8c66bba3f85b9a8c286221c44b",
-        WHY,
-        UPSTREAM,
-        GOES,
-        "cpu",
+        target="sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
+        kind="around",
+        hook="sglang_ets.patches.cpu_sampler:seed_rows",
+        parameters=("cls", "batch", "vocab_size"),
+        tested=("88cf145931ab0669",),
+        why=WHY,
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        condition="cpu",
+        uses=(
+            Use("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo", ("sampling_seed",)),
+            Use("sglang.srt.managers.schedule_batch.ScheduleBatch", ("reqs",)),
+        ),
     ),
     Patch(
-        "sglang.srt.layers.sampler.Sampler._sample_from_probs",
-        "around",
-        "sglang_ets.patches.cpu_sampler:sample_rows",
-        "c90023f0fa9c16c7261722e3ab1dd9731d52521b2aaedcc3afb880aad28e5e96",
-        WHY_OWN,
-        UPSTREAM,
-        GOES,
-        "cpu",
+        target="sglang.srt.layers.sampler.Sampler._sample_from_probs",
+        kind="around",
+        hook="sglang_ets.patches.cpu_sampler:sample_rows",
+        parameters=("self", "probs", "sampling_info", "positions", "simple_sampling_case"),
+        tested=("3b076117aa3f730a",),
+        why="only rows of searches are drawn by seed, with min_p too; all others by sglang as if there were no seeds",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        condition="cpu",
+        uses=(Use("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo", SAMPLING_FIELDS),),
     ),
     Patch(
-        "sglang.srt.layers.sampler.multinomial_with_seed",
-        "around",
-        "sglang_ets.patches.cpu_sampler:draw_by_seed",
-        "5802a0ad7e5f4eb851e30510da3c7f8347c469eebf3b5f7c74e900c3d4c5bf81",
-        WHY,
-        UPSTREAM,
-        GOES,
-        "cpu",
+        target="sglang.srt.layers.sampler.multinomial_with_seed",
+        kind="around",
+        hook="sglang_ets.patches.cpu_sampler:draw_by_seed",
+        parameters=("logprobs", "seed", "positions"),
+        tested=("e279f47ffd3c3085",),
+        why=WHY,
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        condition="cpu",
     ),
 )
