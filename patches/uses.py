@@ -149,7 +149,7 @@ PRM_POOLS = (
         ("disable", "req_to_token_pool", "token_to_kv_pool_allocator", "page_size", "tree_components"),
     ),
     Use(f"{SRT}.mem_cache.unified_cache.components.ComponentType", ("FULL",)),
-    Use(f"{SRT}.utils.get_available_gpu_memory", ("device", "gpu_id")),
+    Use(f"{SRT}.utils.get_available_gpu_memory", ("device", "gpu_id", "distributed", "cpu_group")),
 )
 
 # prm/engine.py: one forward pass
