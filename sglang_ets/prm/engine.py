@@ -26,7 +26,7 @@ from sglang_ets.prm.choose import AUTO, choose_format
 from sglang_ets.prm.formats import Head, PrmFormat, StepProbability, StepTokens
 from sglang_ets.prm.pool import MAX_BATCH_TOKENS, Extended, PoolImbalance, PrmPool, TokenRun
 from sglang_ets.prm.readout import StepStates, read_steps
-from sglang_ets.prm.sizing import GB, PoolNeed, default_pool_tokens
+from sglang_ets.prm.sizing import GB, PoolNeed, check_pool_tokens, default_pool_tokens
 from sglang_ets.prm.valve import PathValve
 from sglang_ets.prm.worker import pool_budget, start_worker, token_bytes
 
@@ -147,8 +147,9 @@ class PrmEngine:
         A PRM at the model path shares the policy model's weights.
 
         Raises:
-            SystemExit: the format is unknown, or does not work on this server.
+            SystemExit: the format is unknown, or does not work on this server, or the pool's size is wrong.
         """
+        check_pool_tokens(settings.max_total_tokens)
         policy = scheduler.server_args
         tokenizer = get_tokenizer(settings.model_path, trust_remote_code=policy.trust_remote_code)
         spec = choose_format(settings.model_path, settings.format, tokenizer)

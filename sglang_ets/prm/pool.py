@@ -60,7 +60,7 @@ class _PrmReq(Req):
     reuse_tokens: int
 
     def _compute_max_prefix_len(self, input_len: int) -> int:
-        return min(super()._compute_max_prefix_len(input_len), self.reuse_tokens)
+        return int(min(super()._compute_max_prefix_len(input_len), self.reuse_tokens))
 
 
 def _shared_tokens(one: Req, other: Req) -> int:
@@ -179,7 +179,7 @@ class PrmPool:
         if req.reuse_tokens - req.prefix_len < MIN_SHARED_TOKENS:
             return False
         shared = max((_shared_tokens(req, other) for other in chosen), default=0)
-        return min(shared, req.reuse_tokens) - req.prefix_len >= MIN_SHARED_TOKENS
+        return bool(min(shared, req.reuse_tokens) - req.prefix_len >= MIN_SHARED_TOKENS)
 
     def _request(self, run: TokenRun) -> _PrmReq:
         params = SamplingParams(max_new_tokens=0)

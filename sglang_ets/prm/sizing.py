@@ -7,6 +7,7 @@ from dataclasses import dataclass
 SIZED_WIDTH = 64  # wider searches and several at once share the pool, and compute again what does not fit
 DEVICE_SHARE = 0.25  # of the memory that is free on an accelerator once all weights are loaded
 HOST_SHARE, HOST_LIMIT_BYTES = 0.125, 2**31  # the same on a CPU, where other programs need memory too
+MIN_POOL_TOKENS = 16
 GB = 1e9
 
 
@@ -24,6 +25,19 @@ class PoolNeed:
     def longest(self, context_tokens: int) -> int:
         """KV tokens of one trajectory, which the PRM's context bounds."""
         return min(self.trajectory_tokens, context_tokens)
+
+
+def check_pool_tokens(tokens: int | None) -> None:
+    """What `--prm-max-total-tokens` may be; None: not given.
+
+    Raises:
+        SystemExit: it breaks the rule.
+    """
+    if tokens is not None and tokens < MIN_POOL_TOKENS:
+        raise SystemExit(
+            f"--prm-max-total-tokens must be at least {MIN_POOL_TOKENS}, got {tokens}; leave it out for a pool that follows "
+            "width and limits"
+        )
 
 
 def budget_bytes(free_bytes: float, is_host: bool) -> int:

@@ -9,7 +9,15 @@ import pytest
 
 from sglang_ets.engine.startup import pool_need
 from sglang_ets.flags import FLAGS
-from sglang_ets.prm.sizing import HOST_LIMIT_BYTES, SIZED_WIDTH, PoolNeed, budget_bytes, default_pool_tokens
+from sglang_ets.prm.sizing import (
+    HOST_LIMIT_BYTES,
+    MIN_POOL_TOKENS,
+    SIZED_WIDTH,
+    PoolNeed,
+    budget_bytes,
+    check_pool_tokens,
+    default_pool_tokens,
+)
 from sglang_ets.prm.worker import prm_arguments
 
 NEED = PoolNeed(width=64, trajectory_tokens=1024)
@@ -43,6 +51,14 @@ def test_memory_is_a_bound_down_to_one_trajectory() -> None:
         SystemExit, match=r"more than 1024 tokens \(0\.10 GB\) for one trajectory, .* holds 1024; lower"
     ):
         default_pool_tokens(NEED, 4096, 100_000, 102_400_000)
+
+
+def test_a_pool_of_nothing_is_no_size() -> None:
+    for tokens in (None, MIN_POOL_TOKENS):
+        check_pool_tokens(tokens)
+    for tokens in (0, -5, MIN_POOL_TOKENS - 1):
+        with pytest.raises(SystemExit, match=f"must be at least {MIN_POOL_TOKENS}, got {tokens}; leave it out"):
+            check_pool_tokens(tokens)
 
 
 def test_a_cpu_keeps_memory_for_others() -> None:
