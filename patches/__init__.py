@@ -67,7 +67,7 @@ def install(patches: Iterable[Patch], allow_untested: bool = False) -> None:
     """Verify all, then hand each hook to sglang's registry. sglang applies them when all plugins are loaded.
 
     Raises:
-        PatchDrift: see `verify`; or another plugin has already been applied to it, so that ours would be lost.
+        PatchDrift: see `verify`; or another plugin stands at a target already, so that our hook would be lost.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

@@ -223,6 +223,8 @@ def _shape(node: object) -> str:
             for name, value in ast.iter_fields(node):
                 if name == "body" and _begins_with_text(value):
                     value = value[1:]
+                if isinstance(node, ast.JoinedStr):  # some versions of Python end a format with an empty text
+                    value = [part for part in value if getattr(part, "value", None) != ""]
                 if name not in _NOT_CODE and value not in (None, []):
                     parts.append(f"{name}={_shape(value)}")
             return f"{type(node).__name__}({','.join(parts)})"

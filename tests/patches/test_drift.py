@@ -22,12 +22,12 @@ EDITS = {
 }
 
 
-@pytest.fixture
-def wheel(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed sglang's files that the patches need, edited. It cannot be imported."""
     read = Sources.installed()
     drift.compare(read)
-    path = tmp_path / "sglang-9.9.9-py3-none-any.whl"
+    path = tmp_path_factory.mktemp("wheel") / "sglang-9.9.9-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("sglang/__init__.py", "raise AssertionError('imported')")
         archive.writestr("sglang/lib.so", "")

@@ -111,6 +111,32 @@ def hash_of(code: str) -> str:
     return Place(None, tree.body[0]).code_hash  # type: ignore[arg-type]
 
 
+ALL_KINDS = """
+@decorated(1)
+class C(Base, key=2):
+    '''text'''
+    limit: int | None = None
+
+    async def f(self, a, /, b=(1, 2.5), *rest, c: str = 'x', **more) -> dict[str, int]:
+        if (n := len(rest)) > 1 and not a[1:, ::2]:
+            print(f"{a!r:>{n}} {b=} " "more", *rest, sep=b"")
+        with open(a) as one, open(b):
+            yield {**more, 'k': [x for x in rest if x is not ...]}
+        try:
+            n += await g(lambda: 0)
+        except (KeyError, ValueError) as error:
+            raise TypeError from error
+        match n:
+            case {"a": [1, *_]} | C(limit=None):
+                return
+"""
+
+
+def test_the_hash_is_the_same_in_every_python() -> None:
+    """A record made with one version is read with another."""
+    assert hash_of(ALL_KINDS) == "f373c8f1266fbe8d"
+
+
 CODE = "def f(a, b=1):\n    if a:\n        return b\n    return g(a, None)\n"
 
 
