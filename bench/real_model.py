@@ -21,6 +21,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,13 @@ from bench import rows
 from bench.datasets import Problem, load
 from bench.figures import panels
 from bench.footprint_tables import table
-from bench.grading import Grader, majority
+from bench.grading import grade, majority
 from bench.kv_footprint import Setting
 from bench.redundancy import redundancy
 from bench.server import running_server
 from bench.smollm2 import checkpoint
 from sglang_ets.core.patterns import extract_answer
+from sglang_ets.math_process import MathProcess
 
 WARM_UP_TOKENS = 8
 POOL_TOKENS = 32_000
@@ -224,19 +226,15 @@ def run(args: argparse.Namespace, out: Path) -> None:
     todo = unsolved(args, out)
     if not todo:
         return
-    with running_server(flags(args.prm_format)) as url, Grader("math") as grader:
+    judge = MathProcess()  # ends with this process
+    with running_server(flags(args.prm_format)) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600, max_retries=0)
         (_, problem), *_ = todo[0][1]
         solve(client, settings(2, ["ets"])[-1], problem, WARM_UP_TOKENS, args.seed)  # kernels compile
         for name, batch in tqdm(todo, unit="batch"):
-            found = solve_together(client, batch, args.max_tokens, args.seed)
-            for row, (_, problem) in zip(found, batch, strict=True):
-                grade = grader.grade(row["answer"], problem.answer, also_strict=True)
-                graded = {
-                    "is_right": grade.is_right,
-                    "is_right_strict": bool(grade.strict),
-                    "timed_out": grade.timed_out,
-                }
+            done = solve_together(client, batch, args.max_tokens, args.seed)
+            for row, (_, problem) in zip(done, batch, strict=True):
+                graded = asdict(grade(judge, row["answer"], problem.answer))
                 rows.append(out, {"data": name, "prm": args.prm_format, **row, **graded})
 
 

@@ -17,10 +17,11 @@ SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("
 ROOMS: dict[str, set[str]] = {
     "core": set(),
     "wire": set(),
+    "math_process": set(),
     "kernels": set(),
     "kv": {"core"},
     "prm": {"core", "kv", "kernels"},
-    "engine": {"core", "kv", "prm", "kernels", "wire"},
+    "engine": {"core", "kv", "prm", "kernels", "wire", "math_process"},
     "api": {"core", "wire"},
     "tools": {"core", "api", "wire"},
 }
