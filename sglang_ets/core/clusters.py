@@ -21,7 +21,7 @@ class RunningCenter:
     """The mean of all embeddings of a search so far.
 
     Hidden states of one prompt share a large common direction, which makes all cosines alike. What is left after taking it away
-    tells meanings apart (`bench/cluster_variants.py`). It depends on the search alone, so equal searches cluster equally.
+    tells meanings apart (`bench/studies`). It depends on the search alone, so equal searches cluster equally.
     """
 
     def __init__(self) -> None:
