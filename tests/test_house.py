@@ -19,10 +19,11 @@ MAX_FUNCTION_LINES = 50
 ROOMS: dict[str, set[str]] = {
     "core": set(),
     "wire": set(),
+    "math_process": set(),
     "kernels": set(),
     "kv": {"core"},
     "prm": {"core", "kv", "kernels"},
-    "engine": {"core", "kv", "prm", "kernels", "wire"},
+    "engine": {"core", "kv", "prm", "kernels", "wire", "math_process"},
     "api": {"core", "wire"},
     "tools": {"core", "prm", "api", "wire"},
 }

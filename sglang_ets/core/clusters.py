@@ -20,7 +20,7 @@ class RunningCenter:
     """The mean of all embeddings of a search so far.
 
     Hidden states of one prompt share a large common direction, which makes all cosines alike. What is left after taking it away
-    separates meanings (`bench/cluster_variants.py`). It depends on the search alone, so equal searches cluster equally.
+    separates meanings (`bench/studies`). It depends on the search alone, so equal searches cluster equally.
     """
 
     def __init__(self) -> None:

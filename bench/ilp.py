@@ -13,7 +13,7 @@ import gzip
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,27 @@ def recorded_cases() -> dict[int, list[Case]]:
     return cases
 
 
+def table(done: Sequence[rows.Row]) -> str:
+    """Markdown, one line a setting."""
+    header = [
+        "levels",
+        "width",
+        "ours: median, p99 (ms)",
+        "PuLP and CBC: median (ms)",
+        "ratio",
+        "columns",
+        "left to HiGHS",
+    ]
+    cells = [
+        [
+            f"{row['levels']} {row['kind']}", row["width"], f"{row['ours_ms']['median']:.2f}, {row['ours_ms']['p99']:.2f}",
+            f"{row['cbc_ms']['median']:.0f}", f"{row['ratio']:.0f}x", f"{row['columns']:.0f}", f"{row['core_columns']:.0f}",
+        ]
+        for row in done
+    ]  # fmt: skip
+    return rows.markdown(header, cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64, 256, 1024])
@@ -122,7 +143,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.widths, args.levels, args.levels_cbc = [16, 64], 20, 5
-    out = rows.out_of(args, "bench_ilp")
+    out = rows.out_of(args, "ilp")
     if args.record:
         record([width for width in args.widths if width <= 256], args.record)
     recorded = recorded_cases()
@@ -139,27 +160,7 @@ def main() -> None:
         row |= compare(cases, args.levels_cbc, args.kv_weight)
         rows.append(out, row)
         made.append(row)
-    header = [
-        "levels",
-        "width",
-        "ours median ms",
-        "p95",
-        "p99",
-        "CBC median ms",
-        "ratio",
-        "rows, columns",
-        "left to HiGHS",
-    ]
-    cells = [
-        [
-            r["kind"], r["width"], *(r["ours_ms"][q] for q in ("median", "p95", "p99")), r["cbc_ms"]["median"], r["ratio"],
-            f"{r['rows']:.0f}, {r['columns']:.0f}", f"{r['core_rows']:.0f}, {r['core_columns']:.0f}",
-        ]
-        for r in made
-    ]  # fmt: skip
-    text = rows.markdown(header, cells)
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    rows.publish(out, table(made))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Attention of one decode and of one level's extends on the CPU: stock sglang against `kernels/paged_attention.py`.
 
-    python -m bench.bench_attention [--smoke]
+    python -m bench.attention [--smoke]
 
 Each case first compares both results, then times both in turns in the same run, one layer at a time. Pages lie as a search
 leaves them: siblings share the pages of their prefix. One row a case goes to bench/results/attention.jsonl.
@@ -18,14 +18,8 @@ from typing import Any
 
 import torch
 
+from bench import rows
 from sglang_ets import cpu_shim
-
-cpu_shim.install()  # before anything of sglang is imported
-
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Stock  # noqa: E402
-from sglang_ets.patches.torch_native import decode, extend  # noqa: E402
-
-from bench import rows  # noqa: E402
 
 SEED = 0
 MAX_ERROR = 1e-5
@@ -80,6 +74,10 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
     Raises:
         RuntimeError: the results differ by more than `MAX_ERROR`.
     """
+    cpu_shim.install()  # before anything of sglang is imported
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Stock
+    from sglang_ets.patches.torch_native import decode, extend
+
     args, settings = inputs(case), {"scaling": None, "enable_gqa": case.heads != case.kv_heads}
     if case.new_tokens == 1:
         args = [*args, None]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.footprint_tables import (
+from bench.tables import (
     against,
     equal_cost_tables,
     frontier,
     interval,
-    plot,
     reduced,
     reduction_interval,
     table,
@@ -127,11 +125,6 @@ def test_accuracy_at_equal_cost_is_interpolated_on_its_logarithm_and_never_beyon
     assert "| vote | 0.600 |  |" in tokens  # half way from 500 to 2000 in logarithms; 4000 was never spent
     assert "greedy" not in tokens
     assert "| vote | 0.600 |  |" in seconds
-
-
-def test_plot_writes_a_picture(tmp_path: Path) -> None:
-    plot([summary("ets", 16, 0.5, 100, 1, 1), summary("rebase", 64, 0.5, 100, 1, 1)], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("accuracies", [(0.5, 0.5), (0.5, 0.7)])

@@ -1,4 +1,4 @@
-"""Bytes and time of the three kernels: `python -m bench.bench_kernels [--smoke]`.
+"""Bytes and time of the three kernels: `python -m bench.kernels [--smoke]`.
 
 Each case first checks every implementation against float64, then times it and a baseline in the same run: the torch
 reference on the CPU, and on a CUDA machine the reference and Triton there. The bytes come from kernels/traffic.py,

@@ -1,7 +1,7 @@
 """What does each policy keep? One level at a time, on the same levels: right leaves, their share of the width, KV kept.
 
-    python -m bench.selection_quality --smoke
-    python -m bench.selection_quality --problems 12 --width 64
+    python -m bench.studies.selection_quality --smoke
+    python -m bench.studies.selection_quality --problems 12 --width 64
 
 Levels come from REBASE searches on validation problems of the embedded task, where it is known of every step whether it is
 right. Each policy selects from the very same levels, so nothing but the selection differs. A level counts if it has right
@@ -13,17 +13,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import openai
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from bench import rows
-from bench.server import running_server
+from bench.studies.trees import rebase_trees
 from bench.testbed.task import Problem, distinct_problems, step_is_right
 from sglang_ets.core.clusters import RunningCenter
 from sglang_ets.core.config import SearchConfig
@@ -31,6 +28,8 @@ from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.selection import Level, get_policy
 
 MAX_TOKENS = 512
+FIGURES = {"kept": "leaves kept", "kv_kept": "KV kept", "right_kept": "right among kept",
+           "right_width": "width on right leaves", "all_right_lost": "lost all right"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Judged:
     is_right: NDArray[np.bool_]  # bool[L], the whole path is right
 
 
-def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem, width: int) -> Iterator[Judged]:
+def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem) -> Iterator[Judged]:
     """The levels of one returned tree (with embeddings) that were selected from and have both right and wrong leaves."""
     by_id = {node["id"]: node for node in nodes}
     right: dict[int, bool] = {0: True}
@@ -85,22 +84,16 @@ def kept_cost(tree: CostTree, kept: NDArray[np.bool_]) -> float:
 
 def quality(judged: Sequence[Judged], config: SearchConfig) -> dict[str, float]:
     """Means over levels."""
-    found: dict[str, list[float]] = {
-        "kept": [],
-        "kv_kept": [],
-        "right_kept": [],
-        "right_width": [],
-        "all_right_lost": [],
-    }
+    levels: dict[str, list[float]] = {name: [] for name in FIGURES}
     for item in judged:
         allocation = get_policy(config.algorithm).select(item.level, config).allocation
         kept = allocation > 0
-        found["kept"].append(kept.mean())
-        found["kv_kept"].append(kept_cost(item.level.kv, kept))
-        found["right_kept"].append(item.is_right[kept].mean())
-        found["right_width"].append(allocation[item.is_right].sum() / allocation.sum())
-        found["all_right_lost"].append(float(not item.is_right[kept].any()))
-    return {name: statistics.fmean(map(float, values)) for name, values in found.items()}
+        levels["kept"].append(kept.mean())
+        levels["kv_kept"].append(kept_cost(item.level.kv, kept))
+        levels["right_kept"].append(item.is_right[kept].mean())
+        levels["right_width"].append(allocation[item.is_right].sum() / allocation.sum())
+        levels["all_right_lost"].append(float(not item.is_right[kept].any()))
+    return {name: statistics.fmean(map(float, values)) for name, values in levels.items()}
 
 
 def configs(width: int) -> Iterator[SearchConfig]:
@@ -118,41 +111,13 @@ def configs(width: int) -> Iterator[SearchConfig]:
         yield SearchConfig(algorithm="ets", width=width, kv_cost_weight=kv_weight)
 
 
-def trees(
-    problems: Sequence[Problem], width: int, seed: int, prm: str | None
-) -> Iterator[tuple[Problem, list[dict[str, Any]]]]:
-    """One REBASE search a problem, with its tree."""
-    flags = ["--search", "rebase", *(["--prm-model-path", prm] if prm else [])]
-    search = {"algorithm": "rebase", "return_tree": True, "return_embeddings": True}
-    with running_server(flags) as url, ThreadPoolExecutor(2) as pool:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
-
-        def grow(problem: Problem) -> list[dict[str, Any]]:
-            answer = client.completions.create(
-                model="default", prompt=problem.prompt, max_tokens=MAX_TOKENS, temperature=1.0, seed=seed,
-                extra_body={"search_width": width, "search": search},
-            )  # fmt: skip
-            return list(answer.metadata["search"]["tree"]["nodes"])  # type: ignore[attr-defined]
-
-        yield from zip(problems, tqdm(pool.map(grow, problems), total=len(problems), unit="tree"), strict=True)
-
-
 def table(done: Sequence[dict[str, Any]]) -> str:
     """Markdown, the latest row of each setting."""
     latest = {(row["width"], row["policy"]): row for row in done}
-    header = [
-        "width",
-        "policy",
-        "levels",
-        "leaves kept",
-        "KV kept",
-        "right among kept",
-        "width on right leaves",
-        "lost all right",
-    ]
-    names = ("kept", "kv_kept", "right_kept", "right_width", "all_right_lost")
+    header = ["width", "policy", "levels", *FIGURES.values()]
     cells = [
-        [row["width"], row["policy"], row["levels"], *(f"{row[name]:.3f}" for name in names)] for row in latest.values()
+        [row["width"], row["policy"], row["levels"], *(f"{row[name]:.3f}" for name in FIGURES)]
+        for row in latest.values()
     ]
     return rows.markdown(header, cells)
 
@@ -175,14 +140,14 @@ def main() -> None:
         args.width, args.problems = 8, 2
     out = rows.out_of(args, "selection_quality")
     judged: list[Judged] = []
-    for problem, nodes in trees(distinct_problems("validation", args.problems, args.seed), args.width, args.seed, None):
-        judged += judged_levels(nodes, problem, args.width)
+    problems = distinct_problems("validation", args.problems, args.seed)
+    trees = rebase_trees([problem.prompt for problem in problems], args.width, MAX_TOKENS, args.seed)
+    for problem, nodes in zip(problems, trees, strict=True):
+        judged += judged_levels(nodes, problem)
     for config in configs(args.width):
         row = {"width": args.width, "policy": name_of(config), "problems": args.problems, "seed": args.seed}
         rows.append(out, {**row, "levels": len(judged), **quality(judged, config)})
-    text = table(list(rows.read(out)))
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    rows.publish(out, table(list(rows.read(out))))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""Tables and plot of `kv_footprint` and of other benches with its rows: accuracy against what a search costs."""
+"""Tables of accuracy against what a search costs, from rows of one problem under one setting each."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench import rows
-from bench.figures import panels
 
 BASELINE = "rebase"
 NUM_RESAMPLES = 2000
@@ -54,21 +52,25 @@ def reduced(summary: dict[str, Any]) -> str:
     return f"{summary['kv_reduction']:.2f}x [{summary['kv_low']:.2f}, {summary['kv_high']:.2f}]"
 
 
+def differing(summary: dict[str, Any]) -> str:
+    """Accuracy against the baseline as a cell: the difference and its interval."""
+    return f"{summary['difference']:+.3f} [{summary['low']:+.3f}, {summary['high']:+.3f}]" if "low" in summary else ""
+
+
 def table(done: list[dict[str, Any]], seed: int, shared: bool = True) -> tuple[str, list[dict[str, Any]]]:
     """A markdown table and one summary per setting, KV and accuracy against REBASE of the same width.
 
     All policies of a width are shown on the problems that all of them have solved; without `shared`, each on all of its own,
     of which those that REBASE has solved too are compared.
     """
-    by_setting = _by_setting(done, shared)
-    summaries = [_summary(cases, by_setting, seed) for cases in by_setting.values() if cases]
+    settings = by_setting(done, shared)
+    summaries = [_summary(cases, settings, seed) for cases in settings.values() if cases]
     summaries.sort(key=lambda s: (s["width"], s["policy"]))
     header = ["policy", "width", "problems", "accuracy", "vs REBASE (95 %)", "KV mean", "KV peak", "KV reduction (95 %)",
               "leaves: texts, meanings, clusters", "tokens generated", "PRM tokens", "levels", "s/problem"]  # fmt: skip
     cells = [
         [
-            s["policy"], s["width"], s["problems"], f"{s['accuracy']:.3f}",
-            f"{s['difference']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}]" if "low" in s else "",
+            s["policy"], s["width"], s["problems"], f"{s['accuracy']:.3f}", differing(s),
             s.get("kv_tokens_mean", ""), s.get("kv_tokens_peak", ""), reduced(s), s["repeated"],
             s["completion_tokens"], s.get("prm_tokens", ""), s.get("levels", ""), s["seconds"],
         ]
@@ -79,36 +81,37 @@ def table(done: list[dict[str, Any]], seed: int, shared: bool = True) -> tuple[s
 
 def against(done: list[dict[str, Any]], policy: str, seed: int) -> str:
     """One policy against each other one of its width, on the problems that all of them have solved: a markdown table."""
-    by_policy = {next(iter(cases.values()))["policy"]: cases for cases in _by_setting(done, shared=True).values()}
+    by_policy = {next(iter(cases.values()))["policy"]: cases for cases in by_setting(done, shared=True).values()}
     own = by_policy.pop(policy)
     header = [f"{policy} against", "problems", "accuracy (95 %)", "KV reduction (95 %)"]
     cells = [
-        [rival, len(own), f"{s['difference']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}]", reduced(s)]
+        [rival, len(own), differing(s), reduced(s)]
         for rival, s in ((rival, _compared(own, cases, seed)) for rival, cases in sorted(by_policy.items()))
     ]
     return rows.markdown(header, cells)
 
 
-def tables_by(
-    done: Iterable[dict[str, Any]], column: str, values: Sequence[str], seed: int
-) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-    """`table` of the rows of each value of a column that has any."""
-    own = {value: [row for row in done if row[column] == value and row["seed"] == seed] for value in values}
-    return {value: table(of_value, seed) for value, of_value in own.items() if of_value}
-
-
-def _by_setting(done: list[dict[str, Any]], shared: bool) -> dict[str, Cases]:
-    """The rows of each setting by problem; with `shared` only of problems that all settings of a width have solved."""
-    by_setting: dict[str, Cases] = defaultdict(dict)
+def by_title(done: Iterable[rows.Row], seed: int, shared: bool = True) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """`table` of the rows of each split and PRM, by a title that names both; validation problems first."""
+    groups: dict[str, list[rows.Row]] = defaultdict(list)
     for row in done:
-        by_setting[row["setting"]][row["problem"]] = row
+        if row["seed"] == seed:
+            groups[f"{row['split']} problems, {row['prm']} PRM"].append(row)
+    return {title: table(groups[title], seed, shared) for title in sorted(groups, reverse=True)}
+
+
+def by_setting(done: list[dict[str, Any]], shared: bool) -> dict[str, Cases]:
+    """The rows of each setting by problem; with `shared` only of problems that all settings of a width have solved."""
+    settings: dict[str, Cases] = defaultdict(dict)
+    for row in done:
+        settings[row["setting"]][row["problem"]] = row
     for width in {row["width"] for row in done} if shared else ():
-        same = [cases for cases in by_setting.values() if next(iter(cases.values()))["width"] == width]
+        same = [cases for cases in settings.values() if next(iter(cases.values()))["width"] == width]
         common = set.intersection(*(set(cases) for cases in same))
         for cases in same:
             for problem in set(cases) - common:
                 del cases[problem]
-    return by_setting
+    return settings
 
 
 def _compared(cases: Cases, base: Cases, seed: int) -> dict[str, float]:
@@ -129,13 +132,13 @@ def _compared(cases: Cases, base: Cases, seed: int) -> dict[str, float]:
     return made
 
 
-def _summary(cases: Cases, by_setting: dict[str, Cases], seed: int) -> dict[str, Any]:
+def _summary(cases: Cases, settings: dict[str, Cases], seed: int) -> dict[str, Any]:
     some = next(iter(cases.values()))
     mean = {key: sum(row[key] for row in cases.values()) / len(cases) for key in MEANS if key in some}
     made = {"policy": some["policy"], "width": some["width"], "problems": len(cases), **mean}
     made["repeated"] = _repeated(list(cases.values()))
     made["accuracy"] = sum(row["is_right"] for row in cases.values()) / len(cases)
-    return made | _compared(cases, by_setting.get(f"{BASELINE}@{some['width']}", {}), seed)
+    return made | _compared(cases, settings.get(f"{BASELINE}@{some['width']}", {}), seed)
 
 
 def _repeated(done: Sequence[dict[str, Any]]) -> str:
@@ -185,18 +188,3 @@ def _equal_cost_table(summaries: Sequence[dict[str, Any]], cost: str) -> str:
         ]
         cells.append([policy, *("" if np.isnan(one) else f"{one:.3f}" for one in found)])
     return rows.markdown(header, [line for line in cells if any(line[1:])])
-
-
-def plot(summaries: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against KV held, one panel per width; a line joins the policies that no other dominates."""
-    searched = [s for s in summaries if "kv_tokens_mean" in s]
-    widths = sorted({s["width"] for s in searched})
-    with panels(path, len(widths)) as axes:
-        for axis, width in zip(axes, widths, strict=True):
-            own = [s for s in searched if s["width"] == width]
-            for s in own:
-                axis.scatter(s["kv_tokens_mean"], s["accuracy"])
-                axis.annotate(s["policy"], (s["kv_tokens_mean"], s["accuracy"]), fontsize=7)
-            edge = frontier(own)
-            axis.plot([s["kv_tokens_mean"] for s in edge], [s["accuracy"] for s in edge], linewidth=0.8, color="grey")
-            axis.set(title=f"width {width}", xlabel="KV tokens held (mean over levels)", ylabel="accuracy")
