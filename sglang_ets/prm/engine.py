@@ -227,6 +227,11 @@ class PrmEngine:
         """Unlock and free at once what only these paths hold. Returns the tokens freed. Idempotent."""
         return self._ledger.drop(path.hold for path in paths)
 
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the PRM's KV pool holds."""
+        return int(self._allocator.size)
+
     def stats(self) -> dict[str, Any]:
         """For `/server_info`."""
         return {
