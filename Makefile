@@ -8,8 +8,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
-.PHONY: install python demo serve test lint types unit e2e e2e-formats bench bench-ilp bench-kernels bench-attention bench-clusters bench-kv bench-sweep \
-	bench-throughput bench-coverage bench-selection bench-variants bench-real smollm2 clean
+.PHONY: install python demo serve test lint types unit e2e e2e-formats bench smollm2 drift fuzz soak clean
 
 install: $(STAMP)
 
@@ -49,9 +48,8 @@ FORMATS := tests/e2e/test_prm_formats.py
 e2e-formats: install
 	$(RUN) -m pytest -q -m server $(FORMATS)
 
-# Every bench in its smoke mode: shows that they run, not what they measure. (bench-real needs data and another model.)
-BENCHES := throughput kv_footprint coverage_term sweep bench_clusters cluster_variants selection_quality bench_ilp \
-	bench_kernels bench_attention
+# Every bench in its smoke mode: shows that they run, not what they measure. (real_model needs data and another model.)
+BENCHES := searches capacity fairness throughput ilp kernels attention studies.cluster_variants studies.selection_quality
 
 bench: install
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(BENCHES:%=smoke-%)
@@ -59,43 +57,23 @@ bench: install
 smoke-%: install
 	$(RUN) -m bench.$* --smoke
 
-bench-ilp: install
-	$(RUN) -m bench.bench_ilp $(ARGS)
-
-bench-kernels: install
-	$(RUN) -m bench.bench_kernels $(ARGS)
-
-bench-attention: install
-	$(RUN) -m bench.bench_attention $(ARGS)
-
-bench-clusters: install
-	$(RUN) -m bench.bench_clusters $(ARGS)
-
-bench-kv: install
-	$(RUN) -m bench.kv_footprint $(ARGS)
-
-bench-sweep: install
-	$(RUN) -m bench.sweep $(ARGS)
-
-bench-throughput: install
-	$(RUN) -m bench.throughput $(ARGS)
-
-bench-coverage: install
-	$(RUN) -m bench.coverage_term $(ARGS)
-
-bench-selection: install
-	$(RUN) -m bench.selection_quality $(ARGS)
-
-bench-variants: install
-	$(RUN) -m bench.cluster_variants $(ARGS)
-
-# Needs ARGS="--data gsm8k math500", or files; see bench/datasets.py.
-bench-real: install
-	$(RUN) -m bench.real_model $(ARGS)
+# One bench: its file under bench/ names it, ARGS are its options. `make bench-searches ARGS="--grid sweep"`
+bench-%: install
+	$(RUN) -m bench.$* $(ARGS)
 
 # A real language model as a checkpoint in the user's cache; prints its folder.
 smollm2: install
 	@$(PY) -m bench.smollm2
+
+# Hostile requests against a server: make fuzz ARGS="--requests 5000 --seed 1"
+fuzz: bench-fuzz
+
+# Everything at once for half an hour: make soak ARGS="--minutes 30"
+soak: bench-soak
+
+# What another version of sglang would change for the patches: make drift VERSION=..., or none for the installed one.
+drift: install
+	@$(RUN) -m sglang_ets.patches.drift $(VERSION)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -21,7 +21,7 @@ INSTALL_REQUIRES = [
     "rich",
     "tqdm",
 ]
-TEST_REQUIRES = ["pytest", "hypothesis", "ruff", "mypy", "pulp", "matplotlib"]
+TEST_REQUIRES = ["pytest", "hypothesis", "ruff", "mypy", "pulp", "matplotlib", "schemathesis", "sglang-router"]
 
 setup(
     name="sglang-ets",

@@ -49,20 +49,17 @@ def grown_level(width: int, num_levels: int, seed: int) -> Case:
                 siblings.append((len(parent) - 1, drifted, state * NUM_MEANINGS + int(draw.integers(NUM_MEANINGS))))
             level += siblings
         ends, scores, meaning = ([item[place] for item in level] for place in range(3))  # type: ignore[assignment]
-    return _case(scores, *_on_paths(parent, cost, ends), meaning, width)
+    # Nodes that no leaf's path goes through are left out: their KV is gone by then.
+    paths = [[(node, cost[node]) for node in _path_to(end, parent)] for end in ends]
+    return _case(scores, CostTree.from_paths(paths, by_key=True), meaning, width)
 
 
-def _on_paths(parent: list[int], cost: list[float], ends: list[int]) -> tuple[list[int], list[float], list[int]]:
-    """Without the nodes that no leaf's path goes through: their KV is gone by then."""
-    used = set()
-    for end in ends:
-        node = end
-        while node >= 0 and node not in used:
-            used.add(node)
-            node = parent[node]
-    index = {node: place for place, node in enumerate(sorted(used))} | {-1: -1}
-    kept = sorted(used)
-    return [index[parent[node]] for node in kept], [cost[node] for node in kept], [index[end] for end in ends]
+def _path_to(end: int, parent: list[int]) -> list[int]:
+    path = []
+    while end >= 0:
+        path.append(end)
+        end = parent[end]
+    return path[::-1]
 
 
 def recorded_levels(nodes: Sequence[dict[str, Any]], width: int) -> Iterator[Case]:
@@ -76,30 +73,18 @@ def recorded_levels(nodes: Sequence[dict[str, Any]], width: int) -> Iterator[Cas
         leaves = [n for n in nodes if n["depth"] == depth and n["cluster"] is not None and n["score"] is not None]
         if len(leaves) < 2:
             continue
-        parent: list[int] = []
-        cost: list[float] = []
-        index: dict[tuple[int, tuple[int, ...]], int] = {}
-        ends = []
+        paths = []
         for leaf in leaves:
             path = []
             node: dict[str, Any] | None = leaf
             while node is not None:
-                path.append(tuple(node["token_ids"]))
+                path.append((tuple(node["token_ids"]), float(len(node["token_ids"]))))
                 node = by_id.get(node["parent"])  # the prompt is not among the nodes
-            at = -1
-            for step in reversed(path):
-                if (at, step) not in index:
-                    index[at, step] = len(parent)
-                    parent.append(at)
-                    cost.append(float(len(step)))
-                at = index[at, step]
-            ends.append(at)
-        yield _case([n["score"] for n in leaves], parent, cost, ends, [n["cluster"] for n in leaves], width)
+            paths.append(path[::-1])
+        tree = CostTree.from_paths(paths)
+        yield _case([n["score"] for n in leaves], tree, [n["cluster"] for n in leaves], width)
 
 
-def _case(
-    scores: Sequence[float], parent: list[int], cost: list[float], ends: list[int], groups: list[int], width: int
-) -> Case:
+def _case(scores: Sequence[float], tree: CostTree, groups: list[int], width: int) -> Case:
     reward = rebase_allocation(np.array(scores), width, TEMPERATURE) / width
-    tree = CostTree(np.array(parent, dtype=np.int64), np.array(cost), np.array(ends, dtype=np.int64))
     return Case(reward, tree, first_occurrence_labels(np.array(groups)))

@@ -11,17 +11,17 @@ second, stricter grader.
 
 One problem under one setting is a row; a run that was interrupted goes on where it stopped. `--in-flight` problems are solved
 at once, each setting for itself, and a row has an equal share of the seconds that they took, of the clock and of the server's
-CPU time; the latter means something on a busy machine too. With `--mixed` all settings are in flight at once, which is about
-twice as fast and tells nothing of any one's throughput. Tables and plot keep data sets, PRM formats and token limits apart.
+CPU time; the latter means something on a busy machine too. Tables and plot keep data sets, PRM formats and token limits apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,20 @@ from tqdm import tqdm
 
 from bench import rows
 from bench.datasets import Problem, load
-from bench.figures import panels
-from bench.footprint_tables import table
-from bench.grading import Grader, majority
-from bench.kv_footprint import Setting
+from bench.figures import colour, panels
+from bench.grading import grade, majority
 from bench.redundancy import redundancy
+from bench.searches import FROM_SEARCH, Setting
 from bench.server import running_server
 from bench.smollm2 import checkpoint
+from bench.tables import by_setting, table
 from sglang_ets.core.patterns import extract_answer
+from sglang_ets.math_process import MathProcess
 
 WARM_UP_TOKENS = 8
 POOL_TOKENS = 32_000
 STEP = {"step_delimiter": ["\n"], "max_step_tokens": 64}
-COSTS = ("kv_tokens_mean", "kv_tokens_peak", "kv_retained_mean", "kv_referenced_mean", "prm_tokens", "levels")
+ANSWERS = "boxed"
 POLICIES = ("best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets")
 COST_HEADER = ["policy", "width", "KV mean", "KV if unshared", "KV peak", "leaves", "distinct texts", "clusters",
                "tokens a step", "tokens/s", "tokens/CPU s", "answered", "graders disagree"]  # fmt: skip
@@ -57,9 +58,7 @@ COST_MEANS = (
     "step_tokens",
 )
 
-Row = dict[str, Any]
 Group = tuple[str, str, int]  # data set, PRM format, max_tokens: what no table may mix
-Batch = Sequence[tuple[Setting, Problem]]
 
 
 def settings(width: int, policies: Sequence[str]) -> list[Setting]:
@@ -74,28 +73,28 @@ def flags(prm_format: str) -> list[str]:
             "--max-total-tokens", str(POOL_TOKENS), "--prm-max-total-tokens", str(POOL_TOKENS)]  # fmt: skip
 
 
-def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens: int, seed: int) -> Row:
+def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens: int, seed: int) -> rows.Row:
     """One problem under one setting, neither timed nor graded yet."""
     body: dict[str, Any] = {
         "model": "default", "messages": [{"role": "user", "content": problem.prompt}], "max_tokens": max_tokens, "seed": seed,
     }  # fmt: skip
-    cost: Row = {}
+    cost: rows.Row = {}
     if setting.search:
-        search = {**setting.search, "answer_pattern": problem.answer_pattern, "return_tree": True}
+        search = {**setting.search, "answer_pattern": ANSWERS, "return_tree": True}
         response = client.chat.completions.create(
             **body, temperature=1.0, extra_body={"search_width": setting.width, "search": search}
         )
         found = dict(response.metadata["search"])  # type: ignore[attr-defined]
         nodes = found["tree"]["nodes"]
         seen = redundancy(nodes)
-        cost = {name: found[name] for name in COSTS} | {"fallbacks": found["solver"]["fallbacks"]}
+        cost = {name: found[name] for name in FROM_SEARCH} | {"fallbacks": found["solver"]["fallbacks"]}
         cost |= {"leaves": seen.leaves, "distinct_texts": seen.distinct_texts, "clusters": seen.clusters}
         cost["step_tokens"] = sum(len(node["token_ids"]) for node in nodes) / len(nodes)
-        answer = extract_answer(response.choices[0].message.content or "", problem.answer_pattern)
+        answer = extract_answer(response.choices[0].message.content or "", ANSWERS)
     else:
         response = client.chat.completions.create(**body, n=setting.width, temperature=float(setting.width > 1))
         texts = [choice.message.content or "" for choice in response.choices]
-        answer = majority([extract_answer(text, problem.answer_pattern) for text in texts])
+        answer = majority([extract_answer(text, ANSWERS) for text in texts])
     return {
         "setting": setting.key, "policy": setting.name, "width": setting.width, "problem": problem.id,
         "max_tokens": max_tokens, "seed": seed, "answer": answer,
@@ -104,15 +103,17 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens:
     }  # fmt: skip
 
 
-def solve_together(client: openai.OpenAI, batch: Batch, max_tokens: int, seed: int) -> list[Row]:
-    """All in flight at once; a row has an equal share of the time that they took, of CPU time only if all have one setting."""
+def solve_together(
+    client: openai.OpenAI, setting: Setting, problems: Sequence[Problem], max_tokens: int, seed: int
+) -> list[rows.Row]:
+    """All problems in flight at once; each row has an equal share of the time that they took."""
     started, worked = time.perf_counter(), server_cpu_s()
-    with ThreadPoolExecutor(len(batch)) as pool:
-        found = list(pool.map(lambda one: solve(client, one[0], one[1], max_tokens, seed), batch))
-    share = {"in_flight": len(batch), "seconds": (time.perf_counter() - started) / len(batch)}
-    if len({setting.key for setting, _ in batch}) == 1:
-        share["cpu_seconds"] = (server_cpu_s() - worked) / len(batch)
-    return [row | share for row in found]
+    with ThreadPoolExecutor(len(problems)) as pool:
+        done = list(pool.map(lambda problem: solve(client, setting, problem, max_tokens, seed), problems))
+    seconds, cpu_seconds = time.perf_counter() - started, server_cpu_s() - worked
+    count = len(problems)
+    share = {"in_flight": count, "seconds": seconds / count, "cpu_seconds": cpu_seconds / count}
+    return [row | share for row in done]
 
 
 def server_cpu_s() -> float:
@@ -121,7 +122,7 @@ def server_cpu_s() -> float:
     return float(sum(one.user + one.system for one in times))
 
 
-def group_of(row: Row) -> Group:
+def group_of(row: rows.Row) -> Group:
     return row["data"], row["prm"], row["max_tokens"]
 
 
@@ -130,29 +131,19 @@ def title(group: Group) -> str:
     return f"{data}, {prm}, {max_tokens} tokens"
 
 
-def comparable(done: Sequence[Row]) -> list[Row]:
-    """Of one group: the problems that every setting of the same width has solved."""
-    solved: dict[tuple[int, str], set[str]] = {}
-    for row in done:
-        solved.setdefault((row["width"], row["setting"]), set()).add(row["problem"])
-    return [
-        row
-        for row in done
-        if all(row["problem"] in problems for (width, _), problems in solved.items() if width == row["width"])
-    ]
-
-
-def summary(done: Sequence[Row], seed: int) -> tuple[str, dict[Group, list[Row]]]:
+def summary(done: Sequence[rows.Row], seed: int) -> tuple[str, dict[Group, list[rows.Row]]]:
     """Of each group the table of `kv_footprint` and that of what the searches cost and repeat; summaries to plot."""
-    parts, lines = [], {}
-    for group in sorted({group_of(row) for row in done}):
-        own = comparable([row for row in done if group_of(row) == group])
+    parts, lines, groups = [], {}, defaultdict(list)
+    for row in done:
+        groups[group_of(row)].append(row)
+    for group, rows_of_group in sorted(groups.items()):
+        own = [row for cases in by_setting(rows_of_group, shared=True).values() for row in cases.values()]
         first, lines[group] = table(own, seed)
         parts.append(f"## {title(group)}\n\n{first}\n\n{cost_table(own)}")
     return "\n\n".join(parts), lines
 
 
-def cost_table(done: Sequence[Row]) -> str:
+def cost_table(done: Sequence[rows.Row]) -> str:
     """KV footprint, redundancy and throughput of each setting of one group, and how often there was an answer."""
     cells = []
     for width, policy in sorted({(row["width"], row["policy"]) for row in done}):
@@ -165,19 +156,19 @@ def cost_table(done: Sequence[Row]) -> str:
     return rows.markdown(COST_HEADER, cells)
 
 
-def _mean(own: Sequence[Row], name: str) -> str:
+def _mean(own: Sequence[rows.Row], name: str) -> str:
     values = [row[name] for row in own if row.get(name) is not None]
     return f"{sum(values) / len(values):.1f}" if values else ""
 
 
-def _speed(own: Sequence[Row], unit: str) -> str:
+def _speed(own: Sequence[rows.Row], unit: str) -> str:
     """Tokens generated in a second; nothing of rows whose time is shared with other settings."""
     if not all("cpu_seconds" in row for row in own):
         return ""
     return f"{sum(row['completion_tokens'] for row in own) / sum(row[unit] for row in own):.1f}"
 
 
-def plot(lines: dict[Group, list[Row]], path: Path) -> None:
+def plot(lines: dict[Group, list[rows.Row]], path: Path) -> None:
     """KV held by each search, mean over levels and peak, a panel for each group and width; labels tell the accuracy."""
     searched = {
         (group, width): [s for s in own if s["width"] == width and "kv_tokens_mean" in s]
@@ -187,35 +178,32 @@ def plot(lines: dict[Group, list[Row]], path: Path) -> None:
     with panels(path, len(searched), height=3.5) as axes:
         for axis, ((group, width), own) in zip(axes, searched.items(), strict=True):
             names = [f"{s['policy']} ({s['accuracy']:.2f} right)" for s in own]
-            axis.barh(names, [s["kv_tokens_mean"] for s in own], label="mean over levels")
-            axis.plot([s["kv_tokens_peak"] for s in own], names, "k|", label="peak")
-            axis.set(title=f"{title(group)}, width {width}", xlabel="KV tokens held")
+            axis.barh(names, [s["kv_tokens_mean"] for s in own], color=[colour(s["policy"]) for s in own])
+            axis.plot([s["kv_tokens_peak"] for s in own], names, "|", color="0.3")
+            axis.set(
+                title=f"{title(group)}, width {width}", xlabel="KV tokens held: mean over levels, and the peak (|)"
+            )
             axis.title.set_fontsize(9)
             axis.tick_params(labelsize=8)
-        axes[0].legend(fontsize=7)
 
 
-def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, Batch]]:
-    """What the file has no row of: data set, and what to solve together.
+def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, Setting, list[Problem]]]:
+    """What the file has no row of: data set, setting, and the problems to solve together.
 
     All settings come before more problems, so that an interrupted run compares equal sets.
     """
     known = {(*group_of(row), row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
-    todo: list[tuple[str, Batch]] = []
+    todo: list[tuple[str, Setting, list[Problem]]] = []
     for data in args.data:
         name, problems = Path(data).name, load(data, limit=args.problems)
         for first in range(0, len(problems), args.in_flight):
-            batches: list[Batch] = [
-                [
-                    (setting, problem)
+            for setting in settings(args.width, args.policies):
+                batch = [
+                    problem
                     for problem in problems[first : first + args.in_flight]
                     if (name, args.prm_format, args.max_tokens, setting.key, problem.id, args.seed) not in known
                 ]
-                for setting in settings(args.width, args.policies)
-            ]
-            if args.mixed:
-                batches = [list(chain.from_iterable(batches))]
-            todo += [(name, batch) for batch in batches if batch]
+                todo += [(name, setting, batch)] if batch else []
     return todo
 
 
@@ -224,19 +212,14 @@ def run(args: argparse.Namespace, out: Path) -> None:
     todo = unsolved(args, out)
     if not todo:
         return
-    with running_server(flags(args.prm_format)) as url, Grader("math") as grader:
+    judge = MathProcess()  # ends with this process
+    with running_server(flags(args.prm_format)) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600, max_retries=0)
-        (_, problem), *_ = todo[0][1]
-        solve(client, settings(2, ["ets"])[-1], problem, WARM_UP_TOKENS, args.seed)  # kernels compile
-        for name, batch in tqdm(todo, unit="batch"):
-            found = solve_together(client, batch, args.max_tokens, args.seed)
-            for row, (_, problem) in zip(found, batch, strict=True):
-                grade = grader.grade(row["answer"], problem.answer, also_strict=True)
-                graded = {
-                    "is_right": grade.is_right,
-                    "is_right_strict": bool(grade.strict),
-                    "timed_out": grade.timed_out,
-                }
+        solve(client, settings(2, ["ets"])[-1], todo[0][2][0], WARM_UP_TOKENS, args.seed)  # kernels compile
+        for name, setting, batch in tqdm(todo, unit="batch"):
+            done = solve_together(client, setting, batch, args.max_tokens, args.seed)
+            for row, problem in zip(done, batch, strict=True):
+                graded = asdict(grade(judge, row["answer"], problem.answer))
                 rows.append(out, {"data": name, "prm": args.prm_format, **row, **graded})
 
 
@@ -249,7 +232,6 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=10, help="of each data set")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--in-flight", type=int, default=4, help="problems at once")
-    parser.add_argument("--mixed", action="store_true", help="all settings in flight at once: faster, no throughput")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plot of the rows anew")
     rows.add_arguments(parser, "1 problem at width 4, two policies")
@@ -262,9 +244,8 @@ def main() -> None:
     if not args.tables:
         run(args, out)
     text, lines = summary([row for row in rows.read(out) if row["seed"] == args.seed], args.seed)
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     plot(lines, out.with_suffix(".png"))
-    print(text)
+    rows.publish(out, text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Result rows: one JSON object a line, each with the hardware, versions, commit and command that made it."""
+"""Result rows: one JSON object a line. A run writes first where and with what it is made; its rows name it by its number.
+
+{"run": 1, "made_by": {"hardware": ..., "python": ..., "versions": ..., "commit": ..., "command": ...}}
+{"run": 1, "policy": "rebase", ...}
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,14 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("sglang", "torch", "triton", "highspy", "numpy")
+DIRTY = "-dirty"
+
+Row = dict[str, Any]
 
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """Where and with what a row was made."""
+    """Where and with what this process makes rows."""
     return {
         "hardware": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
@@ -34,11 +41,14 @@ def provenance() -> dict[str, Any]:
 def command(argv: Sequence[str]) -> str:
     """The command line of a bench, to be pasted in the root of a clone; of absolute paths only the name is left."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in argv[1:]]
-    return shlex.join(["python", "-m", f"bench.{Path(argv[0]).stem}", *words])
+    parts = Path(argv[0]).with_suffix("").parts
+    folders = parts[:-1]
+    first = len(folders) - folders[::-1].index("bench") - 1 if "bench" in folders else len(folders)
+    return shlex.join(["python", "-m", ".".join(parts[first:]), *words])
 
 
 def commit_of(folder: Path) -> str:
-    """The commit of the checkout that `folder` belongs to, `-dirty` if tracked files differ from it.
+    """The commit of the checkout that `folder` belongs to, with `DIRTY` if tracked files differ from it.
 
     Result rows and the pages that are written from them may differ: none is run.
     """
@@ -46,7 +56,7 @@ def commit_of(folder: Path) -> str:
     written = ("bench/results", "README.md", "docs/results.md")
     rows_aside = (":/", *(f":(top,exclude){path}" for path in written))
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *rows_aside)
-    return f"{commit}-dirty" if changed else commit
+    return f"{commit}{DIRTY}" if changed else commit
 
 
 def _git(folder: Path, *args: str) -> str:
@@ -67,24 +77,60 @@ def add_arguments(parser: argparse.ArgumentParser, smoke: str) -> None:
 
 
 def out_of(args: argparse.Namespace, name: str) -> Path:
-    """The file that a bench writes its rows to."""
+    """The file that a bench writes its rows to.
+
+    Raises:
+        SystemExit: it would be the committed file, and the checkout has changes that no commit names.
+    """
+    reads_only = getattr(args, "tables", False)
+    if not (args.smoke or args.out or reads_only) and provenance()["commit"].endswith(DIRTY):
+        raise SystemExit(
+            f"rows in bench/results must be of a commit, but tracked files differ from {provenance()['commit']}; "
+            "commit them first, or name another file with --out"
+        )
     return args.out or RESULTS / f"{name}{'_smoke' if args.smoke else ''}.jsonl"
 
 
+_begun: dict[Path, int] = {}  # the number of this process's run in each file
+
+
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one row and flush it, so that an interrupted run keeps what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Add one row and flush it, so that an interrupted run keeps what it has; the first begins a run."""
+    if path not in _begun:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _begun[path] = len(runs(path)) + 1
+        _write(path, {"run": _begun[path], "made_by": provenance()})
+    _write(path, {"run": _begun[path], **row})
+
+
+def _write(path: Path, line: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps({**row, "made_by": provenance()}) + "\n")
+        out.write(json.dumps(line) + "\n")
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def runs(path: Path) -> dict[int, Row]:
+    """Of each run its `made_by`, by its number."""
+    return {line["run"]: line["made_by"] for line in _lines(path) if "made_by" in line}
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of all runs, in the file's order."""
+    return (line for line in _lines(path) if "made_by" not in line)
+
+
+def _lines(path: Path) -> Iterator[Row]:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             yield json.loads(line)
 
 
-def markdown(header: list[str], rows: list[list[Any]]) -> str:
+def latest(name: str, key: Sequence[str]) -> list[Row]:
+    """The newest row of each key of a bench's committed rows, in order of the key."""
+    by_key = {tuple(row[part] for part in key): row for row in read(RESULTS / f"{name}.jsonl")}
+    return [by_key[place] for place in sorted(by_key)]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A markdown table; floats with three significant places, without an exponent."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
@@ -95,3 +141,9 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
 def figure(value: float) -> str:
     """Three significant places, and whole numbers from 1000 on."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def publish(out: Path, text: str) -> None:
+    """Print the tables of a bench and keep them beside its rows."""
+    out.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    print(text)

@@ -40,7 +40,7 @@ from bench.client_search.driver import Client, prm_marker
 from bench.client_search.encoder import SentenceEncoder, find_encoder
 from bench.client_search.processes import MODELS, Running, awake, running, search_flags, stock_flags
 from bench.client_search.servers import Server
-from bench.client_search.table import plot, tables
+from bench.client_search.table import tables
 from bench.server import Places
 from sglang_ets import patches
 from sglang_ets.core.config import SearchConfig
@@ -276,11 +276,7 @@ def main() -> None:
                 measure(systems, warm, problems[-count:])
             for job in tqdm(todo, unit="round"):
                 rows.append(out, measure(systems, job, problems_of(job, problems, args.waves)))
-    done = [row for row in rows.read(out) if row["seed"] == args.seed]
-    text = tables(done)
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    plot(done, out.with_suffix(".png"))
-    print(text)
+    rows.publish(out, tables([row for row in rows.read(out) if row["seed"] == args.seed]))
 
 
 if __name__ == "__main__":

@@ -77,9 +77,9 @@ def builds() -> Iterator[Build]:
 
 
 def _step_pool_build(dtype: torch.dtype, pointer: str, hidden_size: int) -> Build:
-    types = {"hidden_ptr": pointer, "offsets_ptr": "*i64", "center_ptr": "*fp32", "out_ptr": "*fp32"}
+    types = {"hidden_ptr": pointer, "offsets_ptr": "*i64", "out_ptr": "*fp32"}
     types |= dict.fromkeys(("num_rows", "num_cols", "stride_row"), "i32")
-    config = step_pool_config(hidden_size, has_center=True)
+    config = step_pool_config(hidden_size)
     return Build("step_pool", step_pool_kernel, dtype, hidden_size, types, ("stride_col",), config)
 
 

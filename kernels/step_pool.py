@@ -1,4 +1,4 @@
-"""Step embeddings: the mean of the hidden states over each step's tokens, centred if asked, scaled to unit norm."""
+"""Step embeddings: the mean of the hidden states over each step's tokens, scaled to unit norm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from sglang_ets.kernels.dispatch import (
     LaunchConfig,
     check_indices,
     check_matrix,
-    check_vector,
     choose_backend,
     warps_for_row,
 )
@@ -22,7 +21,6 @@ ROWS_IN_FLIGHT = 4  # independent loads per loop turn, to cover memory latency
 def step_pool_reference(
     hidden: torch.Tensor,  # float [T, H]
     offsets: torch.Tensor,  # int64 [S + 1], on hidden's device
-    center: torch.Tensor | None,  # float [H]
 ) -> torch.Tensor:  # float32 [S, H]
     """The specification of `step_pool` in plain torch; the CPU path."""
     lengths = offsets.diff()
@@ -30,8 +28,6 @@ def step_pool_reference(
     rows = hidden[offsets[0] : offsets[-1]].float()
     mean = rows.new_zeros(len(lengths), hidden.shape[1]).index_add_(0, segment_of_row, rows)
     mean /= lengths.clamp(min=1).unsqueeze(1)
-    if center is not None:
-        mean -= center.float()
     unit = mean / mean.norm(dim=1, keepdim=True).clamp(min=NORM_FLOOR)
     return torch.where(lengths.unsqueeze(1) > 0, unit, 0.0)
 
@@ -40,14 +36,12 @@ def step_pool_reference(
 def step_pool_kernel(
     hidden_ptr,  # float [num_rows, num_cols], any strides
     offsets_ptr,  # int64 [programs + 1]
-    center_ptr,  # float [num_cols]
     out_ptr,  # float32 [programs, num_cols]
     num_rows,
     num_cols,
     stride_row,
     stride_col,
     NORM_FLOOR: tl.constexpr,
-    HAS_CENTER: tl.constexpr,
     BLOCK_H: tl.constexpr,
     ROWS_IN_FLIGHT: tl.constexpr,
 ):
@@ -67,34 +61,25 @@ def step_pool_kernel(
             total += tl.load(row_ptrs + k * stride_row, mask=mask, other=0.0).to(tl.float32)
         row_ptrs += ROWS_IN_FLIGHT * stride_row
     mean = total / tl.maximum(count, 1).to(tl.float32)
-    if HAS_CENTER:
-        mean -= tl.load(center_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
-    mean = tl.where(col_mask & (count > 0), mean, 0.0)
     norm = tl.sqrt(tl.sum(mean * mean, axis=0))
     unit = tl.where(in_range, mean / tl.maximum(norm, NORM_FLOOR), float("nan"))
     tl.store(out_ptr + segment.to(tl.int64) * num_cols + cols, unit, mask=col_mask)
 
 
-def launch_config(num_cols: int, has_center: bool) -> LaunchConfig:
+def launch_config(num_cols: int) -> LaunchConfig:
     """Compile-time settings for rows of `num_cols`: one program holds a whole row, so the input is read once."""
     block = triton.next_power_of_2(num_cols)
-    constants = {
-        "NORM_FLOOR": NORM_FLOOR,
-        "HAS_CENTER": has_center,
-        "BLOCK_H": block,
-        "ROWS_IN_FLIGHT": ROWS_IN_FLIGHT,
-    }
+    constants = {"NORM_FLOOR": NORM_FLOOR, "BLOCK_H": block, "ROWS_IN_FLIGHT": ROWS_IN_FLIGHT}
     return LaunchConfig(constants=constants, num_warps=warps_for_row(block), num_stages=1)
 
 
 def step_pool(
     hidden: torch.Tensor,  # float32 | float16 | bfloat16 [T, H], any strides
     offsets: torch.Tensor,  # int64 [S + 1], on the CPU or hidden's device
-    center: torch.Tensor | None = None,  # float [H], on hidden's device
     *,
     backend: Backend | None = None,
 ) -> torch.Tensor:  # float32 [S, H], on hidden's device
-    """Unit-norm mean of rows offsets[s] to offsets[s + 1] of `hidden` per segment s, less `center` before scaling.
+    """Unit-norm mean of rows offsets[s] to offsets[s + 1] of `hidden` per segment s.
 
     Segments are adjacent and may be empty (a zero vector); rows before the first offset or from the last one on are
     not read. Sums run in float32. Mutates nothing and does not synchronise: offsets on the CPU are checked, offsets
@@ -108,13 +93,11 @@ def step_pool(
         raise ValueError("offsets must hold one value more than there are segments, got none: pass [0] for no segments")
     if offsets.device.type == "cpu":
         _check_offsets(offsets, len(hidden))
-    if center is not None:
-        check_vector("center", center, hidden.shape[1], hidden.device)
     chosen = choose_backend(hidden.device, backend)
     offsets = offsets.to(hidden.device, non_blocking=True)
     if chosen == "reference":
-        return step_pool_reference(hidden, offsets, center)
-    return _launch(hidden, offsets.contiguous(), center)
+        return step_pool_reference(hidden, offsets)
+    return _launch(hidden, offsets.contiguous())
 
 
 def _check_offsets(offsets: torch.Tensor, num_rows: int) -> None:
@@ -126,16 +109,15 @@ def _check_offsets(offsets: torch.Tensor, num_rows: int) -> None:
         )
 
 
-def _launch(hidden: torch.Tensor, offsets: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+def _launch(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     num_segments, num_cols = len(offsets) - 1, hidden.shape[1]
     out = torch.empty(num_segments, num_cols, dtype=torch.float32, device=hidden.device)
     if num_segments == 0:
         return out
-    config = launch_config(num_cols, center is not None)
+    config = launch_config(num_cols)
     step_pool_kernel[(num_segments,)](
         hidden,
         offsets,
-        hidden if center is None else center.contiguous(),  # never read when HAS_CENTER is false
         out,
         hidden.shape[0],
         num_cols,

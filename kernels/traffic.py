@@ -23,16 +23,12 @@ class Traffic:
     lower_bound_bytes: int
 
 
-def step_pool_traffic(
-    *, num_rows: int, hidden_size: int, num_segments: int, dtype: torch.dtype, has_center: bool
-) -> Traffic:
-    """Traffic of `step_pool` over segments which cover `num_rows` rows; the center is float32."""
-    row_bytes = hidden_size * FLOAT_BYTES
-    shared = num_rows * hidden_size * dtype.itemsize + num_segments * row_bytes
-    center_reads = num_segments if has_center else 0
+def step_pool_traffic(*, num_rows: int, hidden_size: int, num_segments: int, dtype: torch.dtype) -> Traffic:
+    """Traffic of `step_pool` over segments which cover `num_rows` rows."""
+    shared = num_rows * hidden_size * dtype.itemsize + num_segments * hidden_size * FLOAT_BYTES
     return Traffic(
-        requested_bytes=shared + num_segments * 2 * INDEX_BYTES + center_reads * row_bytes,
-        lower_bound_bytes=shared + (num_segments + 1) * INDEX_BYTES + min(center_reads, 1) * row_bytes,
+        requested_bytes=shared + num_segments * 2 * INDEX_BYTES,
+        lower_bound_bytes=shared + (num_segments + 1) * INDEX_BYTES,
     )
 
 

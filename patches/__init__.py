@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang_ets.patches import cpu_sampler, openai_api, scheduler, server_args, server_info, torch_native
-from sglang_ets.patches.record import Kind, Patch, PatchDrift, drift_message
+from sglang_ets.patches.messages import PatchDrift, broken_message, untested_message, untested_warning
+from sglang_ets.patches.record import Kind, Patch
+from sglang_ets.patches.sources import Sources
 
 logger = logging.getLogger(__name__)
 
@@ -42,28 +44,35 @@ def is_cpu_engine() -> bool:
     return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or not torch.cuda.is_available()
 
 
-def verify(patches: Iterable[Patch]) -> None:
-    """Compare every target's source with the recorded hash.
+def verify(patches: Iterable[Patch], allow_untested: bool = False) -> None:
+    """Hold every record against the installed sglang, before anything is patched.
 
     Raises:
-        PatchDrift: at the first target that differs; nothing has been patched then.
+        PatchDrift: contracts are broken, all of which it lists; or the code is of no tested version and that is not allowed.
     """
-    for patch in patches:
-        found = patch.current_sha256()
-        if found != patch.sha256:
-            raise PatchDrift(drift_message(patch, f"sha256 {found}"))
+    sources = Sources.installed()
+    compared = [patch.compare(sources) for patch in patches]
+    broken = [line for one in compared for line in one.breaks]
+    broken += [line for one in compared if one.code_hash and (line := one.patch.live_break())]
+    if broken:
+        raise PatchDrift(broken_message(broken))
+    untested = [one.patch.target for one in compared if one.change == "text"]
+    if untested and not allow_untested:
+        raise PatchDrift(untested_message(untested))
+    if untested:
+        logger.warning("%s", untested_warning(untested))
 
 
-def install(patches: Iterable[Patch]) -> None:
+def install(patches: Iterable[Patch], allow_untested: bool = False) -> None:
     """Verify all, then hand each hook to sglang's registry. sglang applies them when all plugins are loaded.
 
     Raises:
-        PatchDrift: a target differs, or another plugin has already been applied to it, so that ours would be lost.
+        PatchDrift: see `verify`; or another plugin stands at a target already, so that our hook would be lost.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     missing = [patch for patch in patches if patch not in _installed]
-    verify(missing)
+    verify(missing, allow_untested)
     for patch in missing:
         if patch.target in HookRegistry._patched:
             raise PatchDrift(
@@ -113,35 +122,14 @@ def _calls(wrapper: Callable[..., Any], hook: Any) -> bool:
     return any(cell.cell_contents is hook for cell in getattr(wrapper, "__closure__", None) or ())
 
 
-def table(patches: Iterable[Patch] = PATCHES) -> str:
-    """The patch table of the README, in markdown."""
-    lines = ["| target | kind | when | why | upstream | goes when |", "|---|---|---|---|---|---|"]
-    for patch in patches:
-        target = patch.target.removeprefix("sglang.srt.")
-        cells = (f"`{target}`", patch.kind, patch.condition, patch.why, patch.upstream, patch.remove_when)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def hashes(patches: Iterable[Patch] = PATCHES) -> str:
-    """One line for each target: its hash as installed, and whether the record agrees."""
-    lines = []
-    for patch in patches:
-        found = patch.current_sha256()
-        lines.append(f"{found} {'ok   ' if found == patch.sha256 else 'DRIFT'} {patch.target}")
-    return "\n".join(lines)
-
-
 __all__ = [
     "PATCHES",
     "Kind",
     "Patch",
     "PatchDrift",
     "check_installed",
-    "hashes",
     "in_effect",
     "install",
-    "table",
     "verify",
     "wanted",
 ]

@@ -1,17 +1,11 @@
-"""`python -m sglang_ets.patches` prints the patch table, with `--hashes` the hash of every target as installed."""
+"""`python -m sglang_ets.patches DOC` writes the tables between the marks of docs/patches.md, or of the file given."""
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
 
-from sglang_ets.patches import hashes, table
+from sglang_ets.patches.docs import DOC, filled
 
-from sglang_ets import cpu_shim
-
-parser = argparse.ArgumentParser(prog="python -m sglang_ets.patches", description=__doc__)
-parser.add_argument("--hashes", action="store_true", help="print the hashes of the targets as installed")
-if parser.parse_args().hashes:
-    cpu_shim.install()
-    print(hashes())
-else:
-    print(table())
+path = Path(sys.argv[1] if len(sys.argv) > 1 else DOC)
+path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,30 +1,29 @@
 """Draws of a search by its seed, on the CPU: the same seed grows the same tree, whatever else the server does.
 
-sglang draws by seed only in its deterministic mode, which needs an accelerator. Here each row of a batch has a seed of its own
-(a search's child: see `children.child_seed`; any other request: a fresh random one, so that ordinary sampling stays as it is),
-and a token is one uniform number, a hash of that seed and the position, put through the inverse of the row's distribution. What
-other rows a batch holds does not matter.
+sglang draws by seed only in its deterministic mode, which needs an accelerator. Here each row of a search has a seed of its own
+(see `children.child_seed`), and a token is one uniform number, a hash of that seed and the position, put through the inverse of
+the row's distribution. What other rows a batch holds does not matter. Rows of other requests have no seed: sglang draws them.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sglang_ets.patches.record import Patch
+from sglang_ets.patches.record import Patch, Use
 
-SEED_BITS = 62
+NO_SEED = -1  # of a row that belongs to no search; the seeds of a search's rows are not negative
 # Constants of the splitmix64 generator (Steele, Lea, Flood 2014).
 _STEP, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _MANTISSA_BITS = 53
 
 
 def seed_rows(original: Callable[..., Any], cls: type, batch: Any, vocab_size: int) -> Any:
-    """`SamplingBatchInfo` with a seed for every row. sglang filters and merges them with the batch."""
+    """`SamplingBatchInfo` with a seed or `NO_SEED` for every row. sglang filters and merges them with the batch."""
     info = original(cls, batch, vocab_size)
     if info.sampling_seed is None:
         info.sampling_seed = torch.tensor(row_seeds(batch.reqs), dtype=torch.int64)
@@ -32,13 +31,55 @@ def seed_rows(original: Callable[..., Any], cls: type, batch: Any, vocab_size: i
 
 
 def row_seeds(reqs: Sequence[Any]) -> list[int]:
-    """A seed a request, below 2**SEED_BITS."""
+    """The seed of each request, `NO_SEED` for one that is no child of a search."""
     from sglang_ets.engine.children import ChildReq
 
-    return [
-        req.sampling_params.sampling_seed if isinstance(req, ChildReq) else random.getrandbits(SEED_BITS)
-        for req in reqs
-    ]
+    return [req.sampling_params.sampling_seed if isinstance(req, ChildReq) else NO_SEED for req in reqs]
+
+
+def sample_rows(
+    original: Callable[..., Any],
+    sampler: Any,
+    probs: torch.Tensor,  # float[N, V]
+    info: Any,
+    positions: torch.Tensor,  # int64[N]
+    is_simple: bool,
+) -> tuple[torch.Tensor, Any]:
+    """A token for each row (int32[N]) and what sglang captured on the way: rows with a seed by it, the others as ever."""
+    is_seeded = info.sampling_seed != NO_SEED
+    token_ids, capture = torch.empty(len(probs), dtype=torch.int32), None
+    if not is_seeded.all():
+        # Rows of searches are drawn here too, and drawn again below.
+        token_ids, capture = original(sampler, probs, replace(info, sampling_seed=None), positions, is_simple)
+    if is_seeded.any():
+        _draw_seeded(token_ids, probs, info, positions, is_seeded)
+    return token_ids, capture
+
+
+def _draw_seeded(
+    token_ids: torch.Tensor, probs: torch.Tensor, info: Any, positions: torch.Tensor, is_seeded: torch.Tensor
+) -> None:
+    """Write the tokens of the rows with a seed. Each goes the way that its own parameters ask for, not those of the batch."""
+    from sglang.srt.layers import sampler
+    from sglang.srt.sampling.sampling_params import TOP_K_ALL
+
+    is_cut = (info.top_ks != TOP_K_ALL) | (info.top_ps != 1)
+    for rows, is_way_cut in ((is_seeded & ~is_cut, False), (is_seeded & is_cut, True)):
+        if not rows.any():
+            continue
+        weights, seeds, places = probs[rows], info.sampling_seed[rows], positions[rows]
+        min_ps = info.min_ps[rows]
+        if info.need_min_p_sampling:
+            # sglang refuses min_p and seeds together. It drops the lightest tokens, on which neither top-k nor top-p
+            # of the heavier ones depends, so it may come before them.
+            weights[weights < weights.amax(1, keepdim=True) * min_ps[:, None]] = 0.0
+        if is_way_cut:
+            top_ks, top_ps = info.top_ks[rows], info.top_ps[rows]
+            token_ids[rows] = sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+                weights, top_ks, top_ps, min_ps, False, seeds, places
+            )
+        else:
+            token_ids[rows] = sampler.sampling_from_probs_torch(weights, seeds, places)
 
 
 def draw_by_seed(
@@ -67,27 +108,46 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 WHY = "the same seed grows the same tree on the CPU too, where sglang's deterministic mode does not exist"
 UPSTREAM = "none: not asked for yet"
-GOES = "sglang's deterministic mode works on the CPU"
+SAMPLING_FIELDS = ("sampling_seed", "top_ks", "top_ps", "min_ps", "need_min_p_sampling")
+GOES_WHEN = "sglang's deterministic mode works on the CPU"
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
-        "around",
-        "sglang_ets.patches.cpu_sampler:seed_rows",
-        "48352e06affec0436a3f074cccd020fc67b4ec8c66bba3f85b9a8c286221c44b",
-        WHY,
-        UPSTREAM,
-        GOES,
-        "cpu",
+        target="sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
+        kind="around",
+        hook="sglang_ets.patches.cpu_sampler:seed_rows",
+        parameters=("cls", "batch", "vocab_size"),
+        tested=("88cf145931ab0669",),
+        why=WHY,
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        condition="cpu",
+        uses=(
+            Use("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo", ("sampling_seed",)),
+            Use("sglang.srt.managers.schedule_batch.ScheduleBatch", ("reqs",)),
+        ),
     ),
     Patch(
-        "sglang.srt.layers.sampler.multinomial_with_seed",
-        "around",
-        "sglang_ets.patches.cpu_sampler:draw_by_seed",
-        "5802a0ad7e5f4eb851e30510da3c7f8347c469eebf3b5f7c74e900c3d4c5bf81",
-        WHY,
-        UPSTREAM,
-        GOES,
-        "cpu",
+        target="sglang.srt.layers.sampler.Sampler._sample_from_probs",
+        kind="around",
+        hook="sglang_ets.patches.cpu_sampler:sample_rows",
+        parameters=("self", "probs", "sampling_info", "positions", "simple_sampling_case"),
+        tested=("3b076117aa3f730a",),
+        why="only rows of searches are drawn by seed, with min_p too; all others by sglang as if there were no seeds",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        condition="cpu",
+        uses=(Use("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo", SAMPLING_FIELDS),),
+    ),
+    Patch(
+        target="sglang.srt.layers.sampler.multinomial_with_seed",
+        kind="around",
+        hook="sglang_ets.patches.cpu_sampler:draw_by_seed",
+        parameters=("logprobs", "seed", "positions"),
+        tested=("e279f47ffd3c3085",),
+        why=WHY,
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        condition="cpu",
     ),
 )

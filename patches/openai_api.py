@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sglang_ets.patches.record import Patch
+from sglang_ets.patches import uses
+from sglang_ets.patches.record import Patch, Use
 
 OPENAI = "sglang.srt.entrypoints.openai"
 
@@ -33,45 +34,67 @@ def add_routes(app: Any, settings: dict[str, Any]) -> None:
     trace_pages.add_routes(app, settings)
 
 
-FIELDS = "`search_width` and `search` are fields of a request, documented in `/openapi.json`"
-NO_FIELDS = "none: the fields are ours"
-FIELDS_GO = "sglang lets plugins declare request fields"
+FIELDS_WHY = "`search_width` and `search` are fields of a request, documented in `/openapi.json`"
+FIELDS_UPSTREAM = "none: the fields are ours"
+FIELDS_GO_WHEN = "sglang lets plugins declare request fields"
+FIELDS_ADDED = ("search_width", "search")
+FIELDS_READ = (
+    "model",
+    "n",
+    "max_tokens",
+    "seed",
+    "stream",
+    "stream_options",
+    "rid",
+    "response_format",
+    "custom_params",
+)
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        f"{OPENAI}.protocol.CompletionRequest",
-        "replace",
-        "sglang_ets.api.protocol:CompletionRequest",
-        "1895974b4d5fa8e087bd89c9515c66bbf304b3aa4da748cd2b38449c43580e06",
-        FIELDS,
-        NO_FIELDS,
-        FIELDS_GO,
+        target=f"{OPENAI}.protocol.CompletionRequest",
+        kind="replace",
+        hook="sglang_ets.api.protocol:CompletionRequest",
+        parameters=(),
+        tested=("0f2c3a36ab149c26",),
+        why=FIELDS_WHY,
+        upstream=FIELDS_UPSTREAM,
+        remove_when=FIELDS_GO_WHEN,
+        uses=(Use(f"{OPENAI}.protocol.CompletionRequest", (*FIELDS_READ, "prompt")),),
+        adds=FIELDS_ADDED,
     ),
     Patch(
-        f"{OPENAI}.protocol.ChatCompletionRequest",
-        "replace",
-        "sglang_ets.api.protocol:ChatCompletionRequest",
-        "5d5990ec978280f6a5a1a172972fe91f5d395316372ee895a2ac42ca24ca7f9f",
-        FIELDS,
-        NO_FIELDS,
-        FIELDS_GO,
+        target=f"{OPENAI}.protocol.ChatCompletionRequest",
+        kind="replace",
+        hook="sglang_ets.api.protocol:ChatCompletionRequest",
+        parameters=(),
+        tested=("2f398bcb611561c8",),
+        why=FIELDS_WHY,
+        upstream=FIELDS_UPSTREAM,
+        remove_when=FIELDS_GO_WHEN,
+        uses=(Use(f"{OPENAI}.protocol.ChatCompletionRequest", (*FIELDS_READ, "messages", "max_completion_tokens")),),
+        adds=FIELDS_ADDED,
     ),
     Patch(
-        f"{OPENAI}.serving_base.OpenAIServingBase.handle_request",
-        "around",
-        "sglang_ets.patches.openai_api:answer_search",
-        "f47d3e8fad409f773a3c8cfc48246b8cbd00825b89ffe333796649065282ee62",
-        "a search is validated, sent as one request and answered with several ranked choices",
-        "none: search inside the scheduler is new",
-        "sglang offers search as a sampling mode",
+        target=f"{OPENAI}.serving_base.OpenAIServingBase.handle_request",
+        kind="around",
+        hook="sglang_ets.patches.openai_api:answer_search",
+        parameters=("self", "request", "raw_request"),
+        tested=("c95935f8715260f7",),
+        why="a search is validated, sent as one request and answered with several ranked choices",
+        upstream="none: search inside the scheduler is new",
+        remove_when="sglang offers search as a sampling mode",
+        uses=uses.SERVING,
     ),
     Patch(
-        f"{OPENAI}.serving_base.OpenAIServingBase.__init__",
-        "after",
-        "sglang_ets.patches.openai_api:add_search_pages",
-        "1aaebdfa3a341c01949710f6ad1fb397eeec54b8f1bdb5baafd5187975e36203",
-        "`/search` and the live pages under it are routes of the server",
-        "none: the pages are ours",
-        "sglang lets plugins add routes",
+        target=f"{OPENAI}.serving_base.OpenAIServingBase.__init__",
+        kind="after",
+        hook="sglang_ets.patches.openai_api:add_search_pages",
+        parameters=("self", "tokenizer_manager"),
+        tested=("62334fa7999e0ccb",),
+        why="`/search` and the live pages under it are routes of the server",
+        upstream="none: the pages are ours",
+        remove_when="sglang lets plugins add routes",
+        uses=(Use(f"{OPENAI}.serving_base.OpenAIServingBase", ("tokenizer_manager",)),),
     ),
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_ets.patches.record import Kind, Patch
+from sglang_ets.patches import uses
+from sglang_ets.patches.record import Patch
 
 from sglang_ets.wire import RESULT_KEY
 
@@ -83,96 +84,136 @@ def send_result_once(result: bool, _streamer: Any, key: str) -> bool:
 
 
 HERE = "sglang_ets.patches.scheduler"
-PIN_MOVES = "sglang offers a policy interface for internal requests"
-
-
-def _patch(target: str, kind: Kind, hook: str, sha256: str, why: str) -> Patch:
-    return Patch(target, kind, f"{HERE}:{hook}", sha256, why, "none: search inside the scheduler is new", PIN_MOVES)
-
+UPSTREAM = "none: search inside the scheduler is new"
+GOES_WHEN = "sglang offers a policy interface for internal requests"
 
 PATCHES: tuple[Patch, ...] = (
-    _patch(
-        f"{SCHEDULER}.maybe_init_draft_worker",
-        "after",
-        "load_prm",
-        "6776fe8af04f95c33f182da4c753a6dbcf7e3474052567e8ad7b8c51826a8019",
-        "the PRM's weights load before the policy model's KV pool is sized",
+    Patch(
+        target=f"{SCHEDULER}.maybe_init_draft_worker",
+        kind="after",
+        hook=f"{HERE}:load_prm",
+        parameters=("self",),
+        tested=("e67673ba92619f75",),
+        why="the PRM's weights load before the policy model's KV pool is sized",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.PRM_START,
     ),
-    _patch(
-        f"{SCHEDULER}.init_memory_pools",
-        "before",
-        "allocate_prm_pools",
-        "b6a9b358b271a270b17465381882befc0dc215eaeb40eb0179e20d410b87a758",
-        "the PRM's KV pool is taken before the policy model's, which fills the rest",
+    Patch(
+        target=f"{SCHEDULER}.init_memory_pools",
+        kind="before",
+        hook=f"{HERE}:allocate_prm_pools",
+        parameters=("self",),
+        tested=("80c2c3ee86730773",),
+        why="the PRM's KV pool is taken before the policy model's, which fills the rest",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.PRM_POOLS,
     ),
-    _patch(
-        f"{SCHEDULER}._add_request_to_queue",
-        "around",
-        "admit_search",
-        "056a60799b02ac479f90d60196205e9a48eb85bb66210b5a12de9fba98d72b0a",
-        "a request with search_width becomes a search instead of a waiting request",
+    Patch(
+        target=f"{SCHEDULER}._add_request_to_queue",
+        kind="around",
+        hook=f"{HERE}:admit_search",
+        parameters=("self", "req", "is_retracted"),
+        tested=("a5327a991cfc42d3",),
+        why="a request with search_width becomes a search instead of a waiting request",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=(*uses.ADMISSION, *uses.CHILD),
     ),
-    _patch(
-        f"{SCHEDULER}.get_next_batch_to_run",
-        "before",
-        "before_plan",
-        "34f30fd4dfb13d741ef8aae209ca7de67fa00846ee58ffa7706fc3b12890fae0",
-        "finished selections expand before the tick is planned",
+    Patch(
+        target=f"{SCHEDULER}.get_next_batch_to_run",
+        kind="before",
+        hook=f"{HERE}:before_plan",
+        parameters=("self",),
+        tested=("a3f44f962b24c1c4",),
+        why="finished selections expand before the tick is planned",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.ANSWER,
     ),
-    _patch(
-        f"{SCHEDULER}.get_next_batch_to_run",
-        "after",
-        "after_plan",
-        "34f30fd4dfb13d741ef8aae209ca7de67fa00846ee58ffa7706fc3b12890fae0",
-        "locks of a search must not bring the engine to a standstill",
+    Patch(
+        target=f"{SCHEDULER}.get_next_batch_to_run",
+        kind="after",
+        hook=f"{HERE}:after_plan",
+        parameters=("self",),
+        tested=("a3f44f962b24c1c4",),
+        why="locks of a search must not bring the engine to a standstill",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.TICK,
     ),
-    _patch(
-        f"{SCHEDULER}.process_batch_result",
-        "after",
-        "after_batch",
-        "726305f46a979a47a7bc334d9d8b98122943adf36da5a977ce2292c21ff7a8e2",
-        "a finished child becomes an event of its search",
+    Patch(
+        target=f"{SCHEDULER}.process_batch_result",
+        kind="after",
+        hook=f"{HERE}:after_batch",
+        parameters=("self", "batch"),
+        tested=("3dffbb24ecfc01a4",),
+        why="a finished child becomes an event of its search",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=(*uses.LEDGER, *uses.CHILD, *uses.ANSWER, *uses.PRM_PASS),
     ),
-    _patch(
-        f"{SCHEDULER}.abort_request",
-        "before",
-        "before_abort",
-        "b16ca1103b1df7f570f453e0e16be33df8b51e69fc874dc8e065f53b4531c547",
-        "the client's request is in no queue, so its abort must reach the search",
+    Patch(
+        target=f"{SCHEDULER}.abort_request",
+        kind="before",
+        hook=f"{HERE}:before_abort",
+        parameters=("self", "recv_req"),
+        tested=("c1f592343634270e",),
+        why="the client's request is in no queue, so its abort must reach the search",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.ABORT,
     ),
-    _patch(
-        f"{SCHEDULER}.abort_request",
-        "after",
-        "after_abort",
-        "b16ca1103b1df7f570f453e0e16be33df8b51e69fc874dc8e065f53b4531c547",
-        "a search whose last child was aborted is forgotten at once",
+    Patch(
+        target=f"{SCHEDULER}.abort_request",
+        kind="after",
+        hook=f"{HERE}:after_abort",
+        parameters=("self", "recv_req"),
+        tested=("c1f592343634270e",),
+        why="a search whose last child was aborted is forgotten at once",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.ABORT,
     ),
-    _patch(
-        f"{SCHEDULER}.send_abort_output",
-        "around",
-        "swallow_child_abort",
-        "fd50df816ad695e92c7dfcbf53421b55b47007e19a5f8699720edf00cb6adcb9",
-        "the tokenizer manager does not know the children of a search",
+    Patch(
+        target=f"{SCHEDULER}.send_abort_output",
+        kind="around",
+        hook=f"{HERE}:swallow_child_abort",
+        parameters=("self", "abort_req", "req"),
+        tested=("0aac912492878d5d",),
+        why="the tokenizer manager does not know the children of a search",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
     ),
-    _patch(
-        f"{SCHEDULER}.is_fully_idle",
-        "after",
-        "busy_while_searching",
-        "de1b97c37c2842d2a486500bcf471d45c2419226bb59cc39834ec094fc5845f4",
-        "a cache flush or shutdown must not pass under a search between two levels",
+    Patch(
+        target=f"{SCHEDULER}.is_fully_idle",
+        kind="after",
+        hook=f"{HERE}:busy_while_searching",
+        parameters=("self",),
+        tested=("7a9bf4f94c7c3a5c",),
+        why="a cache flush or shutdown must not pass under a search between two levels",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
     ),
-    _patch(
-        f"{STREAMER}._stream_output_generation",
-        "around",
-        "hide_children",
-        "830e84a497de644a3f3e66163ae5212798ba653d6dabb315a41f2735d6333d8b",
-        "output of children is not for clients",
+    Patch(
+        target=f"{STREAMER}._stream_output_generation",
+        kind="around",
+        hook=f"{HERE}:hide_children",
+        parameters=("self", "reqs", "return_logprob", "skip_req", "is_idle_batch"),
+        tested=("0bcf2895e4fdc014",),
+        why="output of children is not for clients",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
     ),
-    _patch(
-        f"{STREAMER}.is_request_level_customized_info_key",
-        "after",
-        "send_result_once",
-        "a9870e9137d5297479bc3b38dc555035a385151376eada97fbf86186247528a9",
-        "the result of a search is one value of the request, not one per token",
+    Patch(
+        target=f"{STREAMER}.is_request_level_customized_info_key",
+        kind="after",
+        hook=f"{HERE}:send_result_once",
+        parameters=("self", "key"),
+        tested=("2e40a83c7e6a41cf",),
+        why="the result of a search is one value of the request, not one per token",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
     ),
 )

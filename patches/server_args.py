@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from sglang_ets.patches.record import Patch
+from sglang_ets.patches.record import Patch, Use
 
 from sglang_ets import flags
 
@@ -28,28 +28,31 @@ def keep_flags(original: Callable[..., Any], cls: type, namespace: argparse.Name
     return switch_on(server_args)
 
 
-WHY = "none: the flags are ours"
-WHEN = "sglang lets plugins declare flags"
+UPSTREAM = "none: the flags are ours"
+GOES_WHEN = "sglang lets plugins declare flags"
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        f"{SERVER_ARGS}.add_cli_args",
-        "after",
-        "sglang_ets.patches.server_args:add_flags",
-        "8d5f9b207365f5bad13d4623477aa017145dc67a98499441daf0eb84412c5a9e",
-        "the flags of the search appear beside sglang's own, in `--help` too",
-        WHY,
-        WHEN,
-        "loaded",
+        target=f"{SERVER_ARGS}.add_cli_args",
+        kind="after",
+        hook="sglang_ets.patches.server_args:add_flags",
+        parameters=("parser",),
+        tested=("d3b50a305bcc39ce",),
+        why="the flags of the search appear beside sglang's own, in `--help` too",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        condition="loaded",
     ),
     Patch(
-        f"{SERVER_ARGS}.from_cli_args",
-        "around",
-        "sglang_ets.patches.server_args:keep_flags",
-        "32152825e268b6da4218b27ab4f654c3230474a12af0cd4b2a9c4e6c588be0f2",
-        "sglang copies only its own fields, so the flags travel to the scheduler as `server_args._ets`",
-        WHY,
-        WHEN,
-        "loaded",
+        target=f"{SERVER_ARGS}.from_cli_args",
+        kind="around",
+        hook="sglang_ets.patches.server_args:keep_flags",
+        parameters=("cls", "args"),
+        tested=("4ce4f3e45552dd41",),
+        why="sglang copies only its own fields, so the flags travel to the scheduler as `server_args._ets`",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        condition="loaded",
+        uses=(Use(f"{SERVER_ARGS}.__setattr__", ("name", "value")), Use(f"{SERVER_ARGS}.__reduce__")),
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_ets.patches.record import Patch
+from sglang_ets.patches.record import Patch, Use
 
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 INTERNAL_STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
@@ -25,21 +25,27 @@ def add_search_state(result: Any, controller: Any, *_args: Any, **_kwargs: Any) 
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        f"{SCHEDULER}.__init__",
-        "before",
-        "sglang_ets.patches.server_info:check_before_start",
-        "a4a5297acc175a1e447ef64d90243a352db0a1eb5334e58b25e173d1f86ff202",
-        "sglang only logs a hook that it cannot apply; a scheduler without its hooks must not start",
-        "none: not asked for yet",
-        "sglang stops when a plugin fails",
+        target=f"{SCHEDULER}.__init__",
+        kind="before",
+        hook="sglang_ets.patches.server_info:check_before_start",
+        parameters=("self", "server_args"),
+        tested=("905dcf97d9439696",),
+        why="sglang only logs a hook that it cannot apply; a scheduler without its hooks must not start",
+        upstream="none: not asked for yet",
+        remove_when="sglang stops when a plugin fails",
     ),
     Patch(
-        f"{INTERNAL_STATE}.get_internal_state",
-        "after",
-        "sglang_ets.patches.server_info:add_search_state",
-        "f01b8205456841227be61ec37cf42654fee9a26c1dfea6a55eb93d8bca9ebde4",
-        "an operator sees live searches and the KV they hold",
-        "none: search inside the scheduler is new",
-        "sglang offers an extension point for internal state",
+        target=f"{INTERNAL_STATE}.get_internal_state",
+        kind="after",
+        hook="sglang_ets.patches.server_info:add_search_state",
+        parameters=("self",),
+        tested=("1e054f6d1303e8f8",),
+        why="an operator sees live searches and the KV they hold",
+        upstream="none: search inside the scheduler is new",
+        remove_when="sglang offers an extension point for internal state",
+        uses=(
+            Use(INTERNAL_STATE, ("scheduler",)),
+            Use("sglang.srt.managers.io_struct.GetInternalStateReqOutput", ("internal_state",)),
+        ),
     ),
 )

@@ -53,26 +53,30 @@ def attend(
 
 
 UPSTREAM = "none: not reported yet"
+TENSORS = ("self", "query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
+SETTINGS = ("encoder_lens", "scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size")
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        f"{BACKEND}._run_sdpa_forward_extend",
-        "around",
-        "sglang_ets.patches.torch_native:extend",
-        "cd0f84f549310107925def9608c902872bac6fb777230cea44e22d79bf5a4d43",
-        "computes attention for the new tokens only; the stock code computes it for the whole sequence",
-        UPSTREAM,
-        "the stock backend stops padding the queries of an extend",
-        "cpu",
+        target=f"{BACKEND}._run_sdpa_forward_extend",
+        kind="around",
+        hook="sglang_ets.patches.torch_native:extend",
+        parameters=(*TENSORS, "extend_prefix_lens", "extend_seq_lens", *SETTINGS),
+        tested=("9169a16e2efa91f4",),
+        why="computes attention for the new tokens only; the stock code computes it for the whole sequence",
+        upstream=UPSTREAM,
+        remove_when="the stock backend stops padding the queries of an extend",
+        condition="cpu",
     ),
     Patch(
-        f"{BACKEND}._run_sdpa_forward_decode",
-        "around",
-        "sglang_ets.patches.torch_native:decode",
-        "062856df45d2fe123fa34fa78628eb79e2ddacbd133cb4f8e69825bb7b123d3d",
-        "one kernel for all rows of a decode; the stock code copies the keys and values of one row after another",
-        UPSTREAM,
-        "the stock backend decodes all rows at once",
-        "cpu",
+        target=f"{BACKEND}._run_sdpa_forward_decode",
+        kind="around",
+        hook="sglang_ets.patches.torch_native:decode",
+        parameters=(*TENSORS, *SETTINGS),
+        tested=("fa68ed28409a5e2d",),
+        why="one kernel for all rows of a decode; the stock code copies the keys and values of one row after another",
+        upstream=UPSTREAM,
+        remove_when="the stock backend decodes all rows at once",
+        condition="cpu",
     ),
 )

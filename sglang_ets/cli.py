@@ -15,6 +15,7 @@ COMMANDS = {
     "ask": ("sglang_ets.tools.ask", "solve one problem on a running server and watch the search"),
     "view": ("sglang_ets.api.view", "write a returned search tree as one HTML page"),
     "calibrate": ("sglang_ets.tools.calibrate", "suggest a cluster cut for a PRM"),
+    "plan": ("sglang_ets.tools.plan", "say which searches fit on a card"),
 }
 
 

@@ -51,6 +51,13 @@ class Flag:
         return text.lower() in YES
 
 
+ALLOW_UNTESTED = Flag(
+    "allow-untested-sglang",
+    "allow_untested_sglang",
+    bool,
+    False,
+    "Warn, and do not stop, where sglang's code is of no tested version and every contract of the patches holds.",
+)
 # Flags of the server itself. The rest sets defaults of requests: one for each setting of a search that says so.
 SERVER_FLAGS = (
     Flag(
@@ -67,6 +74,7 @@ SERVER_FLAGS = (
     Flag("prm-max-total-tokens", "prm_max_total_tokens", int, None, "Tokens in the PRM's KV pool."),
     Flag("search-max-width", "max_width", int, MAX_WIDTH, "Largest search_width that a request may ask for."),
     Flag("search-trace", "trace", bool, False, "Show searches, running and just ended, as live pages under /search."),
+    ALLOW_UNTESTED,
 )
 
 

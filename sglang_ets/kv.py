@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import numpy as np
 
 from sglang_ets.core.ilp import CostTree
 
@@ -59,26 +57,20 @@ class PathSnapshot:
         The tokens of the prompt cost nothing: they are held whichever leaves are kept. A hold that lost its lock (see
         `RadixLedger.release`) stands as a node of its own with the tokens it would need again.
         """
-        index: dict[int, int] = {}
-        parent: list[int] = []
-        cost: list[float] = []
-        for node in sorted({node for node, _ in ends if node is not None}):
-            at = -1
-            for span in self.paths[node]:
-                if span.node_id not in index:
-                    index[span.node_id] = len(parent)
-                    parent.append(at)
-                    cost.append(float(max(0, span.path_end - max(span.path_start, keep_tokens))))
-                at = index[span.node_id]
-        leaf = []
+
+        def cost_of(span: Any) -> float:
+            return float(max(0, span.path_end - max(span.path_start, keep_tokens)))
+
+        nodes = sorted({node for node, _ in ends if node is not None and self.paths[node]})  # the root has no path
+        path_of: dict[int | None, int] = {node: place for place, node in enumerate(nodes)}
+        paths = [[(span.node_id, cost_of(span)) for span in self.paths[node]] for node in nodes]
+        places = []
         for end, tokens in ends:
-            if end is not None and self.paths[end]:
-                leaf.append(index[end])
-                continue
-            leaf.append(len(parent))
-            parent.append(-1)
-            cost.append(float(max(0, tokens - keep_tokens)))
-        return CostTree(np.array(parent, dtype=np.int64), np.array(cost), np.array(leaf, dtype=np.int64))
+            places.append(path_of.get(end, len(paths)))
+            if end not in path_of:
+                paths.append([(("alone", len(paths)), float(max(0, tokens - keep_tokens)))])
+        tree = CostTree.from_paths(paths)
+        return replace(tree, leaf=tree.leaf[places])
 
 
 class RadixLedger:
@@ -145,6 +137,16 @@ class RadixLedger:
         raise LedgerImbalance(
             f"search {owner} ended with {len(left)} locks on {tokens} KV tokens; expected 0 locks on 0"
         )
+
+    def forget_locks(self) -> None:
+        """The cache was emptied, and with it all locks: what holds them is told. Nothing is unlocked."""
+        for hold in [hold for held in self._holds.values() for hold in held.values()]:
+            hold.receipt = None
+        self._holds.clear()
+
+    def holds(self, owner: str) -> list[Hold]:
+        """What `owner` has locked, the oldest first."""
+        return list(self._holds.get(owner, {}).values())
 
     def held_tokens(self, owner: str | None = None) -> int:
         """Distinct tokens whose KV `owner` (or, by default, anybody) protects."""

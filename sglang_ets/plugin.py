@@ -20,13 +20,20 @@ def register() -> None:
     """Entry point of the group `sglang.srt.plugins`.
 
     Raises:
-        PatchDrift: sglang is not the version that the patches were written for.
+        PatchDrift: the installed sglang does not keep what the patches rely on, or is untested and that is not allowed.
     """
     _state["is_registered"] = True
     if _needs_no_patches():
         return
     search_is_on = os.environ.get(flags.SEARCH_ENV, flags.OFF) != flags.OFF
-    patches.install(patches.wanted(search_is_on))
+    patches.install(patches.wanted(search_is_on), allows_untested())
+
+
+def allows_untested() -> bool:
+    """Whether code of an untested sglang is a warning. Hooks are needed to parse the flags, so this one is looked for."""
+    if f"--{flags.ALLOW_UNTESTED.name}" in sys.argv:
+        os.environ[flags.ALLOW_UNTESTED.env] = "1"  # for child processes
+    return bool(flags.ALLOW_UNTESTED.from_environment())
 
 
 def is_registered() -> bool:
@@ -47,7 +54,7 @@ def switch_on(server_args: Any) -> Any:
 
     os.environ[flags.SEARCH_ENV] = server_args._ets["search"]
     if flags.is_on(server_args._ets):
-        patches.install(patches.wanted(search_is_on=True))
+        patches.install(patches.wanted(search_is_on=True), allows_untested())
         HookRegistry.apply_hooks()
         patches.check_installed()
     return server_args

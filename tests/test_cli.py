@@ -54,7 +54,7 @@ def test_help_names_the_commands(
     assert "invalid choice: 'fly'" in said or argv != ["fly"]
 
 
-@pytest.mark.parametrize("name", ["ask", "view", "calibrate"])
+@pytest.mark.parametrize("name", ["ask", "view", "calibrate", "plan"])
 def test_tools_get_the_rest_of_the_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[list[str]] = []
     monkeypatch.setattr(importlib.import_module(cli.COMMANDS[name][0]), "main", got.append)

@@ -86,6 +86,7 @@ def test_wrong_flags_end_the_launch_with_a_sentence(argv: list[str], named: str)
 
 def test_every_search_flag_is_a_setting_that_a_search_reads() -> None:
     own = {"search", "prm_model_path", "prm_format", "prm_max_total_tokens", "max_width", "trace"}
+    own |= {flags.ALLOW_UNTESTED.key}
     assert {flag.key for flag in flags.FLAGS} - own <= set(SearchConfig.__dataclass_fields__)
 
 

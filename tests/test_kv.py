@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,9 @@ def test_unique_tokens_count_shared_prefixes_once(pool: Pool) -> None:
     assert pool.ledger.unique_tokens([a, b]) == 10 + 3 + 1
     assert pool.ledger.held_tokens("s") == pool.cache.protected_size() == 14
     assert pool.ledger.held_tokens("other") == 0
+    pool.ledger.hold("other", pool.insert([*PROMPT, 1, 4, 5]))
+    assert pool.ledger.held_tokens("other") == 13
+    assert pool.ledger.held_tokens() == pool.cache.protected_size() == 15
 
 
 def test_drop_frees_exactly_the_private_tokens(pool: Pool) -> None:
@@ -86,6 +90,9 @@ def test_drop_frees_exactly_the_private_tokens(pool: Pool) -> None:
     assert pool.free == before + 2
     assert pool.ledger.drop([b], keep_tokens=len(PROMPT)) == 2  # the 4, and the 1 that both shared
     assert pool.free == before + 4 == POOL_TOKENS - len(PROMPT)
+    assert pool.ledger.freed_tokens == 4
+    assert pool.ledger.drop([a, b]) == 0
+    assert pool.ledger.freed_tokens == 4
     pool.assert_balanced()
 
 
@@ -165,10 +172,7 @@ def test_cost_tree_has_one_node_per_span_and_a_free_prompt(pool: Pool) -> None:
     assert tree.leaf[0] == tree.leaf[2] != tree.leaf[1]
     assert all(parent < node for node, parent in enumerate(tree.parent))
 
-    def path_cost(leaf: int) -> float:
-        return tree.cost[leaf] + (path_cost(tree.parent[leaf]) if tree.parent[leaf] >= 0 else 0)
-
-    assert [path_cost(leaf) for leaf in tree.leaf] == [3, 2, 3, 2]
+    assert [tree.cost[tree.held(np.array([leaf]))].sum() for leaf in range(4)] == [3, 2, 3, 2]
 
 
 def test_a_snapshot_counts_the_holds_that_are_left(pool: Pool) -> None:
@@ -186,6 +190,20 @@ def test_a_hold_that_lost_its_lock_costs_what_it_would_need_again(pool: Pool) ->
     paths = pool.ledger.snapshot([lost, kept])
     tree = paths.cost_tree(paths.ends([lost, kept]), len(PROMPT))
     assert tree.cost[tree.leaf].tolist() == [2, 1]
+
+
+def test_a_hold_on_the_radix_root_costs_nothing(pool: Pool) -> None:
+    root = int(pool.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", [999])))).last_device_node)
+    holds = [pool.ledger.hold("s", node) for node in (root, pool.insert([*PROMPT, 1]), root)]
+    paths = pool.ledger.snapshot(holds)
+    assert paths.paths[root] == []
+    assert paths.unique_tokens(holds) == 11
+    tree = paths.cost_tree(paths.ends(holds), len(PROMPT))
+    held = [tree.cost[tree.held(np.array([leaf]))].sum() for leaf in range(3)]
+    assert held == [0, 1, 0]
+    for hold in holds:
+        pool.ledger.release(hold)
+    pool.assert_balanced()
 
 
 def test_an_owner_that_ends_with_locks_is_a_bug_and_leaves_none(pool: Pool) -> None:

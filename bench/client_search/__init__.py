@@ -9,5 +9,5 @@ sides of a comparison follow the same policy and differ in where the loop runs.
     encoder.py   texts -> sentence embeddings
     choose.py    the published selection on the client's own account of KV
     driver.py    one problem from its prompt to its answer, with the time each part takes
-    processes.py, table.py    for `bench/throughput.py`: servers started, frozen and timed; tables and plot
+    processes.py, table.py    for `bench/throughput.py`: servers started, frozen and timed; tables
 """

@@ -21,21 +21,8 @@ def cost_tree(tree: SearchTree, leaf_ids: Sequence[int]) -> CostTree:
 
     A client cannot ask the allocator. This is its best estimate: it misses only what steps with different texts share.
     """
-    parent: list[int] = []
-    cost: list[float] = []
-    places: dict[tuple[int, tuple[int, ...]], int] = {}
-    leaf: list[int] = []
-    for leaf_id in leaf_ids:
-        at = -1
-        for step in tree.path(tree.nodes[leaf_id]):
-            key = (at, step.token_ids)
-            if key not in places:
-                places[key] = len(parent)
-                parent.append(at)
-                cost.append(float(len(step.token_ids)))
-            at = places[key]
-        leaf.append(at)
-    return CostTree(np.array(parent, dtype=np.int64), np.array(cost), np.array(leaf, dtype=np.int64))
+    paths = [tree.path(tree.nodes[leaf_id]) for leaf_id in leaf_ids]
+    return CostTree.from_paths([[(step.token_ids, float(len(step.token_ids))) for step in path] for path in paths])
 
 
 def choose(level: Level, config: SearchConfig) -> Selection:

@@ -1,15 +1,13 @@
-"""Tables and plot of `throughput.py`, from its rows."""
+"""Tables of `throughput.py`, from its rows."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench import rows
-from bench.figures import panels
 
 Row = dict[str, Any]
 Setting = tuple[int, str, int, str, int]
@@ -98,26 +96,3 @@ def _ratios(ours: Sequence[Row], theirs: Sequence[Row], value: Callable[[Row], f
     if percent:
         return f"{100 * middle:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
     return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
-
-
-def plot(done: Sequence[Row], path: Path) -> None:
-    """Problems per second of search in the scheduler and by a client, and the client's time by part."""
-    settings = rounds_of(done)
-    names = [f"{algorithm}, width {width}\n{count} x search" for width, algorithm, _, _, count in settings]
-    with panels(path, 2) as (left, right):
-        for place, name in enumerate(("in_scheduler", "client")):
-            heights = [statistics.median(rate(systems[name]) for systems in rounds) for rounds in settings.values()]
-            left.bar([x + 0.4 * place for x in range(len(names))], heights, 0.38, label=name)
-        left.set(ylabel="problems per second (median)")
-        left.set_xticks([x + 0.2 for x in range(len(names))], names, fontsize=8)
-        left.legend()
-        floor = [0.0] * len(names)
-        for part in PARTS:
-            heights = [
-                statistics.fmean(systems["client"][f"{part}_s"] for systems in rounds) for rounds in settings.values()
-            ]
-            right.bar(names, heights, 0.6, bottom=floor, label=part)
-            floor = [a + b for a, b in zip(floor, heights, strict=True)]
-        right.set(ylabel="client: seconds per problem, by part")
-        right.tick_params(axis="x", labelsize=8)
-        right.legend()

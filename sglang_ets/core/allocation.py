@@ -43,9 +43,9 @@ def rebase_allocation(
     for index, weight, rest in zip(order.tolist(), weights.tolist(), waiting, strict=True):
         if free == 0:
             break
-        given = min(free, math.ceil(free * (weight / rest) - CEIL_SLACK)) if rest > 0.0 else free
-        allocation[index] = given
-        free -= given
+        share = min(free, math.ceil(free * (weight / rest) - CEIL_SLACK)) if rest > 0.0 else free
+        allocation[index] = share
+        free -= share
     return allocation
 
 

@@ -96,7 +96,7 @@ def _by_votes(groups: Sequence[Sequence[int]], votes: Sequence[float], scores: S
 
 
 def _repetitions_last(order: Sequence[int], trajectories: Sequence[Trajectory]) -> list[int]:
-    """With duplicates more results would tell no more; they still count as votes."""
+    """Repeated texts would be results that add nothing; they still count as votes."""
     first: dict[str, int] = {}
     for i in order:
         first.setdefault(trajectories[i].text, i)

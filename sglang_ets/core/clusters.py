@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-Distances = Callable[
-    [NDArray[np.float32]], NDArray[np.float64]
-]  # float32[L, H] -> float64[L, L], as `cosine_distances`
+# float32[L, H] -> float64[L, L], as `cosine_distances`
+Distances = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 
 MIN_NORM = 1e-12
 AT_CENTER = 1e-4  # of its length: an embedding this close to the mean differs from it by rounding only
@@ -21,7 +20,7 @@ class RunningCenter:
     """The mean of all embeddings of a search so far.
 
     Hidden states of one prompt share a large common direction, which makes all cosines alike. What is left after taking it away
-    tells meanings apart (`bench/cluster_variants.py`). It depends on the search alone, so equal searches cluster equally.
+    separates meanings (`bench/studies`). It depends on the search alone, so equal searches cluster equally.
     """
 
     def __init__(self) -> None:

@@ -10,8 +10,7 @@
 
 y and z need no integrality: at an optimum with binary x, y_j is the largest x below it (its cost is not negative) and z_k the
 smaller of 1 and its row. Leaves that end in the same cost node stand or fall together, because keeping the second is free;
-they are merged. Source: ETS, arXiv 2502.13575, with costs in tokens. There every cluster is
-worth the same, worth_k = 1 / K.
+they are merged. Source: ETS, arXiv 2502.13575, with costs in tokens. There every cluster is worth the same, worth_k = 1 / K.
 
 Three ways lead to the optimum, the cheapest first: `reduction.reduce_level` decides all there is; HiGHS solves the linear
 relaxation of the core, and it is integral; HiGHS solves the core as an integer program. A level whose best set is empty or
@@ -25,8 +24,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import highspy
 import numpy as np
@@ -37,7 +37,7 @@ from sglang_ets.core.reduction import Core, reduce_level
 TIME_LIMIT_S = 2.0
 KEPT = 0.5  # a binary above this is one
 INTEGRAL = 1e-7  # how far from 0 or 1 a value of the relaxation may be to count as whole
-SCALE = 1e4  # of the objective, so that HiGHS's absolute tolerances of 1e-7 are small beside differences that matter
+SCALE = 1e4  # of the objective, so that HiGHS's absolute tolerances of 1e-7 are small against differences that matter
 Path = Literal["reduced", "relaxation", "integer", "full"]
 _per_thread = threading.local()
 
@@ -50,13 +50,54 @@ class CostTree:
     cost: NDArray[np.float64]  # float64[M], not negative
     leaf: NDArray[np.int64]  # int64[L], the node where each leaf's path ends; -1: the path costs nothing
 
+    @classmethod
+    def from_paths(cls, paths: Iterable[Iterable[tuple[Any, float]]], *, by_key: bool = False) -> CostTree:
+        """The union of the leaves' paths, each a (key, cost) per node from its root down; an empty path costs nothing.
+
+        Equal keys after equal paths are one node, which costs what it cost at its first occurrence. Nodes are numbered in order
+        of first occurrence, or of their keys if `by_key` (then numbers, a parent's the smaller): the solver's last tie rule
+        goes by number.
+        """
+        parent: list[int] = []
+        cost: list[float] = []
+        ends: list[int] = []
+        index: dict[tuple[int, Any], int] = {}
+        for path in paths:
+            at = -1
+            for key, price in path:
+                place = (at, key)
+                if place not in index:
+                    index[place] = len(parent)
+                    parent.append(at)
+                    cost.append(price)
+                at = index[place]
+            ends.append(at)
+        tree = cls(np.array(parent, dtype=np.int64), np.array(cost, dtype=np.float64), np.array(ends, dtype=np.int64))
+        return tree._in_order(np.argsort([key for _, key in index])) if by_key and index else tree
+
+    def _in_order(self, order: NDArray[np.int64]) -> CostTree:  # int64[M]
+        """The same forest with `order[i]` as its node i."""
+        rank = np.full(order.size + 1, -1, dtype=np.int64)  # the last one stands for -1, which stays what it is
+        rank[order] = np.arange(order.size)
+        return CostTree(rank[self.parent[order]], self.cost[order], rank[self.leaf])
+
+    def held(self, kept: NDArray[np.bool_ | np.integer]) -> NDArray[np.bool_]:  # bool[L] or places -> bool[M]
+        """The nodes on the paths of the kept leaves: what keeping them costs is `cost[held].sum()`."""
+        held = np.zeros(self.parent.size, dtype=np.bool_)
+        for end in self.leaf[kept].tolist():
+            node = end
+            while node >= 0 and not held[node]:
+                held[node] = True
+                node = int(self.parent[node])
+        return held
+
 
 @dataclass(frozen=True)
 class SolverReport:
     """How one solve went."""
 
-    status: str  # "optimal", or "time_limit" with the best found
-    path: Path  # how the optimum was found
+    status: str  # "optimal", or "time_limit" with the incumbent
+    path: Path  # which way led to the optimum
     objective: float
     gap: float  # relative, 0 when optimal
     rows: int  # of the level as it stands
@@ -68,7 +109,7 @@ class SolverReport:
 
 
 class SolverFailure(RuntimeError):
-    """HiGHS found no solution; the level is selected by REBASE instead."""
+    """HiGHS has no solution; the level is selected by REBASE instead."""
 
 
 class BudgetTooSmall(RuntimeError):
@@ -110,7 +151,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What one run of HiGHS found."""
+    """The result of one run of HiGHS."""
 
     values: NDArray[np.float64]
     status: str
@@ -177,7 +218,7 @@ def _value(
     clusters: NDArray[np.int64] | None,
     bonus: NDArray[np.float64],  # float64[K]
 ) -> float:
-    """`objective`, where the held cost nodes are known."""
+    """`objective` of what the solver decided: its own cost nodes, and the worth of clusters in one array."""
     total = float(tree.cost.sum())
     cost = float(tree.cost[held].sum()) / total if total > 0 else 0.0
     covered = float(bonus[np.unique(clusters[kept])].sum()) if clusters is not None else 0.0
@@ -214,7 +255,7 @@ def _reduced(
 
 
 def _solve_core(core: Core, bonus: NDArray[np.float64]) -> tuple[NDArray[np.float64], Path, _Answer, tuple[int, int]]:
-    """Values of the core's nodes, how they were found, and the core's rows and columns."""
+    """Values of the core's nodes, the way that led to them, and the core's rows and columns."""
     if not core.members:
         return np.zeros(0), "reduced", _Answer(np.zeros(0), "optimal", 0.0), (0, 0)
     num_nodes = core.parent.size
@@ -258,10 +299,10 @@ def _run(lp: highspy.HighsLp) -> _Answer:
     solver.run()
     status = solver.getModelStatus()
     info = solver.getInfo()
-    found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    is_feasible = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     if status == highspy.HighsModelStatus.kInfeasible:
         raise BudgetTooSmall("no leaf fits into the KV budget")
-    if not found or status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
+    if not is_feasible or status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
         raise SolverFailure(f"HiGHS ended with {solver.modelStatusToString(status)}")
     values = np.asarray(solver.getSolution().col_value)
     is_optimal = status == highspy.HighsModelStatus.kOptimal
@@ -278,13 +319,8 @@ def objective(
     worth: NDArray[np.float64] | None = None,  # float64[K]
 ) -> float:
     """Value of a set of leaves, straight from the definition. The oracle of the tests."""
-    held: set[int] = set()
-    for node in tree.leaf[kept].tolist():
-        while node >= 0 and node not in held:
-            held.add(node)
-            node = int(tree.parent[node])
     total = float(tree.cost.sum())
-    cost = float(tree.cost[sorted(held)].sum()) / total if total > 0 else 0.0
+    cost = float(tree.cost[tree.held(kept)].sum()) / total if total > 0 else 0.0
     covered = 0.0
     if clusters is not None:
         num_clusters = len(set(clusters.tolist()))

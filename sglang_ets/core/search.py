@@ -144,7 +144,6 @@ class Search:
             subtree=np.array([leaf.subtree for leaf in leaves], dtype=np.int64),
             growth_tokens=self.remaining_width * sum(steps) / len(steps),
             remaining_width=self.remaining_width,
-            depth=leaves[0].depth,
         )
 
     def on_selected(self, selection: Selection) -> list[Action]:
@@ -243,23 +242,16 @@ class Search:
         self.is_over = True
         return [Finish(reason)]
 
-    def _node_costs(self, leaves: list[Node]) -> CostTree:
-        """The search tree above the leaves, cost 1 a node, as published."""
-        used = sorted({step.id for leaf in leaves for step in self.tree.path(leaf)})
-        index = {node_id: place for place, node_id in enumerate(used)}
-        parents = [self.tree.nodes[node_id].parent for node_id in used]
-        return CostTree(
-            parent=np.array([index.get(parent.id, -1) if parent else -1 for parent in parents], dtype=np.int64),
-            cost=np.ones(len(used)),
-            leaf=np.array([index[leaf.id] for leaf in leaves], dtype=np.int64),
-        )
+    def _node_costs(self, leaves: Sequence[Node]) -> CostTree:
+        """The search tree above the leaves, cost 1 a node, as published; numbered in order of creation."""
+        return CostTree.from_paths([[(step.id, 1.0) for step in self.tree.path(leaf)] for leaf in leaves], by_key=True)
 
     def _embeddings(self, leaves: list[Node]) -> NDArray[np.float32] | None:
         """float32[L, H] as clusters want them; None if the PRM gave none for some leaf."""
-        known = [leaf.embedding for leaf in leaves if leaf.embedding is not None]
-        if len(known) < len(leaves):
+        rows = [leaf.embedding for leaf in leaves if leaf.embedding is not None]
+        if len(rows) < len(leaves):
             return None
-        embeddings = np.stack(known)
+        embeddings = np.stack(rows)
         return self._center.centered(embeddings) if self.config.center_embeddings else embeddings
 
     def _forget_embedding(self, node: Node) -> None:

@@ -26,7 +26,6 @@ class Level:
     subtree: NDArray[np.int64]  # int64[L], DVTS group
     growth_tokens: float  # tokens that the next level may add if every child is as long as these steps
     remaining_width: int
-    depth: int
 
     def costs(self, unit: KvCost) -> CostTree:
         """What the leaves cost in this unit.
@@ -34,10 +33,10 @@ class Level:
         Raises:
             ValueError: the level was made without them.
         """
-        found = self.kv if unit == "tokens" else self.nodes
-        if found is None:
+        tree = self.kv if unit == "tokens" else self.nodes
+        if tree is None:
             raise ValueError(f"a level of an integer program needs its costs in {unit}, got none")
-        return found
+        return tree
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Dvts:
         best: dict[int, int] = {}
         for place in np.argsort(-level.scores, kind="stable").tolist():
             best.setdefault(int(level.subtree[place]), place)
-        kept = np.array(sorted(best.values())[: level.remaining_width], dtype=np.int64)
+        kept = np.array(sorted(best.values()), dtype=np.int64)
         return Selection(even_allocation(level.scores, kept, level.remaining_width))
 
 

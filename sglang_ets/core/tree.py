@@ -34,7 +34,6 @@ class Node:
     cluster: int | None = None
     state: State = "open"
     trajectory_tokens: int = 0  # tokens from the prompt's end to this step's end
-    kv_tokens: int = 0  # the same with the prompt: KV that the trajectory's path references
     reason: str = ""  # why a failed node failed
 
 
@@ -43,7 +42,7 @@ class SearchTree:
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
-        self.root = Node(0, None, 0, state="retained", kv_tokens=prompt_tokens)
+        self.root = Node(0, None, 0, state="retained")
         self.nodes = [self.root]
 
     def add_child(self, parent: Node, subtree: int | None = None) -> Node:
@@ -60,10 +59,9 @@ class SearchTree:
             TreeBroken: the node is not open or has a step already.
         """
         if node.state != "open" or node.finish is not None or node.parent is None:
-            raise TreeBroken(f"node {node.id} got a second step: expected open without a step, found {node.state}")
+            raise TreeBroken(f"node {node.id} got a second step: expected open without a step, got {node.state}")
         node.token_ids, node.text, node.finish = tuple(token_ids), text, finish
         node.trajectory_tokens = node.parent.trajectory_tokens + len(node.token_ids)
-        node.kv_tokens = self.prompt_tokens + node.trajectory_tokens
 
     def path(self, node: Node) -> list[Node]:
         """From the first step to `node`, without the root."""
@@ -76,10 +74,6 @@ class SearchTree:
     def trajectory_text(self, node: Node) -> str:
         """Text from the prompt's end to the end of `node`'s step."""
         return "".join(step.text for step in self.path(node))
-
-    def frontier(self, depth: int) -> list[Node]:
-        """Unfinished, scored leaves of one level, in order of creation."""
-        return [n for n in self.nodes if n.depth == depth and n.state == "open" and n.score is not None]
 
     def complete(self) -> list[Node]:
         """Last nodes of finished trajectories, in order of creation."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import uuid
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sglang.srt.managers.schedule_batch import (
     FINISH_ABORT,
@@ -18,19 +20,38 @@ from sglang.srt.managers.schedule_batch import (
     Req,
 )
 
-if TYPE_CHECKING:
-    from sglang_ets.engine.live import LiveSearch
-
 SEED_STRIDE = 1_000_003  # a prime: sampling seeds of different searches and nodes do not fall together
 SEED_RANGE = 2**61 - 1  # a prime
 NAN_STOP = "NaN happened"  # what sglang reports as the matched stop string when the logits are not finite
+
+# sglang aborts by the beginning of an id. No client knows this one, so none of its ids or aborts begins like ours.
+_PROCESS = f"\x00ets-{uuid.uuid4().hex}"
+_numbers = itertools.count(1)
+
+
+def new_search_id() -> str:
+    """An id for a search of this process: the ids of its children, and of no other request, begin with it."""
+    return f"{_PROCESS}/{next(_numbers)}/"
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """What all children of one search share."""
+
+    search_id: str
+    parent: Req  # the client's request: prompt, sampling parameters, tokenizer, keys of the cache
+    seed: int
+    step_delimiter: tuple[str | int, ...]
+
+    def child_id(self, node_id: int) -> str:
+        return f"{self.search_id}{node_id}"
 
 
 class ChildReq(Req):
     """The request that samples one step (or, with `node_id` 0, only brings the prompt into the cache)."""
 
     any_made: ClassVar[bool] = False  # false until this process runs its first search
-    live: LiveSearch
+    spec: ChildSpec
     node_id: int
 
 
@@ -43,14 +64,14 @@ class StepEnd:
     stop_text: str | None = None  # a stop string of the client: the answer ends before it
 
 
-def make_child(live: LiveSearch, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> ChildReq:
+def make_child(spec: ChildSpec, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> ChildReq:
     """A request that continues `prompt + token_ids` by one step. It is not queued yet."""
-    parent = live.req
+    parent = spec.parent
     child = ChildReq(
-        f"{parent.rid}/{node_id}",
+        spec.child_id(node_id),
         "",
         parent.origin_input_ids + array("q", token_ids),
-        _step_params(live, node_id, max_new_tokens),
+        _step_params(spec, node_id, max_new_tokens),
         eos_token_ids=parent.eos_token_ids,
         vocab_size=parent.vocab_size,
         priority=parent.priority,
@@ -60,25 +81,25 @@ def make_child(live: LiveSearch, node_id: int, token_ids: Sequence[int], max_new
     )
     child.tokenizer = parent.tokenizer
     child.logprob_start_len = -1
-    child.live = live
+    child.spec = spec
     child.node_id = node_id
     ChildReq.any_made = True
     return child
 
 
-def _step_params(live: LiveSearch, node_id: int, max_new_tokens: int) -> Any:
+def _step_params(spec: ChildSpec, node_id: int, max_new_tokens: int) -> Any:
     """The client's sampling parameters with the step delimiters as stops beside the client's own."""
-    params = copy.copy(live.req.sampling_params)
+    params = copy.copy(spec.parent.sampling_params)
     params.custom_params = None
     params.n = 1
     params.max_new_tokens = max_new_tokens
-    params.sampling_seed = child_seed(live.config.seed, live.req.origin_input_ids, node_id)
+    params.sampling_seed = child_seed(spec.seed, spec.parent.origin_input_ids, node_id)
     if max_new_tokens == 0:
         return params
-    strings = [d for d in live.config.step_delimiter if isinstance(d, str)]
-    token_ids = {d for d in live.config.step_delimiter if isinstance(d, int)}
+    strings = [d for d in spec.step_delimiter if isinstance(d, str)]
+    token_ids = {d for d in spec.step_delimiter if isinstance(d, int)}
     params.stop_strs = [*(params.stop_strs or []), *strings]
-    lengths = [len(live.req.tokenizer.encode(s, add_special_tokens=False)) for s in strings]
+    lengths = [len(spec.parent.tokenizer.encode(s, add_special_tokens=False)) for s in strings]
     params.stop_str_max_len = max([params.stop_str_max_len, *lengths])
     params.stop_token_ids = (params.stop_token_ids or set()) | token_ids or None
     return params
@@ -92,15 +113,14 @@ def child_seed(seed: int, prompt_ids: array[int], node_id: int) -> int:
 def step_end(child: ChildReq) -> StepEnd:
     """Read how a finished child ended. A client's own stop goes before a delimiter of the same text."""
     reason = child.finished_reason
-    own_params = child.live.req.sampling_params
-    delimiters = child.live.config.step_delimiter
+    own_params = child.spec.parent.sampling_params
     if isinstance(reason, FINISH_ABORT):
         return StepEnd("failed", reason.message)
     if isinstance(reason, FINISH_LENGTH):
         return StepEnd("length")
     if isinstance(reason, FINISH_MATCHED_TOKEN):
-        is_delimiter = reason.matched in delimiters and reason.matched not in (own_params.stop_token_ids or ())
-        return StepEnd("step" if is_delimiter else "stop")
+        is_own = reason.matched in (own_params.stop_token_ids or ())
+        return StepEnd("step" if reason.matched in child.spec.step_delimiter and not is_own else "stop")
     if isinstance(reason, FINISH_MATCHED_STR):
         if reason.matched == NAN_STOP:
             return StepEnd("failed", "the policy model's logits are not finite")
@@ -110,6 +130,14 @@ def step_end(child: ChildReq) -> StepEnd:
     if isinstance(reason, FINISHED_MATCHED_REGEX):
         return StepEnd("stop", stop_text=reason.matched)
     return StepEnd("failed", f"unknown finish reason {reason!r}")
+
+
+def children_in_engine(scheduler: Any, ids: Set[str]) -> list[ChildReq]:
+    """The children with these ids that wait or run, in the order of their nodes."""
+    batches = [batch for batch in (scheduler.running_batch, scheduler.last_batch) if batch is not None]
+    reqs = [*scheduler.waiting_queue, *(req for batch in batches for req in batch.reqs)]
+    children = {req.node_id: req for req in reqs if isinstance(req, ChildReq) and req.rid in ids}
+    return [children[node_id] for node_id in sorted(children)]
 
 
 def without_children(reqs: Sequence[Any]) -> Sequence[Any]:

@@ -12,31 +12,34 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import cached_property
 from http import HTTPStatus
+from importlib.metadata import version
 from typing import Any
 
 from sglang.srt.disaggregation.utils import prepare_abort
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_ets.core.answer import RankedAnswer
 from sglang_ets.core.config import Algorithm
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
-from sglang_ets.engine.admission import carried_config, prompt_text
-from sglang_ets.engine.children import ChildReq, make_child, step_end
-from sglang_ets.engine.figures import result_of
+from sglang_ets.core.tree import StepFinish
+from sglang_ets.engine.admission import asks_for_search, carried_config, prompt_text, refusal
+from sglang_ets.engine.children import ChildReq, ChildSpec, children_in_engine, make_child, new_search_id, step_end
+from sglang_ets.engine.figures import default_settings, finished_line, lost_level, result_of, state_of
 from sglang_ets.engine.live import ROOT, Branch, LiveSearch
-from sglang_ets.engine.metrics import finished_line, make_metrics, state_of
-from sglang_ets.engine.pressure import relieve
-from sglang_ets.engine.progress import answerable, report_progress
-from sglang_ets.engine.scoring import StepScoring
+from sglang_ets.engine.locks import SearchLocks
+from sglang_ets.engine.metrics import make_metrics
+from sglang_ets.engine.pressure import GiveUp, PressureValve, Release
+from sglang_ets.engine.progress import answerable, progress_report, shared_text
+from sglang_ets.engine.scoring import Outcome, StepScoring
+from sglang_ets.engine.step_text import StepText, read_step
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
-from sglang_ets.prm.engine import PrmEngine
-from sglang_ets.wire import RESULT_KEY
+from sglang_ets.prm.engine import PrmEngine, PrmError
+from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -46,83 +49,80 @@ IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most
 class SearchCoordinator:
     """All searches of one scheduler. `searches` is empty when, and only when, the engine is stock sglang."""
 
-    def __init__(self, scheduler: Any, prm: PrmEngine, policies: Mapping[Algorithm, SelectionPolicy]) -> None:
+    def __init__(
+        self, scheduler: Any, prm: PrmEngine, policies: Mapping[Algorithm, SelectionPolicy], num_ranks: int = 1
+    ) -> None:
         self.scheduler = scheduler
         self.prm = prm
+        self.searches: dict[str, LiveSearch] = {}  # oldest first
         self._policies = policies
-        self.searches: dict[str, LiveSearch] = {}
-        self.num_done = 0
-        self.num_failed = 0
-        self.stuck_ticks = 0
-        self.metrics = make_metrics(scheduler)
-        self._scoring = StepScoring(self)
-        self._ledger: RadixLedger | None = None
+        self._num_ranks = num_ranks  # tensor-parallel ranks, which must all take each decision in the same tick
+        self._settings = scheduler.server_args._ets
+        self._defaults = default_settings(self._settings)
+        self._num_done = 0
+        self._num_failed = 0
+        self._metrics = make_metrics(scheduler)
+        self._scoring = StepScoring(prm, self._metrics)
+        self._valve = PressureValve(scheduler)
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-ets")
         self._voting = Voting()
 
-    @property
+    @cached_property
     def ledger(self) -> RadixLedger:
         """The policy model's ledger; made at first use because the radix cache is built after the coordinator."""
-        if self._ledger is None:
-            self._ledger = RadixLedger(self.scheduler.tree_cache, self.scheduler.token_to_kv_pool_allocator)
-        return self._ledger
+        return RadixLedger(self.scheduler.tree_cache, self.scheduler.token_to_kv_pool_allocator)
+
+    @cached_property
+    def _locks(self) -> SearchLocks:
+        return SearchLocks(self.ledger, self.prm)
 
     # ---- admission ----
 
     def admit(self, req: Any, is_retracted: bool) -> bool:
         """Take over a request that asks for a search. Returns False for every other request."""
-        custom = req.sampling_params.custom_params
-        if not isinstance(custom, dict) or "ets" not in custom:
-            return False
-        if is_retracted or req.to_finish is not None or req.finished():
+        if not asks_for_search(req) or is_retracted or req.to_finish is not None or req.finished():
             return False
         if not self.scheduler._set_or_validate_priority(req):
             self.scheduler._release_aborted_request(req)
             return True
         try:
-            config = carried_config(req, self.scheduler.server_args._ets)
-        except (TypeError, ValueError) as error:  # custom_params can also come straight from a client
-            prepare_abort(req, f"custom_params['ets'] is wrong: {error}", status_code=HTTPStatus.BAD_REQUEST)
+            config = carried_config(req, self._settings)
+        except Exception as error:  # custom_params can come straight from a client: the same boundary as `guard`
+            message = f"custom_params['{CUSTOM_KEY}'] is wrong: {error}"
+            prepare_abort(req, message, status_code=HTTPStatus.BAD_REQUEST)
             self.scheduler.output_streamer.stream_output([req], False)
             return True
-        config = replace(config, max_tokens=max(1, min(config.max_tokens, req.sampling_params.max_new_tokens)))
-        live = LiveSearch(req, config, Search(config, len(req.origin_input_ids)))
+        spec = ChildSpec(new_search_id(), req, config.seed, config.step_delimiter)
+        live = LiveSearch(spec, Search(config, len(req.origin_input_ids)))
         with self.guard(live):
             self._begin(live)
         return True
 
     def _begin(self, live: LiveSearch) -> None:
-        refusal = self._refusal(live)
-        if refusal:
-            self._answer_error(live, refusal, HTTPStatus.BAD_REQUEST)
+        config, req = live.search.config, live.req
+        refused = refusal(config, req, self.scheduler.max_total_num_tokens, self._num_ranks) or self.prm.refusal(
+            req.origin_input_ids, prompt_text(req), config.max_tokens
+        )
+        if refused:
+            self._answer_error(live, refused, HTTPStatus.BAD_REQUEST)
             return
         live.req.time_stats.set_wait_queue_entry_time()
-        self.searches[live.owner] = live
-        self.metrics.sync(self)
+        self.searches[live.id] = live
+        self._metrics.sync(len(self.searches), self.ledger)
         # One request brings the prompt into the cache; otherwise every child of the first level would compute it.
         self._queue_child(live, ROOT, (), 0)
-
-    def _refusal(self, live: LiveSearch) -> str | None:
-        pool = self.scheduler.max_total_num_tokens
-        need = live.prompt_tokens + live.config.max_tokens + 1
-        if need > pool:
-            return (
-                f"one trajectory may need {need} KV tokens (prompt {live.prompt_tokens} + max_tokens "
-                f"{live.config.max_tokens} + 1) but the pool holds {pool}; lower max_tokens or raise --max-total-tokens"
-            )
-        if live.config.deadline_s is not None and get_parallel().tp_size > 1:
-            return "deadline_s needs tensor parallel size 1, because ranks must not decide by their own clocks; omit it"
-        return None
 
     # ---- events from the engine ----
 
     def after_batch(self, batch: Any) -> None:
         """Children of this batch that finished become events; complete levels are scored and selected."""
         for req in batch.reqs:
-            if isinstance(req, ChildReq) and req.finished() and req.rid in req.live.children:
-                with self.guard(req.live):
-                    self._child_done(req)
-        self._scoring.run_when_due()
+            if isinstance(req, ChildReq) and req.finished():
+                live = self._search_of(req)
+                if live is not None:
+                    with self.guard(live):
+                        self._child_done(live, req)
+        self._score_due()
         self._forget_drained()
 
     def before_batch(self) -> None:
@@ -132,99 +132,145 @@ class SearchCoordinator:
             with self.guard(live):
                 self._take_result(live)
                 self._check_deadline(live)
-        self._scoring.run_when_due()
+        self._score_due()
         self._forget_drained()
 
     def after_plan(self, plan: Any) -> None:
-        """Break a standstill: see `pressure.relieve`."""
-        relieve(self, plan)
+        """Break a standstill as the pressure valve decides."""
+        match self._valve.decide(plan, list(self.searches.values())):
+            case Release(live):
+                with self.guard(live):
+                    self._release(live)
+            case GiveUp(live, message):
+                with self.guard(live):
+                    self.fail(live, message)
 
     def swallow_abort(self, req: Any) -> bool:
         """A child that left the waiting queue is an event for its search, not an answer for a client."""
         if not isinstance(req, ChildReq):
             return False
-        live = req.live
-        if live.children.pop(req.rid, None) is not None and not live.is_answered:
+        live = self._search_of(req)
+        if live is not None:
+            live.children.remove(req.rid)
             with self.guard(live):
                 self._child_failed(live, req.node_id, "aborted while it waited")
         return True
 
     def before_abort(self, recv_req: AbortReq) -> None:
-        """The client went away or gave up: answer its search with the abort and let sglang end the children."""
+        """The client went away or gave up: answer its search with the abort and end the children.
+
+        An abort ends every request whose id begins with its own, as sglang has it.
+        """
         for live in list(self.searches.values()):
-            if not live.is_answered and (recv_req.abort_all or live.req.rid.startswith(recv_req.rid)):
-                live.end_reason = "aborted"
-                self._answer_error(live, recv_req.abort_message or "Aborted", None)
-                self._drop_all(live)
+            if not live.is_answered and (recv_req.abort_all or live.rid.startswith(recv_req.rid)):
+                with self.guard(live):
+                    live.end_reason = "aborted"
+                    self._answer_error(live, recv_req.abort_message or "Aborted", None)
+                    self._close(live)
 
     def after_abort(self) -> None:
         self._forget_drained()
 
-    def _child_done(self, child: ChildReq) -> None:
-        live = child.live
-        del live.children[child.rid]
+    def _search_of(self, child: ChildReq) -> LiveSearch | None:
+        """The search that waits for this child. With the overlap schedule a finished child is shown twice."""
+        live = self.searches.get(child.spec.search_id)
+        return live if live is not None and child.rid in live.children else None
+
+    def _child_done(self, live: LiveSearch, child: ChildReq) -> None:
+        live.children.remove(child.rid)
         end = step_end(child)
         if end.kind == "failed":
-            if not live.is_answered:
-                self._child_failed(live, child.node_id, end.reason)
+            self._child_failed(live, child.node_id, end.reason)
             return
-        hold = self.ledger.hold(live.owner, child.last_node)
-        if live.is_answered:
+        hold = self.ledger.hold(live.id, child.last_node)
+        if live.has_ended:
             self.ledger.drop([hold], live.prompt_tokens)
         elif child.node_id == ROOT:
             self._prompt_ready(live, hold)
         else:
-            self._step_ready(live, child, hold, end)
+            self._step_ready(live, child, hold, end.kind, end.stop_text)
 
     def _prompt_ready(self, live: LiveSearch, hold: Hold) -> None:
-        branch = Branch((), "", hold)
-        live.branches[ROOT] = branch
-        branch.prm = self.prm.open_prompt(tuple(live.req.origin_input_ids), prompt_text(live.req))
+        branch = live.branches[ROOT] = Branch(hold)
+        branch.prm = self.prm.open_prompt(live.req.origin_input_ids, prompt_text(live.req), live.id)
         live.prm_tokens += len(branch.prm.token_ids)
         self.apply(live, live.search.start())
 
-    def _step_ready(self, live: LiveSearch, child: ChildReq, hold: Hold, end: Any) -> None:
-        node = live.search.tree.nodes[child.node_id]
-        parent = live.branches[node.parent.id]
+    def _step_ready(
+        self, live: LiveSearch, child: ChildReq, hold: Hold, finish: StepFinish, stop_text: str | None
+    ) -> None:
+        node_id = child.node_id
+        branch = live.branches[node_id] = Branch(hold)
         step_ids = tuple(child.output_ids_through_stop)
-        token_ids = parent.token_ids + step_ids
-        text = live.req.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        step_text = text[len(parent.text) :] if text.startswith(parent.text) else text
-        if end.stop_text is not None and end.stop_text in step_text:
-            step_text = step_text[: step_text.index(end.stop_text)]
-        live.branches[node.id] = Branch(token_ids, parent.text + step_text, hold)
-        self._one_child_less(live, node.parent.id)
-        self.apply(live, live.search.on_step(node.id, step_ids, step_text, end.kind))
+        step = _step_text(live, node_id, step_ids, is_last=live.is_last_step(node_id, len(step_ids), finish))
+        branch.num_pending_tokens = step.num_pending_tokens
+        text = step.text.split(stop_text, 1)[0] if stop_text else step.text
+        self._locks.child_ended(live, live.parent_id(node_id))
+        self.apply(live, live.search.on_step(node_id, step_ids, text, finish))
 
     def _child_failed(self, live: LiveSearch, node_id: int, reason: str) -> None:
+        if live.has_ended:
+            return
         if node_id == ROOT:
             self.fail(live, f"the prompt could not be computed: {reason}")
             return
-        parent_id = live.search.tree.nodes[node_id].parent.id
-        self._one_child_less(live, parent_id)
-        self.one_score_less(live, parent_id)
+        self._locks.child_ended(live, live.parent_id(node_id))
+        self._locks.child_scored(live, live.parent_id(node_id))
+        self.apply(live, live.search.on_failed(node_id, reason))
+
+    # ---- scores ----
+
+    def _score_due(self) -> None:
+        for live, node_id, outcome in self._scoring.outcomes():
+            with self.guard(live):
+                self._scored(live, node_id, outcome)
+
+    def _scored(self, live: LiveSearch, node_id: int, outcome: Outcome) -> None:
+        if isinstance(outcome, PrmError):
+            if not live.has_ended:
+                self._unscored(live, node_id, str(outcome))
+            return
+        score, path = outcome
+        if live.has_ended:
+            self.prm.drop([path])
+            return
+        live.branches[node_id].prm = path
+        parent_id = live.parent_id(node_id)
+        before = live.branches[parent_id].prm
+        assert before is not None, "a parent keeps its PRM path until its last child is scored"
+        live.prm_tokens += len(path.token_ids) - len(before.token_ids)
+        self._locks.child_scored(live, parent_id)
+        self.apply(live, live.search.on_scored(node_id, score.score, score.embedding))
+
+    def _unscored(self, live: LiveSearch, node_id: int, reason: str) -> None:
+        """A step without a score ends its trajectory; one that has been continued already ends the search."""
+        if not live.branches[node_id].is_tip:
+            self.fail(live, reason)
+            return
+        self._locks.child_scored(live, live.parent_id(node_id))
+        self._locks.drop(live, [node_id])
         self.apply(live, live.search.on_failed(node_id, reason))
 
     # ---- actions of a search ----
 
     def apply(self, live: LiveSearch, actions: Sequence[Action]) -> None:
+        """Carry out what the search wants, until one of its actions ends it."""
         for action in actions:
+            if live.is_answered:
+                return
             match action:
                 case Expand():
                     self._expand(live, action)
                 case Score():
                     self._scoring.add(live, action.node_id)
                 case Measure():
-                    live.loop_ms.append(0.0)
-                    with live.on_loop():
-                        live.sample_kv(self.ledger, action.depth)
-                    self.metrics.level_done(self, live)
+                    self._level_done(live, action.depth)
                 case Select():
                     self._select(live, action)
                 case Prune():
-                    self.drop(live, action.node_ids)
+                    self._locks.drop(live, action.node_ids)
                 case Complete():
-                    self.drop(live, [action.node_id])
+                    self._locks.drop(live, [action.node_id])
                 case Finish():
                     self._finish(live, action.reason)
 
@@ -233,25 +279,38 @@ class SearchCoordinator:
         branch.is_tip = False
         branch.num_open_children += len(action.node_ids)
         branch.num_unscored_children += len(action.node_ids)
+        tree = live.search.tree
+        token_ids = tree.trajectory_token_ids(tree.nodes[action.parent_id])
         for node_id in action.node_ids:
-            self._queue_child(live, node_id, branch.token_ids, action.max_new_tokens)
+            self._queue_child(live, node_id, token_ids, action.max_new_tokens)
 
     def _queue_child(self, live: LiveSearch, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
         # Past the queue limit on purpose: the client's request was admitted, its children are not new requests.
-        child = make_child(live, node_id, token_ids, max_new_tokens)
-        live.children[child.rid] = child
+        child = make_child(live.spec, node_id, token_ids, max_new_tokens)
+        live.children.add(child.rid)
         self.scheduler.waiting_queue.append(child)
         child.time_stats.set_wait_queue_entry_time()
         child.arrival_processed_tokens = self.scheduler.processed_tokens_counter
 
+    def _level_done(self, live: LiveSearch, depth: int) -> None:
+        live.loop_ms.append(0.0)
+        with live.on_loop():
+            live.sample_kv(self.ledger, depth)
+        self._metrics.level_done(live)
+        self._metrics.sync(len(self.searches), self.ledger)
+        lost = lost_level(live, depth)
+        if lost is not None:
+            self.fail(live, lost)
+
     def _select(self, live: LiveSearch, action: Select) -> None:
         live.select_started_s = time.perf_counter()
+        config = live.search.config
         with live.on_loop():
             # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
             holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
             ends = live.paths.ends(holds)
-            policy = self._policies[live.config.algorithm]
-            if live.config.is_solved and get_parallel().tp_size == 1:
+            policy = self._policies[config.algorithm]
+            if config.is_solved and self._num_ranks == 1:
                 live.awaited = ("select", self._workers.submit(live.decide, policy, ends))
                 selection = None
             else:
@@ -266,10 +325,21 @@ class SearchCoordinator:
             if selection.solver is not None:
                 live.solver_reports.append(selection.solver)
             live.num_fallbacks += selection.is_fallback
-            self.metrics.selected(live, selection, time.perf_counter() - live.select_started_s)
+            self._metrics.selected(live, selection, time.perf_counter() - live.select_started_s)
             self.apply(live, live.search.on_selected(selection))
             live.sample_retained()
-            report_progress(self, live)
+            if not live.has_ended:
+                self._report(live)
+
+    def _report(self, live: LiveSearch) -> None:
+        """After a selection: fix the final text and, if the client streams, send it with the figures of the level.
+
+        A search that is traced is a stream for the API server whatever its client asked for.
+        """
+        live.final_text = shared_text(live.search.tree)
+        if live.req.stream:
+            live.req.customized_info = {RESULT_KEY: [progress_report(live, self.ledger.held_tokens(live.id))]}
+            self.scheduler.output_streamer.stream_output([live.req], False)
 
     def _take_result(self, live: LiveSearch) -> None:
         if live.awaited is None or not live.awaited[1].done():
@@ -280,54 +350,39 @@ class SearchCoordinator:
         else:
             self._answer(live, future.result())
 
+    # ---- time and memory run out ----
+
     def _check_deadline(self, live: LiveSearch) -> None:
-        limit = live.config.deadline_s
-        if limit is None or live.is_answered or live.end_reason or time.monotonic() - live.started_s < limit:
+        limit = live.search.config.deadline_s
+        if limit is None or live.has_ended or time.monotonic() - live.started_s < limit:
             return
         live.awaited = None
+        if not live.search.trajectories():
+            self._keep_unfinished_steps(live)
         self.apply(live, live.search.stop("deadline"))
 
-    # ---- KV ----
+    def _keep_unfinished_steps(self, live: LiveSearch) -> None:
+        """No step was finished in time: what the children have generated so far is all that there is to answer with."""
+        for child in children_in_engine(self.scheduler, live.children):
+            step_ids = tuple(child.output_ids_through_stop)
+            if child.node_id != ROOT and step_ids:
+                step = _step_text(live, child.node_id, step_ids, is_last=True)
+                live.search.on_step(child.node_id, step_ids, step.text, "length")  # no action: the search stops now
 
-    def _one_child_less(self, live: LiveSearch, node_id: int) -> None:
-        """Children hold the path through their own locks, so a node gives up its lock with the last of them."""
-        branch = live.branches[node_id]
-        branch.num_open_children -= 1
-        if branch.num_open_children == 0 and branch.hold is not None and node_id != ROOT:
-            self.ledger.drop([branch.hold], live.prompt_tokens)
-
-    def one_score_less(self, live: LiveSearch, node_id: int) -> None:
-        branch = live.branches.get(node_id)
-        if branch is None:
-            return
-        branch.num_unscored_children -= 1
-        if branch.num_unscored_children == 0 and branch.prm is not None and node_id != ROOT:
-            self.prm.drop([branch.prm])
-
-    def drop(self, live: LiveSearch, node_ids: Sequence[int]) -> None:
-        """Give back at once what only these nodes hold, in both caches."""
-        branches = [live.branches[node_id] for node_id in node_ids]
-        for branch in branches:
-            branch.is_tip = False
-        self.ledger.drop((branch.hold for branch in branches if branch.hold is not None), live.prompt_tokens)
-        self.prm.drop([branch.prm for branch in branches if branch.prm is not None])
-
-    def _drop_all(self, live: LiveSearch) -> None:
-        live.awaited = None
-        self.drop(live, [node_id for node_id in sorted(live.branches) if node_id != ROOT])
-        root = live.branches.get(ROOT)
-        if root is not None:
-            if root.hold is not None:
-                self.ledger.release(root.hold)  # the prompt stays cached for the next request
-            if root.prm is not None:
-                self.prm.release(root.prm)
-        live.branches.clear()
+    def _release(self, live: LiveSearch) -> None:
+        """Give up all locks of a search on the policy model's KV, which is computed again when it is needed."""
+        holds = live.holds()
+        tokens = self.ledger.unique_tokens(holds)
+        for hold in holds:
+            self.ledger.release(hold)
+        live.num_pressure_releases += 1
+        logger.info("KV pool under pressure: search %s unlocked %d tokens, to be computed again", live.rid, tokens)
 
     # ---- ends ----
 
     def _finish(self, live: LiveSearch, reason: str) -> None:
         live.end_reason = reason
-        live.awaited = ("answer", self._voting.submit(answerable(live), live.config, get_parallel().tp_size))
+        live.awaited = ("answer", self._voting.submit(answerable(live), live.search.config, self._num_ranks))
         self._abort_children(live)
 
     def _answer(self, live: LiveSearch, answers: list[RankedAnswer]) -> None:
@@ -335,36 +390,47 @@ class SearchCoordinator:
             self.fail(live, f"no trajectory was completed ({live.end_reason})")
             return
         req = live.req
+        live.num_prm_releases = self.prm.num_releases(live.id)
         result = result_of(live, answers)
         req.output_ids = array("q", answers[0].token_ids)
         req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))
         req.customized_info = {RESULT_KEY: [result]}
         self._send(live)
-        self._drop_all(live)
-        self.num_done += 1
+        self._num_done += 1
         logger.info("%s", finished_line(result))
+        for warning in result["search"]["warnings"]:
+            logger.warning("search %s: %s", live.rid, warning)
+        self._close(live)
 
     def fail(self, live: LiveSearch, message: str) -> None:
-        live.end_reason = live.end_reason or "failed"
-        self._answer_error(live, f"search failed: {message}", HTTPStatus.INTERNAL_SERVER_ERROR)
-        self._drop_all(live)
-        self._abort_children(live)
+        """End a search with an error, unless it has its answer already; nothing of it stays behind."""
+        if not live.is_answered:
+            live.end_reason = live.end_reason or "failed"
+            self._answer_error(live, f"search failed: {message}", HTTPStatus.INTERNAL_SERVER_ERROR)
+        self._close(live)
 
     def _answer_error(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
-        self.num_failed += 1
-        logger.warning("search %s ended without an answer: %s", live.owner, message)
+        self._num_failed += 1
+        logger.warning("search %s ended without an answer: %s", live.rid, message)
         live.req.finished_reason = FINISH_ABORT(message, status)
         self._send(live)
 
     def _send(self, live: LiveSearch) -> None:
         live.is_answered = True
-        self.metrics.ended(self, live, time.monotonic() - live.started_s)
+        self._metrics.ended(live, time.monotonic() - live.started_s)
+        self._metrics.sync(len(self.searches), self.ledger)
         live.req.time_stats.set_completion_time()
         self.scheduler.output_streamer.stream_output([live.req], False)
 
+    def _close(self, live: LiveSearch) -> None:
+        """An answered search holds nothing and waits for nothing."""
+        live.awaited = None
+        self._locks.drop_all(live)
+        self._abort_children(live)
+
     def _abort_children(self, live: LiveSearch) -> None:
         if live.children:
-            self.scheduler.abort_request(AbortReq(rid=f"{live.req.rid}/"))
+            self.scheduler.abort_request(AbortReq(rid=live.id))
 
     @contextmanager
     def guard(self, live: LiveSearch) -> Iterator[None]:
@@ -372,18 +438,16 @@ class SearchCoordinator:
         try:
             yield
         except Exception as error:  # the one boundary between a search and the scheduler loop
-            logger.exception("search %s failed", live.owner)
-            if live.is_answered:
-                self._drop_all(live)
-            else:
-                self.fail(live, f"{type(error).__name__}: {error}")
+            logger.exception("search %s failed", live.rid)
+            self.fail(live, f"{type(error).__name__}: {error}")
 
     def _forget_drained(self) -> None:
-        for rid in [rid for rid, live in self.searches.items() if live.is_over]:
-            live = self.searches.pop(rid)
+        for search_id in [search_id for search_id, live in self.searches.items() if live.is_over]:
+            live = self.searches.pop(search_id)
             with self.guard(live):
-                self.ledger.end_owner(live.owner)
-            self.metrics.sync(self)
+                self.ledger.end_owner(live.id)
+                self.prm.end_owner(live.id)
+            self._metrics.sync(len(self.searches), self.ledger)
 
     def _wait_if_idle(self) -> None:
         """With nothing else to do, let the worker thread have the interpreter instead of spinning."""
@@ -393,5 +457,29 @@ class SearchCoordinator:
                 wait(futures, timeout=IDLE_WAIT_S, return_when=FIRST_COMPLETED)
 
     def describe(self) -> dict[str, Any]:
-        """For `/server_info`: what the searches of this scheduler hold right now."""
-        return state_of(self)
+        """For `/server_info`: what this server is and what its searches hold right now."""
+        return {
+            "version": version("sglang-ets"),
+            "defaults": self._defaults,
+            "searches": [state_of(live, self.ledger.held_tokens(live.id)) for live in self.searches.values()],
+            "live": len(self.searches),
+            "done": self._num_done,
+            "failed": self._num_failed,
+            "held_kv_tokens": self.ledger.held_tokens(),
+            "locks": self.ledger.num_holds,
+            "kv_freed_at_once_tokens": self.ledger.freed_tokens,
+            "prm": self.prm.stats(),
+        }
+
+
+def _step_text(live: LiveSearch, node_id: int, step_ids: tuple[int, ...], *, is_last: bool) -> StepText:
+    """What a step that is not in the tree yet adds to its trajectory's text."""
+    tree, parent_id = live.search.tree, live.parent_id(node_id)
+    parent = tree.nodes[parent_id]
+    return read_step(
+        live.req.tokenizer,
+        tree.trajectory_token_ids(parent) + step_ids,
+        live.branches[parent_id].num_pending_tokens + len(step_ids),
+        tree.trajectory_text(parent),
+        is_last=is_last,
+    )

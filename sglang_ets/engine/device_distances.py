@@ -32,5 +32,5 @@ class DeviceDistances:
         """float32[L, H], L <= 1024 -> float64[L, L]; waits for its own stream only."""
         beside: AbstractContextManager[object] = torch.cuda.stream(self._stream) if self._stream else nullcontext()
         with beside:
-            found = pairwise_cosine(torch.from_numpy(embeddings).to(self._device)).cpu()
-        return zeros_together(found.numpy().astype(np.float64), np.linalg.norm(embeddings, axis=1))
+            distances = pairwise_cosine(torch.from_numpy(embeddings).to(self._device)).cpu()
+        return zeros_together(distances.numpy().astype(np.float64), np.linalg.norm(embeddings, axis=1))

@@ -1,20 +1,26 @@
-"""A search as plain data: its result, and its figures while it runs."""
+"""A search as plain data: its result, its figures while it runs, and what was not as it should be."""
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from sglang_ets.core.answer import RankedAnswer
+from sglang_ets.core.config import MIN_WIDTH, OUTER_FIELDS, SearchConfig
+from sglang_ets.core.tree import Node
 from sglang_ets.engine.live import ROOT, LiveSearch
-from sglang_ets.engine.tree_updates import TreeNews
+from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.wire import TRACE_KEY
 
 
 def result_of(live: LiveSearch, answers: list[RankedAnswer]) -> dict[str, Any]:
     """What travels back to the API server: ranked results, usage and figures, as plain data."""
+    config = live.search.config
     completion_tokens = sum(len(node.token_ids) for node in live.search.tree.nodes)
-    returned = answers[: live.config.num_results]
+    returned = answers[: config.num_results]
     result: dict[str, Any] = {
         "results": [_answer_dict(answer) for answer in returned],
         "usage": {
@@ -25,10 +31,10 @@ def result_of(live: LiveSearch, answers: list[RankedAnswer]) -> dict[str, Any]:
         },
         "search": figures_of(live),
     }
-    if live.news is not None:
-        result[TRACE_KEY] = news_of(live, live.news)
-    if live.config.return_tree:
-        result["tree"] = live.search.tree.to_dict(with_embeddings=live.config.return_embeddings)
+    if live.changes is not None:
+        result[TRACE_KEY] = changes_of(live, live.changes)
+    if config.return_tree:
+        result["tree"] = live.search.tree.to_dict(with_embeddings=config.return_embeddings)
     return result
 
 
@@ -44,20 +50,20 @@ def _answer_dict(answer: RankedAnswer) -> dict[str, Any]:
     }
 
 
-def news_of(live: LiveSearch, news: TreeNews) -> dict[str, Any]:
-    """What a live page needs beyond what it was told before: the figures so far, and the steps that changed."""
-    return {"figures": figures_of(live), **news.take(live.search.tree)}
+def changes_of(live: LiveSearch, changes: TreeChanges) -> dict[str, Any]:
+    """What a live page needs beyond its last report: the figures so far, and the steps that changed."""
+    return {"figures": figures_of(live), **changes.report(live.search.tree)}
 
 
 def figures_of(live: LiveSearch) -> dict[str, Any]:
     """`metadata.search` of a response without the tree, or how far it is while the search runs."""
     nodes = [node for node in live.search.tree.nodes if node.id != ROOT]
-    config = live.config
+    config = live.search.config
     held = [sample.held_tokens for sample in live.kv] or [0]
     referenced = [sample.referenced_tokens for sample in live.kv] or [0]
     retained = [sample.retained_tokens for sample in live.kv if sample.retained_tokens is not None] or [0]
     return {
-        "id": live.owner,
+        "id": live.rid,
         "algorithm": config.algorithm,
         "width": config.width,
         "seed": config.seed,
@@ -85,9 +91,11 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
             for sample in live.kv
         ],
         "kv_pressure_releases": live.num_pressure_releases,
+        "prm_pressure_releases": live.num_prm_releases,
         "prm_tokens": live.prm_tokens,
         "solver": _solver_figures(live),
         "seconds": time.monotonic() - live.started_s,
+        "warnings": warnings_of(live),
     }
 
 
@@ -103,3 +111,83 @@ def _solver_figures(live: LiveSearch) -> dict[str, Any]:
         "level_loop_ms_mean": sum(live.loop_ms) / max(1, len(live.loop_ms)),
         "level_loop_ms_max": max(live.loop_ms, default=0.0),
     }
+
+
+def warnings_of(live: LiveSearch) -> list[str]:
+    """What the client must know to judge the answer, a sentence each; empty if all went as it should."""
+    tree, config = live.search.tree, live.search.config
+    num_steps = len(tree.nodes) - 1
+    failed = [node for node in tree.nodes if node.state == "failed"]
+    warnings = [f"{count} of {num_steps} steps failed: {reason}" for reason, count in _reasons(failed).items()]
+    if live.num_pressure_releases:
+        warnings.append(
+            f"the KV pool was full and this search gave up its KV {live.num_pressure_releases} times, to compute it again; "
+            "lower search_width or raise --max-total-tokens"
+        )
+    if live.num_prm_releases:
+        warnings.append(
+            f"the PRM's KV pool was full and this search gave up {live.num_prm_releases} locks in it, to compute their KV "
+            "again; lower search_width or raise --prm-max-total-tokens"
+        )
+    if live.num_fallbacks:
+        warnings.append(
+            f"the solver failed in {live.num_fallbacks} of {len(live.kv)} levels, where REBASE decided instead"
+        )
+    if live.end_reason == "deadline":
+        warnings.append(
+            f"deadline_s of {config.deadline_s:g} ended the search after {len(live.kv)} levels with "
+            f"{len(tree.complete())} of {config.width} trajectories complete"
+        )
+    return warnings
+
+
+def lost_level(live: LiveSearch, depth: int) -> str | None:
+    """Why the level that has just been completed is too thin to go on from; None if at most half its steps failed."""
+    steps = [node for node in live.search.tree.nodes if node.depth == depth]
+    failed = [node for node in steps if node.state == "failed"]
+    if 2 * len(failed) <= len(steps):
+        return None
+    reasons = "; ".join(_reasons(failed))
+    return f"{len(failed)} of the {len(steps)} steps of level {depth} failed, more than half: {reasons}"
+
+
+def _reasons(failed: list[Node]) -> dict[str, int]:
+    """Reason -> number of nodes. Reasons that differ in their figures alone stand as the first of them."""
+    first: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for node in failed:
+        reason = first.setdefault(re.sub(r"\d+", "#", node.reason), node.reason)
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a search whose request gives none; `diversity_weight` None follows the width."""
+    config = SearchConfig.from_request(MIN_WIDTH, None, settings, n=None, max_tokens=None, seed=None)
+    own = {name: value for name, value in asdict(config).items() if name not in OUTER_FIELDS}
+    return {**own, "step_delimiter": list(config.step_delimiter), "max_tokens": config.max_tokens}
+
+
+def state_of(live: LiveSearch, held_tokens: int) -> dict[str, Any]:
+    """A search that runs, for `/server_info`."""
+    return {
+        "id": live.rid,
+        "algorithm": live.search.config.algorithm,
+        "width": live.search.config.width,
+        "levels": len(live.kv),
+        "nodes_made": len(live.search.tree.nodes) - 1,
+        "held_kv_tokens": held_tokens,
+        "seconds": time.monotonic() - live.started_s,
+    }
+
+
+def finished_line(result: Mapping[str, Any]) -> str:
+    """One finished search for a person who reads the log."""
+    figures, usage, best = result["search"], result["usage"], result["results"][0]
+    return (
+        f"search {figures['id']} {figures['finish_reason']} in {figures['seconds']:.2f} s: {figures['algorithm']} width "
+        f"{figures['width']}, {figures['levels']} levels, {figures['nodes_made']} nodes ({figures['nodes_pruned']} "
+        f"pruned), KV peak {figures['kv_tokens_peak']} of {figures['kv_referenced_peak']} referenced tokens, "
+        f"{usage['completion_tokens']} tokens generated, {usage['prm_tokens']} read by the PRM, "
+        f"answer {best['answer']!r} with score {best['score']:.3f}"
+    )

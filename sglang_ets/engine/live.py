@@ -6,20 +6,21 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy
-from sglang_ets.engine.tree_updates import TreeNews
+from sglang_ets.core.tree import Node, StepFinish
+from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
 from sglang_ets.wire import TRACE_PARAM
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-    from sglang_ets.engine.children import ChildReq
+    from sglang_ets.engine.children import ChildSpec
     from sglang_ets.prm.engine import PrmPath
 
 ROOT = 0  # node id of the prompt
@@ -27,15 +28,14 @@ ROOT = 0  # node id of the prompt
 
 @dataclass
 class Branch:
-    """What the engine keeps for one node: the locks on its KV in both caches and its text so far."""
+    """What the engine keeps for one node: the locks on its KV in both caches, and who still needs them."""
 
-    token_ids: tuple[int, ...]  # policy model's tokens of the trajectory, without the prompt
-    text: str  # text of the trajectory, without the prompt
     hold: Hold | None = None
     prm: PrmPath | None = None
     is_tip: bool = True  # the trajectory ends here and may still grow
     num_open_children: int = 0
     num_unscored_children: int = 0
+    num_pending_tokens: int = 0  # at the end, whose text comes with the next step: see `step_text`
 
 
 @dataclass(frozen=True)
@@ -49,45 +49,60 @@ class KvSample:
     retained_tokens: int | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class LiveSearch:
     """A search from admission to the end of its last internal request. Owned by the coordinator."""
 
-    req: Req
-    config: SearchConfig
+    spec: ChildSpec
     search: Search
     branches: dict[int, Branch] = field(default_factory=dict)
-    children: dict[str, ChildReq] = field(default_factory=dict)
+    children: set[str] = field(default_factory=set)  # ids of the internal requests in the engine
     awaited: tuple[Literal["select", "answer"], Future[Any]] | None = None
     # Of all holds when the last level was complete.
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
     is_answered: bool = False
-    end_reason: str = ""
+    end_reason: str = ""  # why it has ended, which is before it is answered; empty while it grows
     final_text: str = ""  # what every answer that is still possible begins with
     prm_tokens: int = 0
     num_pressure_releases: int = 0
+    num_prm_releases: int = 0  # locks given up in the PRM's pool, known at the end
     num_fallbacks: int = 0
     select_started_s: float = 0.0  # of the last selection, by time.perf_counter
     # Per level, the loop's time until selection had been handed over; and that with pruning and queueing of children.
     select_blocked_ms: list[float] = field(default_factory=list)
     loop_ms: list[float] = field(default_factory=list)
-    solver_reports: list[Any] = field(default_factory=list)
-    news: TreeNews | None = None  # what the live page of this search has not been told; None: nobody traces it
+    solver_reports: list[SolverReport] = field(default_factory=list)
+    changes: TreeChanges | None = None  # for the live page of this search; None: nobody traces it
 
     def __post_init__(self) -> None:
         if (self.req.sampling_params.custom_params or {}).get(TRACE_PARAM) is True:
-            self.news = TreeNews()
+            self.changes = TreeChanges()
 
     @property
-    def owner(self) -> str:
-        """Name under which the ledger knows this search."""
+    def id(self) -> str:
+        """Name of the search in this process: of its locks in the ledger, and what the ids of its children begin with."""
+        return self.spec.search_id
+
+    @property
+    def req(self) -> Req:
+        """The client's request."""
+        return self.spec.parent
+
+    @property
+    def rid(self) -> str:
+        """The client's name for this search."""
         return str(self.req.rid)
 
     @property
     def prompt_tokens(self) -> int:
         return len(self.req.origin_input_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """It grows no further: it has its answer or error, or waits for its answers to be ranked."""
+        return self.is_answered or self.end_reason != ""
 
     @property
     def is_over(self) -> bool:
@@ -101,6 +116,25 @@ class LiveSearch:
         yield
         self.loop_ms[-1] += (time.perf_counter() - started) * 1e3
 
+    def parent_id(self, node_id: int) -> int:
+        """The node that `node_id` continues."""
+        return self.parent_of(self.search.tree.nodes[node_id]).id
+
+    @staticmethod
+    def parent_of(node: Node) -> Node:
+        """Raises:
+        ValueError: the root was asked about, which has none.
+        """
+        if node.parent is None:
+            raise ValueError("the root of a search tree has no parent")
+        return node.parent
+
+    def is_last_step(self, node_id: int, num_tokens: int, finish: StepFinish) -> bool:
+        """Whether a step of this length, not in the tree yet, is the last one of its trajectory, whatever its score."""
+        node, config = self.search.tree.nodes[node_id], self.search.config
+        trajectory_tokens = self.parent_of(node).trajectory_tokens + num_tokens
+        return finish == "stop" or trajectory_tokens >= config.max_tokens or node.depth >= config.max_steps
+
     def holds(self) -> list[Hold]:
         """Locks of the trajectories that may still grow, in the order of their nodes."""
         return [b.hold for _, b in sorted(self.branches.items()) if b.hold is not None and b.hold.locked]
@@ -110,21 +144,24 @@ class LiveSearch:
 
         Pure, on a worker thread as a rule: the search does not change while it waits for this.
         """
-        costs = self.paths.cost_tree(ends, self.prompt_tokens) if self.config.is_solved else None
-        return policy.select(self.search.level(costs), self.config)
+        config = self.search.config
+        costs = self.paths.cost_tree(ends, self.prompt_tokens) if config.is_solved else None
+        return policy.select(self.search.level(costs), config)
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""
         holds = self.holds()
         self.paths = ledger.snapshot(holds)
-        branches = [branch for node_id, branch in sorted(self.branches.items()) if node_id != ROOT]
-        counts = [branch.is_tip + branch.num_open_children for branch in branches]  # trajectories that reference it
-        referenced = sum(n * (self.prompt_tokens + len(b.token_ids)) for n, b in zip(counts, branches, strict=True))
-        self.kv.append(KvSample(depth, sum(counts), self.paths.unique_tokens(holds), referenced))
+        num_leaves = referenced = 0
+        for node_id, branch in self.branches.items():
+            if node_id == ROOT:
+                continue
+            count = branch.is_tip + branch.num_open_children  # trajectories that reference it
+            num_leaves += count
+            referenced += count * (self.prompt_tokens + self.search.tree.nodes[node_id].trajectory_tokens)
+        self.kv.append(KvSample(depth, num_leaves, self.paths.unique_tokens(holds), referenced))
 
     def sample_retained(self) -> None:
         """Complete the last record with what is still held after pruning."""
         if self.kv:
-            last = self.kv[-1]
-            retained = self.paths.unique_tokens(self.holds())
-            self.kv[-1] = KvSample(last.depth, last.num_leaves, last.held_tokens, last.referenced_tokens, retained)
+            self.kv[-1] = replace(self.kv[-1], retained_tokens=self.paths.unique_tokens(self.holds()))

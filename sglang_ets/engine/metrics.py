@@ -1,4 +1,4 @@
-"""Prometheus metrics of the searches of one scheduler, on sglang's own `/metrics`, and the line a finished search logs.
+"""Prometheus metrics of the searches of one scheduler, on sglang's own `/metrics`.
 
 `METRICS` is the only list: the collectors, the docs' table and the check of the dashboard are read from it. Without
 `--enable-metrics` a scheduler has a `NoMetrics`, prometheus_client is not imported, and nothing is measured or counted.
@@ -6,19 +6,13 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from sglang_ets.core.config import MIN_WIDTH, OUTER_FIELDS, SearchConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sglang_ets.core.selection import Selection
-    from sglang_ets.engine.coordinator import SearchCoordinator
-    from sglang_ets.engine.live import LiveSearch
+from sglang_ets.core.selection import Selection
+from sglang_ets.engine.live import LiveSearch
+from sglang_ets.kv import RadixLedger
 
 PREFIX = "sglang_ets_"
 BY_ALGORITHM = ("algorithm",)
@@ -69,9 +63,7 @@ METRICS = (
 class NoMetrics:
     """Metrics are off: every event costs one empty call, per level and never per token."""
 
-    is_on = False
-
-    def level_done(self, coordinator: SearchCoordinator, live: LiveSearch) -> None:
+    def level_done(self, live: LiveSearch) -> None:
         """A level of `live` is complete."""
 
     def scored(self, num_steps: int, seconds: float) -> None:
@@ -80,17 +72,15 @@ class NoMetrics:
     def selected(self, live: LiveSearch, selection: Selection, seconds: float) -> None:
         """A level has been selected, `seconds` after it was complete."""
 
-    def ended(self, coordinator: SearchCoordinator, live: LiveSearch, seconds: float) -> None:
+    def ended(self, live: LiveSearch, seconds: float) -> None:
         """`live` has its answer or its error."""
 
-    def sync(self, coordinator: SearchCoordinator) -> None:
+    def sync(self, num_searches: int, ledger: RadixLedger) -> None:
         """The number of searches, or the KV they hold, has changed."""
 
 
 class SearchMetrics(NoMetrics):
     """Metrics are on. Written on the scheduler's thread only."""
-
-    is_on = True
 
     def __init__(self, labels: Mapping[str, Any], registry: Any = None) -> None:
         """`labels` are sglang's own (model, ranks), so that our series join with its series.
@@ -119,17 +109,16 @@ class SearchMetrics(NoMetrics):
     def _series(self, name: str, **labels: str) -> Any:
         return self._families[name].labels(**self._labels, **labels)
 
-    def level_done(self, coordinator: SearchCoordinator, live: LiveSearch) -> None:
-        self._series("levels", algorithm=live.config.algorithm).inc()
+    def level_done(self, live: LiveSearch) -> None:
+        self._series("levels", algorithm=live.search.config.algorithm).inc()
         self._publish(live)
-        self.sync(coordinator)
 
     def scored(self, num_steps: int, seconds: float) -> None:
         self._series("prm_batch_steps").observe(num_steps)
         self._series("score_seconds").observe(seconds)
 
     def selected(self, live: LiveSearch, selection: Selection, seconds: float) -> None:
-        algorithm = live.config.algorithm
+        algorithm = live.search.config.algorithm
         self._series("select_seconds", algorithm=algorithm).observe(seconds)
         if selection.solver is not None:
             solver_ms = selection.solver.build_ms + selection.solver.solve_ms
@@ -137,20 +126,18 @@ class SearchMetrics(NoMetrics):
         if selection.is_fallback:
             self._series("rebase_fallbacks", algorithm=algorithm).inc()
 
-    def ended(self, coordinator: SearchCoordinator, live: LiveSearch, seconds: float) -> None:
-        algorithm = live.config.algorithm
+    def ended(self, live: LiveSearch, seconds: float) -> None:
+        algorithm = live.search.config.algorithm
         self._series("searches", algorithm=algorithm, outcome=outcome_of(live)).inc()
         self._series("search_seconds", algorithm=algorithm).observe(seconds)
         self._publish(live)
-        self._published.pop(live.owner, None)
-        self.sync(coordinator)
+        self._published.pop(live.id, None)
 
-    def sync(self, coordinator: SearchCoordinator) -> None:
-        self._series("searches_running").set(len(coordinator.searches))
-        self._series("kv_held_tokens").set(coordinator.ledger.held_tokens())
-        freed = coordinator.ledger.freed_tokens
-        self._series("kv_freed_tokens").inc(freed - self._freed_tokens)
-        self._freed_tokens = freed
+    def sync(self, num_searches: int, ledger: RadixLedger) -> None:
+        self._series("searches_running").set(num_searches)
+        self._series("kv_held_tokens").set(ledger.held_tokens())
+        self._series("kv_freed_tokens").inc(ledger.freed_tokens - self._freed_tokens)
+        self._freed_tokens = ledger.freed_tokens
 
     def _publish(self, live: LiveSearch) -> None:
         """Add to the counters what this search has done since the last time."""
@@ -162,10 +149,10 @@ class SearchMetrics(NoMetrics):
             "prm_tokens": live.prm_tokens,
             "kv_pressure_releases": live.num_pressure_releases,
         }
-        before = self._published.get(live.owner, {})
+        before = self._published.get(live.id, {})
         for name, value in now.items():
-            self._series(name, algorithm=live.config.algorithm).inc(value - before.get(name, 0))
-        self._published[live.owner] = now
+            self._series(name, algorithm=live.search.config.algorithm).inc(value - before.get(name, 0))
+        self._published[live.id] = now
 
 
 def make_metrics(scheduler: Any) -> NoMetrics:
@@ -184,51 +171,3 @@ def outcome_of(live: LiveSearch) -> str:
     if live.end_reason == "aborted":
         return "aborted"
     return "failed" if live.end_reason else "refused"
-
-
-def state_of(coordinator: SearchCoordinator) -> dict[str, Any]:
-    """What this server is and what its searches hold right now, for `/server_info`; known with metrics off too."""
-    ledger = coordinator.ledger
-    return {
-        "version": version("sglang-ets"),
-        "defaults": _defaults(coordinator.scheduler.server_args._ets),
-        "searches": [_live_state(coordinator, live) for live in coordinator.searches.values()],
-        "live": len(coordinator.searches),
-        "done": coordinator.num_done,
-        "failed": coordinator.num_failed,
-        "held_kv_tokens": ledger.held_tokens(),
-        "locks": ledger.num_holds,
-        "kv_freed_at_once_tokens": ledger.freed_tokens,
-        "prm": coordinator.prm.stats(),
-    }
-
-
-def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a search whose request gives none; `diversity_weight` None follows the width."""
-    config = SearchConfig.from_request(MIN_WIDTH, None, settings, n=None, max_tokens=None, seed=None)
-    own = {name: value for name, value in asdict(config).items() if name not in OUTER_FIELDS}
-    return {**own, "step_delimiter": list(config.step_delimiter), "max_tokens": config.max_tokens}
-
-
-def _live_state(coordinator: SearchCoordinator, live: LiveSearch) -> dict[str, Any]:
-    return {
-        "id": live.owner,
-        "algorithm": live.config.algorithm,
-        "width": live.config.width,
-        "levels": len(live.kv),
-        "nodes_made": len(live.search.tree.nodes) - 1,
-        "held_kv_tokens": coordinator.ledger.held_tokens(live.owner),
-        "seconds": time.monotonic() - live.started_s,
-    }
-
-
-def finished_line(result: Mapping[str, Any]) -> str:
-    """One finished search for a person who reads the log."""
-    figures, usage, best = result["search"], result["usage"], result["results"][0]
-    return (
-        f"search {figures['id']} {figures['finish_reason']} in {figures['seconds']:.2f} s: {figures['algorithm']} width "
-        f"{figures['width']}, {figures['levels']} levels, {figures['nodes_made']} nodes ({figures['nodes_pruned']} "
-        f"pruned), KV peak {figures['kv_tokens_peak']} of {figures['kv_referenced_peak']} referenced tokens, "
-        f"{usage['completion_tokens']} tokens generated, {usage['prm_tokens']} read by the PRM, "
-        f"answer {best['answer']!r} with score {best['score']:.3f}"
-    )

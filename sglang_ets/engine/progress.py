@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_ets.core.answer import Trajectory
-from sglang_ets.core.tree import Node
-from sglang_ets.engine.figures import news_of
+from sglang_ets.core.tree import Node, SearchTree
+from sglang_ets.engine.figures import changes_of
 from sglang_ets.engine.live import LiveSearch
-from sglang_ets.wire import PROGRESS_KEY, RESULT_KEY, TRACE_KEY
-
-if TYPE_CHECKING:
-    from sglang_ets.engine.coordinator import SearchCoordinator
+from sglang_ets.wire import PROGRESS_KEY, TRACE_KEY
 
 
 @dataclass(frozen=True)
@@ -33,39 +30,36 @@ class Progress:
     text: str
 
 
-def report_progress(coordinator: SearchCoordinator, live: LiveSearch) -> None:
-    """After a selection: fix the final text and, if the client streams, send it with the figures of the level.
+def shared_text(tree: SearchTree) -> str:
+    """The text that every answer which is still possible begins with, a selection having been made."""
+    return shared_prefix([tree.trajectory_text(node) for node in (*tree.complete(), *_growing(tree))])
 
-    A search that is traced is a stream for the API server whatever its client asked for, and its tree goes along.
+
+def progress_report(live: LiveSearch, kv_held_tokens: int) -> dict[str, Any]:
+    """The figures of the level with the final text; if the search is traced, its tree goes along.
 
     Text and figures travel beside the tokens, as the result does: no token of the request leaves before its end, because
     the tokens of the shared text may differ from trajectory to trajectory.
     """
-    if live.is_answered or live.search.is_over:
-        return
-    complete, retained = live.search.tree.complete(), _growing(live)
-    ends = [*complete, *retained]
-    live.final_text = shared_prefix([live.branches[node.id].text for node in ends])
-    if not live.req.stream:
-        return
+    tree = live.search.tree
+    complete, retained = tree.complete(), _growing(tree)
     progress = Progress(
         level=max((node.depth for node in retained), default=0),
         retained=len(retained),
         complete=len(complete),
-        best_score=max((node.score for node in ends if node.score is not None), default=None),
-        kv_held_tokens=coordinator.ledger.held_tokens(live.owner),
+        best_score=max((node.score for node in (*complete, *retained) if node.score is not None), default=None),
+        kv_held_tokens=kv_held_tokens,
         text=live.final_text,
     )
     report: dict[str, Any] = {PROGRESS_KEY: asdict(progress)}
-    if live.news is not None:
-        report[TRACE_KEY] = news_of(live, live.news)
-    live.req.customized_info = {RESULT_KEY: [report]}
-    coordinator.scheduler.output_streamer.stream_output([live.req], False)
+    if live.changes is not None:
+        report[TRACE_KEY] = changes_of(live, live.changes)
+    return report
 
 
-def _growing(live: LiveSearch) -> list[Node]:
+def _growing(tree: SearchTree) -> list[Node]:
     """Nodes under which a step is being made, in order of creation."""
-    nodes = live.search.tree.nodes
+    nodes = tree.nodes
     parents = {node.parent.id for node in nodes if node.state == "open" and node.finish is None and node.parent}
     return [nodes[node_id] for node_id in sorted(parents)]
 

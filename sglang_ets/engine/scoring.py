@@ -4,86 +4,74 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
 
 from sglang_ets.engine.live import Branch, LiveSearch
-from sglang_ets.prm.engine import PrmError, ScoreJob
-
-if TYPE_CHECKING:
-    from sglang_ets.engine.coordinator import SearchCoordinator
+from sglang_ets.engine.metrics import NoMetrics
+from sglang_ets.prm.engine import PrmEngine, PrmError, PrmPath, ScoreJob, StepScore
 
 logger = logging.getLogger(__name__)
 
 SCORE_BATCH_STEPS = 16  # finished steps that wait at most before the PRM runs, unless a level is complete earlier
 
+Outcome = tuple[StepScore, PrmPath] | PrmError
+Waiting = tuple[LiveSearch, int]  # a search, and the node whose step waits
+
 
 class StepScoring:
     """Steps that wait for their score. One PRM batch serves all searches."""
 
-    def __init__(self, coordinator: SearchCoordinator) -> None:
-        self._coordinator = coordinator
-        self._waiting: list[tuple[LiveSearch, int]] = []
+    def __init__(self, prm: PrmEngine, metrics: NoMetrics) -> None:
+        self._prm = prm
+        self._metrics = metrics
+        self._waiting: list[Waiting] = []
 
     def add(self, live: LiveSearch, node_id: int) -> None:
         """Queue a finished step."""
         self._waiting.append((live, node_id))
 
-    def run_when_due(self) -> None:
-        """One PRM batch over all searches, when it is large enough or some search waits for nothing else."""
-        self._waiting = [(live, node) for live, node in self._waiting if not live.is_answered and not live.end_reason]
-        while True:
-            # A step follows its parent's; best-of-N may have both waiting.
-            batch = [(live, node) for live, node in self._waiting if self._parent(live, node).prm is not None]
-            if not batch or (len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch)):
-                return
-            self._waiting = [job for job in self._waiting if job not in batch]
-            outcomes = self._score_batch(batch)
-            for (live, node_id), outcome in zip(batch, outcomes, strict=True):
-                with self._coordinator.guard(live):
-                    self._scored(live, node_id, outcome)
+    def outcomes(self) -> Iterator[tuple[LiveSearch, int, Outcome]]:
+        """Scores of the steps that are due, in the order they came.
 
-    def _parent(self, live: LiveSearch, node_id: int) -> Branch:
-        return live.branches[live.search.tree.nodes[node_id].parent.id]
+        A PRM batch runs when it is large enough or when some search waits for nothing else. Between two outcomes the caller
+        may queue steps and end searches; steps of searches that have ended by then are not scored.
+        """
+        while batch := self._due():
+            taken = set(batch)
+            self._waiting = [job for job in self._waiting if job not in taken]
+            for (live, node_id), outcome in zip(batch, self._score(batch), strict=True):
+                yield live, node_id, outcome
 
-    def _score_batch(self, batch: list[tuple[LiveSearch, int]]) -> list[Any]:
+    def _due(self) -> list[Waiting]:
+        self._waiting = [(live, node_id) for live, node_id in self._waiting if not live.has_ended]
+        # A step follows its parent's; best-of-N may have both waiting.
+        batch = [(live, node_id) for live, node_id in self._waiting if _parent(live, node_id).prm is not None]
+        if len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch):
+            return []
+        return batch
+
+    def _score(self, batch: Sequence[Waiting]) -> Sequence[Outcome]:
         """Outcomes in the order of the batch. A fault of the whole PRM call fails the searches in it, not the server."""
         started = time.perf_counter()
+        outcomes: Sequence[Outcome]
         try:
-            outcomes = self._coordinator.prm.score([self._score_job(live, node_id) for live, node_id in batch])
-        except Exception as error:  # the same boundary as `guard`, for a call that many searches share
+            outcomes = self._prm.score([_job(live, node_id) for live, node_id in batch])
+        except (
+            Exception
+        ) as error:  # the same boundary as the coordinator's `guard`, for a call that many searches share
             logger.exception("the PRM failed on a batch of %d steps", len(batch))
             outcomes = [PrmError(f"{type(error).__name__}: {error}")] * len(batch)
-        self._coordinator.metrics.scored(len(batch), time.perf_counter() - started)
+        self._metrics.scored(len(batch), time.perf_counter() - started)
         return outcomes
 
-    def _score_job(self, live: LiveSearch, node_id: int) -> ScoreJob:
-        node = live.search.tree.nodes[node_id]
-        parent = live.branches[node.parent.id]
-        assert parent.prm is not None, "a parent keeps its PRM path until its last child is scored"
-        return ScoreJob(parent.prm, node.parent.score, node.token_ids, node.text, node.depth)
 
-    def _scored(self, live: LiveSearch, node_id: int, outcome: Any) -> None:
-        parent_id = live.search.tree.nodes[node_id].parent.id
-        if isinstance(outcome, PrmError):
-            self._unscored(live, node_id, outcome)
-            return
-        score, path = outcome
-        parent = live.branches.get(parent_id)
-        if live.is_answered or live.end_reason or parent is None:
-            self._coordinator.prm.drop([path])
-            return
-        live.prm_tokens += len(path.token_ids) - len(parent.prm.token_ids)
-        live.branches[node_id].prm = path
-        self._coordinator.one_score_less(live, parent_id)
-        self._coordinator.apply(live, live.search.on_scored(node_id, score.score, score.embedding))
+def _parent(live: LiveSearch, node_id: int) -> Branch:
+    return live.branches[live.parent_id(node_id)]
 
-    def _unscored(self, live: LiveSearch, node_id: int, error: PrmError) -> None:
-        """A step without a score ends its trajectory; one that has been continued already ends the search."""
-        if live.is_answered:
-            return
-        if not live.branches[node_id].is_tip:
-            self._coordinator.fail(live, str(error))
-            return
-        self._coordinator.one_score_less(live, live.search.tree.nodes[node_id].parent.id)
-        self._coordinator.drop(live, [node_id])
-        self._coordinator.apply(live, live.search.on_failed(node_id, str(error)))
+
+def _job(live: LiveSearch, node_id: int) -> ScoreJob:
+    node = live.search.tree.nodes[node_id]
+    parent = live.parent_of(node)
+    path = live.branches[parent.id].prm
+    assert path is not None, "a parent keeps its PRM path until its last child is scored"
+    return ScoreJob(path, parent.score, node.token_ids, node.text, node.depth)

@@ -203,7 +203,10 @@ class QwenPrm:
 
 @dataclass(frozen=True)
 class Skywork:
-    """Problem and steps, each tokenised alone and ended by the newline token. Source: Skywork-o1-Open-PRM's inference."""
+    """Problem and steps; every line is tokenised alone and ended by the newline token, and the last line's end is read.
+
+    Source: Skywork-o1-Open-PRM's inference, which splits a solution at newlines.
+    """
 
     tokenizer: Tokenizer
 
@@ -211,8 +214,10 @@ class Skywork:
         return encode(self.tokenizer, f"{self.tokenizer.bos_token or ''}{question.strip()}\n")
 
     def step(self, text: str, depth: int) -> StepTokens:
-        words = encode(self.tokenizer, text.strip())
-        return StepTokens((*words, encode(self.tokenizer, "\n")[-1]), text_end=len(words))
+        newline = encode(self.tokenizer, "\n")[-1]
+        lines = [(*encode(self.tokenizer, line), newline) for line in text.strip().split("\n")]
+        path = tuple(token for line in lines for token in line)
+        return StepTokens(path, text_end=len(path) - 1)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,74 @@
-"""Hidden states of a step -> its score and its embedding."""
+"""Hidden states of steps -> their scores and their embeddings, all steps of a batch at once."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_ets.kernels.step_pool import step_pool
 from sglang_ets.kernels.step_score import step_score
 from sglang_ets.prm.formats import Head, Readout, StepProbability, TokenRows
+
+CHUNK_TOKENS = 256  # of which all logits exist at once: 160 MB in float32 at 152,000 words
+
+
+@dataclass(frozen=True)
+class StepStates:
+    """One step of n tokens as the PRM has seen it."""
+
+    before: torch.Tensor  # float[n, H], hidden states at the positions before the tokens
+    hidden: torch.Tensor  # float[n, H], at the tokens
+    words: slice  # whose states make the embedding
+    token_ids: tuple[int, ...]  # n
+    first: int  # first token that counts for a probability
+    parent_score: float | None
+
+
+def read_steps(
+    spec: Readout, model: Any, steps: Sequence[StepStates]
+) -> tuple[list[float], NDArray[np.float32]]:  # S scores; float32[S, H] embeddings of unit norm
+    """Scores under the format, in 0..1, and embeddings. Synchronises once.
+
+    A step whose score or embedding is not finite has a score of NaN.
+    """
+    scores = _scores(spec, model, steps)
+    words = [step.hidden[step.words] for step in steps]
+    embeddings = embed_steps(torch.cat(words), [len(states) for states in words])
+    table = torch.cat([scores.unsqueeze(1), embeddings], dim=1).cpu().numpy()
+    own = np.where(np.isfinite(table).all(axis=1), table[:, 0], np.nan).tolist()
+    return [_along_path(spec, score, step) for score, step in zip(own, steps, strict=True)], table[:, 1:]
+
+
+def _along_path(spec: Readout, own: float, step: StepStates) -> float:
+    """A product of probabilities cannot be made good by later steps. NaN stays NaN, which `min` would lose."""
+    is_product = isinstance(spec, StepProbability) and spec.reduce == "product"
+    return min(step.parent_score, own) if is_product and step.parent_score is not None and not math.isnan(own) else own
+
+
+def _scores(spec: Readout, model: Any, steps: Sequence[StepStates]) -> torch.Tensor:  # float32[S]
+    if isinstance(spec, Head):
+        return head_scores(_last_states(steps), model.score, spec)
+    # sglang pads the head to a multiple of 64 rows; a padding row is zero, and its exp(0) would count in the softmax.
+    weight = model.lm_head.weight[: model.config.vocab_size]
+    if isinstance(spec, TokenRows):
+        return rows_scores(_last_states(steps), weight, spec)
+    before = torch.cat([step.before[step.first :] for step in steps])
+    token_ids = torch.tensor([token for step in steps for token in step.token_ids[step.first :]]).to(before.device)
+    lengths = torch.tensor([len(step.token_ids) - step.first for step in steps]).to(before.device)
+    taken = token_log_probabilities(before, token_ids, weight)
+    reduced = "mean" if spec.reduce == "mean" else "sum"
+    # Its own check of the lengths would wait for the device.
+    return torch.segment_reduce(taken, reduced, lengths=lengths, unsafe=True).exp()
+
+
+def _last_states(steps: Sequence[StepStates]) -> torch.Tensor:  # float[S, H]
+    return torch.stack([step.hidden[-1] for step in steps])
 
 
 def token_log_probabilities(
@@ -17,66 +77,33 @@ def token_log_probabilities(
     head: torch.Tensor,  # float[V, H], rows of the language model head
 ) -> torch.Tensor:  # float32[n]
     """Log-probability of each token, in nats."""
-    logits = (before @ head.T).float()
-    return logits.log_softmax(-1).gather(1, token_ids.unsqueeze(1))[:, 0]
+    pieces = []
+    for states, ids in zip(before.split(CHUNK_TOKENS), token_ids.split(CHUNK_TOKENS), strict=True):
+        pieces.append((states @ head.T).float().log_softmax(-1).gather(1, ids.unsqueeze(1))[:, 0])
+    return torch.cat(pieces)
 
 
-def head_score(
-    hidden: torch.Tensor,  # float[n, H], hidden states of the step's tokens
+def head_scores(
+    states: torch.Tensor,  # float[S, H], hidden states at the last tokens of the steps
     head: torch.nn.Module,
     spec: Head,
-) -> float:
-    """The head's label at the last token. All layers but the last run in torch, on one row."""
-    states = hidden[-1:]
+) -> torch.Tensor:  # float32[S]
+    """The head's label at each last token. All layers but the last run in torch."""
     layers = list(head) if isinstance(head, torch.nn.Sequential) else [head]
     for layer in layers[:-1]:
         states = layer(states.to(layer.weight.dtype) if isinstance(layer, torch.nn.Linear) else states)
-    last, at = layers[-1], torch.zeros(1, dtype=torch.int64, device=hidden.device)
-    return float(step_score(states, at, last.weight, last.bias, activation=spec.activation, index=spec.label)[0])
+    last, at = layers[-1], torch.arange(len(states))
+    return step_score(states, at, last.weight, last.bias, activation=spec.activation, index=spec.label)
 
 
-def rows_score(
-    hidden: torch.Tensor,  # float[n, H]
+def rows_scores(
+    states: torch.Tensor,  # float[S, H], hidden states at the last tokens of the steps
     weight: torch.Tensor,  # float[V, H], the language model head
     spec: TokenRows,
-) -> float:
-    """The first token's share among the given ones at the last position; no other logit is computed."""
-    rows = weight[torch.tensor(spec.token_ids, device=weight.device)]
-    at = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-    return float(step_score(hidden[-1:], at, rows, None, activation=spec.activation, index=0)[0])
-
-
-def read_score(
-    spec: Readout,
-    model: Any,
-    before: torch.Tensor,  # float[n, H]
-    hidden: torch.Tensor,  # float[n, H]
-    token_ids: tuple[int, ...],  # n tokens of the step
-    first: int,  # first token that counts
-    parent_score: float | None,
-) -> float:
-    """The step's score under its format, in 0..1."""
-    if isinstance(spec, Head):
-        return head_score(hidden, model.score, spec)
-    # sglang pads the head to a multiple of 64 rows; a padding row is zero, and its exp(0) would count in the softmax.
-    weight = model.lm_head.weight[: model.config.vocab_size]
-    if isinstance(spec, TokenRows):
-        return rows_score(hidden, weight, spec)
-    return _probability(spec, before[first:], token_ids[first:], weight, parent_score)
-
-
-def _probability(
-    spec: StepProbability,
-    before: torch.Tensor,  # float[n, H]
-    token_ids: tuple[int, ...],
-    weight: torch.Tensor,  # float[V, H]
-    parent_score: float | None,
-) -> float:
-    taken = token_log_probabilities(before, torch.tensor(token_ids, device=before.device), weight)
-    if spec.reduce == "mean":
-        return float(taken.mean().exp())
-    own = float(taken.sum().exp())
-    return own if parent_score is None else min(parent_score, own)
+) -> torch.Tensor:  # float32[S]
+    """The first token's share among the given ones at each last token; no other logit is computed."""
+    rows = torch.stack([weight[token] for token in spec.token_ids])
+    return step_score(states, torch.arange(len(states)), rows, None, activation=spec.activation, index=0)
 
 
 def embed_steps(
@@ -84,5 +111,5 @@ def embed_steps(
     lengths: list[int],  # tokens of each step
 ) -> torch.Tensor:  # float32[S, H], unit norm
     """One embedding a step: the mean of its last hidden states."""
-    offsets = torch.tensor([0, *lengths], device=hidden.device).cumsum(0)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(hidden.device)
     return step_pool(hidden, offsets)

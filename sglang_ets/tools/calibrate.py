@@ -108,7 +108,7 @@ def ask(url: str, prompt: str, width: int, max_tokens: int) -> list[dict[str, An
         raise SystemExit(f"the server at {url} refused the search: {error.read().decode(errors='replace')}") from error
     except urllib.error.URLError as error:
         raise SystemExit(f"no server answers at {url} ({error.reason}); start one with --search ets") from error
-    return list((metadata.get("tree") or metadata["search"]["tree"])["nodes"])
+    return list(metadata["search"]["tree"]["nodes"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

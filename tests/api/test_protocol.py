@@ -212,6 +212,7 @@ def test_each_grammar_is_refused(name: str) -> None:
         ({}, "search_width must be"),
         ({"search_width": 1}, "search_width must be"),
         ({"search_width": 65}, "at most 64"),
+        ('{"width": 65}', "at most 64"),
         ({"search_width": 8, "kv": 1}, "no setting 'kv'"),
         ({"search_width": 2**70}, "search_width must be"),
         ({"search_width": 8, "n": "2"}, "n must be"),
@@ -261,6 +262,13 @@ def test_a_native_question_is_text_of_bounded_length(question: Any) -> None:
         ValueError, match=r"^ets_question must be text of at most 1000000 whole characters, or null, got "
     ):
         carried_config(req, SETTINGS)
+
+
+def test_a_native_question_is_a_text() -> None:
+    request = native({"search_width": 8})
+    request.sampling_params.custom_params[QUESTION_KEY] = 5
+    with pytest.raises(ValueError, match=f"^{QUESTION_KEY} beside it must be a text, got 5; leave it out$"):
+        carried_config(request, SETTINGS)
 
 
 @pytest.mark.parametrize(

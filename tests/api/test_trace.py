@@ -18,7 +18,7 @@ from sglang_ets.api.serving import answer
 from sglang_ets.api.trace import TRACES, Trace, TraceStore
 from sglang_ets.api.trace_pages import add_routes
 from sglang_ets.core.tree import SearchTree
-from sglang_ets.engine.tree_updates import TreeNews
+from sglang_ets.engine.tree_changes import TreeChanges
 from tests.api.test_protocol import RESULT, SETTINGS, chat, completion
 from tests.api.test_view import HOSTILE, embedded, real
 
@@ -85,17 +85,17 @@ def finished(store: TraceStore) -> Trace:
 
 
 def test_only_what_changed_is_told_and_steps_being_made_wait() -> None:
-    tree, tells = SearchTree(5), TreeNews()
+    tree, changes = SearchTree(5), TreeChanges()
     first, second = tree.add_child(tree.root), tree.add_child(tree.root)
-    assert tells.take(tree) == {"part": 1, "prompt_tokens": 5, "nodes": []}
+    assert changes.report(tree) == {"part": 1, "prompt_tokens": 5, "nodes": []}
     tree.set_step(first, (1, 2), "a", "step")
     first.score = 0.5
-    told = tells.take(tree)
+    told = changes.report(tree)
     assert (told["part"], [node["id"] for node in told["nodes"]]) == (2, [first.id])
-    assert tells.take(tree)["nodes"] == []
+    assert changes.report(tree)["nodes"] == []
     first.state, first.allocation = "retained", 2
     second.state, second.reason = "failed", "no KV"
-    told = tells.take(tree)
+    told = changes.report(tree)
     assert [(node["id"], node["state"], node["reason"]) for node in told["nodes"]] == [
         (first.id, "retained", ""),
         (second.id, "failed", "no KV"),

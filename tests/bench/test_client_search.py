@@ -117,7 +117,7 @@ def test_equal_steps_after_the_same_path_cost_once() -> None:
     assert costs.parent.tolist() == [-1, -1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     branching=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=7),
@@ -134,7 +134,7 @@ def test_the_client_selects_as_well_as_the_core(
     size = len(leaf_ids)
     level = Level(
         scores=draw.random(size), kv=costs, nodes=costs, embeddings=draw.normal(size=(size, 3)).astype(np.float32),
-        subtree=np.arange(size) % 2, growth_tokens=1.0, remaining_width=16, depth=3,
+        subtree=np.arange(size) % 2, growth_tokens=1.0, remaining_width=16,
     )  # fmt: skip
     config = SearchConfig(
         algorithm=algorithm, width=16, kv_cost_weight=weight, cluster_distance=0.3, coverage="uniform"
@@ -159,7 +159,7 @@ def test_ets_without_embeddings_is_refused() -> None:
     tree, leaf_ids = grown([2], [3])
     costs = cost_tree(tree, leaf_ids)
     size = len(leaf_ids)
-    level = Level(np.ones(size), costs, costs, None, np.zeros(size, dtype=np.int64), 1.0, 4, 3)
+    level = Level(np.ones(size), costs, costs, None, np.zeros(size, dtype=np.int64), 1.0, 4)
     with pytest.raises(ValueError, match="encoder"):
         choose(level, SearchConfig(algorithm="ets", width=4, coverage="uniform"))
     with pytest.raises(ValueError, match="coverage must be uniform"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import readme
-from bench.bench_ilp import compare, recorded_cases
+from bench.ilp import compare, recorded_cases
 from bench.redundancy import purity_of, redundancy
 
 

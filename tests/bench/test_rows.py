@@ -1,11 +1,23 @@
-"""What a result row says about where it was made."""
+"""Result rows: the run that each belongs to, and that a run of changed files is not committed."""
 
+from __future__ import annotations
+
+import argparse
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench.rows import command, commit_of
+from bench import rows
+from bench.rows import DIRTY, RESULTS, command, commit_of
+
+COMMITTED = sorted(path for path in RESULTS.glob("*.jsonl") if not path.stem.endswith("_smoke"))
+# Runs that were committed before this was refused. They go when they are measured anew; none is added.
+DIRTY_RUNS = {
+    "coverage": {"0836d55-dirty"},
+    "kv_footprint": {"0836d55-dirty", "6a1f1ba-dirty"},
+}
 
 
 def git(folder: Path, *args: str) -> str:
@@ -44,6 +56,51 @@ def test_a_folder_outside_any_checkout_is_unknown(tmp_path: Path) -> None:
     assert commit_of(tmp_path) == "unknown"
 
 
-def test_a_recorded_command_can_be_pasted_and_names_no_folder_of_this_machine() -> None:
-    argv = ["/somewhere/bench/kv_footprint.py", "--only", "ets b=4", "rebase", "--out", "/tmp/here/rows.jsonl"]
-    assert command(argv) == "python -m bench.kv_footprint --only 'ets b=4' rebase --out rows.jsonl"
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [
+        ("/somewhere/bench/searches.py", "bench.searches"),
+        ("/a/bench/bench/studies/selection_quality.py", "bench.studies.selection_quality"),
+    ],
+)
+def test_a_recorded_command_can_be_pasted_and_names_no_folder_of_this_machine(script: str, module: str) -> None:
+    argv = [script, "--only", "ets b=4", "rebase", "--out", "/tmp/here/rows.jsonl"]
+    assert command(argv) == f"python -m {module} --only 'ets b=4' rebase --out rows.jsonl"
+
+
+def made_by(commit: str) -> dict[str, Any]:
+    return {"commit": commit, "command": "python -m bench.ilp"}
+
+
+def test_a_run_is_written_once_and_its_rows_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    for commit in ("aaa", "bbb"):
+        monkeypatch.setattr(rows, "provenance", lambda commit=commit: made_by(commit))
+        monkeypatch.setattr(rows, "_begun", {})  # another process
+        rows.append(path, {"value": 1})
+        rows.append(path, {"value": 2})
+    assert rows.runs(path) == {1: made_by("aaa"), 2: made_by("bbb")}
+    assert [(row["run"], row["value"]) for row in rows.read(path)] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def test_a_dirty_checkout_writes_no_committed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    rows.add_arguments(parser, "little")
+    monkeypatch.setattr(rows, "provenance", lambda: made_by("aaa" + DIRTY))
+    with pytest.raises(SystemExit, match="commit them first, or name another file with --out"):
+        rows.out_of(parser.parse_args([]), "ilp")
+    assert rows.out_of(parser.parse_args(["--smoke"]), "ilp") == RESULTS / "ilp_smoke.jsonl"
+    assert rows.out_of(parser.parse_args(["--out", str(tmp_path)]), "ilp") == tmp_path
+    monkeypatch.setattr(rows, "provenance", lambda: made_by("aaa"))
+    assert rows.out_of(parser.parse_args([]), "ilp") == RESULTS / "ilp.jsonl"
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_rows_are_of_runs_of_a_commit(path: Path) -> None:
+    runs = rows.runs(path)
+    assert {row["run"] for row in rows.read(path)} == set(runs)
+    dirty = {run["commit"] for run in runs.values() if run["commit"].endswith(DIRTY)}
+    assert dirty == DIRTY_RUNS.get(path.stem, set())
+    assert not [
+        run["command"] for run in runs.values() if " /" in run["command"] and "/tmp/encoder" not in run["command"]
+    ]

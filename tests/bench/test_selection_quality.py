@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.selection_quality import judged_levels, kept_cost, quality
+from bench.studies.selection_quality import judged_levels, kept_cost, quality
 from bench.testbed.task import Problem
 from sglang_ets.core.config import SearchConfig
 
@@ -29,7 +29,7 @@ NODES = [
 
 
 def test_a_level_counts_equal_paths_once_and_knows_the_truth() -> None:
-    (judged,) = judged_levels(NODES, PROBLEM, 3)
+    (judged,) = judged_levels(NODES, PROBLEM)
     assert judged.is_right.tolist() == [True, True, False]
     assert judged.level.kv.cost.tolist() == [13.0, 13.0]  # two equal steps share their KV
     assert judged.level.nodes.cost.tolist() == [1.0, 1.0, 1.0]
@@ -38,7 +38,7 @@ def test_a_level_counts_equal_paths_once_and_knows_the_truth() -> None:
 
 
 def test_coverage_keeps_the_wrong_meaning_too() -> None:
-    judged = list(judged_levels(NODES, PROBLEM, 3))
+    judged = list(judged_levels(NODES, PROBLEM))
     greedy = quality(judged, SearchConfig(width=3, kv_cost_weight=4.0, diversity_weight=0.0))
     covering = quality(judged, SearchConfig(width=3, kv_cost_weight=4.0, diversity_weight=100.0))
     assert (greedy["kv_kept"], greedy["right_kept"], greedy["all_right_lost"]) == (0.5, 1.0, 0.0)

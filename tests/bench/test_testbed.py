@@ -21,7 +21,7 @@ from bench.testbed.train import MODELS
 
 PROBLEM = Problem("10*5-2+10*10", 148)
 # Prompts of one length share a batch: one quick run of the network for all of them.
-ONE_LENGTH = [problem for problem in task.distinct_problems("test", 400) if len(problem.prompt) == 37][:40]
+ONE_LENGTH = [problem for problem in task.distinct_problems("test", 400) if len(problem.prompt) == 37][:16]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from sglang_ets.core.allocation import even_allocation, inherited_scores, rebase
 SCORES = st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(scores=SCORES, width=st.integers(0, 300), temperature=st.sampled_from([1e-3, 0.05, 0.2, 1.0, 1e3]))
 def test_rebase_shares_the_whole_width_and_favours_better_scores(
     scores: list[float], width: int, temperature: float
@@ -25,7 +25,6 @@ def test_rebase_shares_the_whole_width_and_favours_better_scores(
     assert (np.diff(shares[order]) <= 0).all(), "a better score never gets less"
 
 
-@settings(deadline=None, max_examples=100)
 @given(scores=st.lists(st.integers(0, 1000), min_size=1, max_size=20, unique=True), seed=st.integers(0, 99))
 def test_rebase_does_not_depend_on_the_order_of_different_scores(scores: list[int], seed: int) -> None:
     values = np.array(scores) / 1000
@@ -40,13 +39,18 @@ def test_rebase_by_hand() -> None:
     assert rebase_allocation(np.array([0.5, 0.5, 0.5, 0.5]), 6, 0.2).tolist() == [2, 2, 1, 1]
 
 
+def test_a_share_that_is_whole_up_to_rounding_is_not_rounded_up() -> None:
+    scores = np.array([0.25, 0.25, 0.15, 0.45, 0.75, 0.15, 0.15])
+    # Of the last 15, three equal scores get 5 each; in floating point the first of them has 5.000000000000001.
+    assert rebase_allocation(scores, 45, 1.0).tolist() == [6, 6, 5, 8, 10, 5, 5]
+
+
 @pytest.mark.parametrize("scores", [[], [np.nan], [np.inf, 0.0]])
 def test_rebase_refuses_what_has_no_shares(scores: list[float]) -> None:
     with pytest.raises(ValueError, match="finite scores"):
         rebase_allocation(np.array(scores), 4, 0.2)
 
 
-@settings(deadline=None, max_examples=100)
 @given(scores=SCORES, width=st.integers(1, 100))
 def test_even_shares_differ_by_one_at_most(scores: list[float], width: int) -> None:
     kept = np.arange(0, len(scores), 2)
@@ -66,7 +70,6 @@ def test_kept_leaves_inherit_the_weight_of_their_cluster() -> None:
     assert inherited_scores(scores, clusters, np.ones(4, dtype=np.bool_), 0.5) == pytest.approx(scores)
 
 
-@settings(deadline=None)
 @given(
     leaves=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), st.booleans()), min_size=1, max_size=20),
     temperature=st.sampled_from([0.001, 0.2, 5.0]),

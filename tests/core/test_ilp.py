@@ -1,17 +1,26 @@
-"""The integer program against brute force over all subsets, and against the published formulation solved by CBC."""
+"""The integer program against brute force over all subsets, and against the published formulation solved by CBC.
+
+What a level costs comes from `CostTree`: its nodes and sums against the paths they stand for.
+"""
 
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
+import highspy
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bench.levels import grown_level
 from bench.published_ilp import solve_published
+from sglang_ets.core import ilp
 from sglang_ets.core.allocation import rebase_allocation
-from sglang_ets.core.ilp import BudgetTooSmall, CostTree, objective, solve
+from sglang_ets.core.ilp import BudgetTooSmall, CostTree, SolverFailure, objective, solve
 
 Problem = tuple[NDArray[np.float64], CostTree, NDArray[np.int64]]
 
@@ -22,6 +31,9 @@ def random_level(draw: np.random.Generator, num_leaves: int, *, unit_costs: bool
     parent = [int(draw.integers(-1, node)) for node in range(num_inner)]
     leaf = []
     for _ in range(num_leaves):
+        if draw.random() < 0.05:
+            leaf.append(-1)  # all of its path is held anyway
+            continue
         if leaf and draw.random() < 0.2:
             leaf.append(leaf[int(draw.integers(len(leaf)))])  # a token-identical sibling
             continue
@@ -32,6 +44,44 @@ def random_level(draw: np.random.Generator, num_leaves: int, *, unit_costs: bool
     reward = rebase_allocation(scores, num_leaves, 0.2) / num_leaves
     clusters = np.unique(draw.integers(0, max(1, num_leaves // 2), num_leaves), return_inverse=True)[1]
     return reward, CostTree(np.array(parent), cost, np.array(leaf)), clusters.astype(np.int64)
+
+
+def test_equal_keys_after_equal_paths_are_one_node() -> None:
+    paths = [[("a", 3.0), ("b", 1.0)], [("b", 2.0)], [], [("a", 3.0), ("c", 4.0)], [("a", 3.0), ("b", 1.0)]]
+    tree = CostTree.from_paths(paths)
+    assert tree.parent.tolist() == [-1, 0, -1, 0]
+    assert tree.cost.tolist() == [3.0, 1.0, 2.0, 4.0]
+    assert tree.leaf.tolist() == [1, 2, -1, 3, 1]
+    assert tree.held(np.array([True, False, True, False, False])).tolist() == [True, True, False, False]
+    assert tree.held(np.array([3, 1])).tolist() == [True, False, True, True]
+    empty = CostTree.from_paths([[], []], by_key=True)
+    assert (empty.parent.size, empty.cost.size, empty.leaf.tolist()) == (0, 0, [-1, -1])
+
+
+def test_nodes_may_be_numbered_by_their_keys() -> None:
+    tree = CostTree.from_paths([[(2, 20.0), (5, 50.0)], [(1, 10.0), (4, 40.0)], [], [(2, 20.0)]], by_key=True)
+    assert tree.cost.tolist() == [10.0, 20.0, 40.0, 50.0]
+    assert tree.parent.tolist() == [-1, -1, 0, 1]
+    assert tree.leaf.tolist() == [3, 2, -1, 1]
+
+
+@given(paths=st.lists(st.lists(st.integers(0, 2), max_size=4), max_size=12), by_key=st.booleans(), data=st.data())
+def test_a_cost_tree_is_the_union_of_its_paths(paths: list[list[int]], by_key: bool, data: st.DataObject) -> None:
+    nodes = sorted(
+        {tuple(path[: depth + 1]) for path in paths for depth in range(len(path))}, key=lambda n: (len(n), n)
+    )
+    number = {node: place for place, node in enumerate(nodes)}
+    prefixes = [[tuple(path[: depth + 1]) for depth in range(len(path))] for path in paths]
+    tree = CostTree.from_paths(
+        [[(number[node], 1.0 + number[node]) for node in path] for path in prefixes], by_key=by_key
+    )
+    assert (tree.parent < np.arange(len(nodes))).all(), "a parent comes before its children"
+    assert sorted(tree.cost.tolist()) == [1.0 + place for place in range(len(nodes))]
+    kept = [place for place in range(len(paths)) if data.draw(st.booleans())]
+    held = {node for place in kept for node in prefixes[place]}
+    assert tree.cost[tree.held(np.array(kept, dtype=np.int64))].sum() == sum(1.0 + number[node] for node in held)
+    if by_key:
+        assert tree.cost.tolist() == [1.0 + place for place in range(len(nodes))]
 
 
 def random_worth(draw: np.random.Generator, clusters: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -111,3 +161,62 @@ def test_free_kv_keeps_everything_and_dear_kv_keeps_one() -> None:
     dear = CostTree(tree.parent, tree.cost + 1, tree.leaf)
     kept = solve(reward, dear, 1e4, None, 0.0)[0]
     assert np.unique(dear.leaf[kept]).size == 1
+
+
+def test_a_cluster_that_a_free_leaf_covers_is_worth_nothing_more() -> None:
+    # Leaf 0 costs nothing. Leaf 1 loses .3 - .5 and says what leaf 0 says; leaf 2 loses as much and says something else.
+    reward, clusters = np.array([0.4, 0.3, 0.3]), np.array([0, 0, 1])
+    tree = CostTree(np.array([-1, -1]), np.array([5.0, 5.0]), np.array([-1, 0, 1]))
+    kept, report = solve(reward, tree, 1.0, clusters, 1.0)
+    assert kept.tolist() == [True, False, True]
+    assert report.objective == pytest.approx(0.7 - 0.5 + 1.0)
+
+
+def test_of_equal_siblings_the_first_is_kept() -> None:
+    # Under one dear step two leaves of equal worth with one meaning, which a third leaf elsewhere has too.
+    reward, clusters = np.array([0.25, 0.25, 0.5]), np.array([0, 0, 0])
+    tree = CostTree(np.array([-1, 0, 0, -1]), np.array([2.0, 8.0, 8.0, 46.0]), np.array([1, 2, 3]))
+    kept, _ = solve(reward, tree, 4.0, clusters, 1.0)
+    assert kept.tolist() == [True, False, False]
+
+
+def test_of_equal_sets_the_larger_is_kept_where_a_leaf_is_free() -> None:
+    # A quarter of the cost at weight 1 for a reward of a quarter: leaf 1 adds nothing and takes nothing.
+    tree = CostTree(np.array([-1, -1]), np.array([48.0, 16.0]), np.array([0, 1]))
+    assert solve(np.array([0.75, 0.25]), tree, 1.0, None, 0.0)[0].tolist() == [True, True]
+
+
+class OutOfTime:
+    """HiGHS as it is when its time ends, with an incumbent or without."""
+
+    def __init__(self, solver: highspy.Highs, has_incumbent: bool) -> None:
+        self._solver = solver
+        self._has_incumbent = has_incumbent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._solver, name)
+
+    def getModelStatus(self) -> highspy.HighsModelStatus:
+        return highspy.HighsModelStatus.kTimeLimit
+
+    def getInfo(self) -> SimpleNamespace:
+        names = highspy.SolutionStatus
+        status = names.kSolutionStatusFeasible if self._has_incumbent else names.kSolutionStatusNone
+        return SimpleNamespace(primal_solution_status=status, mip_gap=0.25)
+
+
+@pytest.mark.parametrize("has_incumbent", [True, False])
+def test_a_time_limit_is_a_result_and_marked_as_such(has_incumbent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = np.array([0.6, 0.3, 0.1])
+    tree = CostTree(np.array([-1, 0, 0, -1]), np.array([10.0, 20.0, 5.0, 4.0]), np.array([1, 2, 3]))
+    expected, exact = solve(reward, tree, 0.0, None, 0.0, budget=30)
+    assert (exact.status, exact.gap, exact.path) == ("optimal", 0.0, "full")
+    late = OutOfTime(ilp._solver(), has_incumbent)
+    monkeypatch.setattr(ilp, "_solver", lambda: late)
+    if not has_incumbent:
+        with pytest.raises(SolverFailure, match="HiGHS ended with"):
+            solve(reward, tree, 0.0, None, 0.0, budget=30)
+        return
+    kept, report = solve(reward, tree, 0.0, None, 0.0, budget=30)
+    assert (report.status, report.gap) == ("time_limit", 0.25)
+    assert kept.tolist() == expected.tolist()

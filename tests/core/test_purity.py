@@ -10,7 +10,7 @@ LIGHT = [
     *(f"core.{name}" for name in ("selection", "search", "answer", "patterns")),
     "wire",
     "engine.voting",
-    "engine.math_groups",
+    "math_process",
     "tools.calibrate",
 ]
 

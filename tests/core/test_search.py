@@ -15,7 +15,8 @@ from sglang_ets.core.answer import rank
 from sglang_ets.core.config import Algorithm, SearchConfig
 from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
-from sglang_ets.core.selection import get_policy
+from sglang_ets.core.selection import Selection, get_policy
+from sglang_ets.core.tree import StepFinish
 
 ALGORITHMS = get_args(Algorithm)
 PROMPT_TOKENS = 5
@@ -47,7 +48,7 @@ class Driver:
 
     def _answer(self, action: Action) -> list[Action]:
         if isinstance(action, Expand):
-            assert action.max_new_tokens >= 1
+            assert 1 <= action.max_new_tokens <= self.config.max_step_tokens
             return [new for node_id in action.node_ids for new in self._step(node_id, action.max_new_tokens)]
         if isinstance(action, Score):
             has_grown = self.search.tree.nodes[action.node_id].state == "retained"  # the engine ends such a search
@@ -67,26 +68,50 @@ class Driver:
     def _step(self, node_id: int, room: int) -> list[Action]:
         if self.draw.random() < self.failure_rate:
             return self.search.on_failed(node_id, "aborted")
-        length = int(self.draw.integers(1, min(room, 6) + 1))
+        length = int(self.draw.integers(1, room + 1))
         finish = "stop" if self.draw.random() < self.stop_rate else "length" if length == room else "step"
         ids = self.draw.integers(0, 50, length).tolist()
         return self.search.on_step(node_id, ids, " ".join(map(str, ids)), finish)  # type: ignore[arg-type]
 
     def _select(self, action: Select) -> list[Action]:
         num = len(action.leaf_ids)
-        kv = CostTree(np.full(num, -1), np.ones(num), np.arange(num))
+        kv = apart(num)
         level = self.search.level(kv)
         selection = get_policy(self.config.algorithm).select(level, self.config)
         self.widths.append((int(selection.allocation.sum()), self.search.remaining_width))
         return self.search.on_selected(selection)
 
 
+def apart(num: int) -> CostTree:
+    """Leaves that share nothing."""
+    return CostTree(np.full(num, -1), np.ones(num), np.arange(num))
+
+
 def config_of(algorithm: str, width: int = 8, **fields: Any) -> SearchConfig:
-    return SearchConfig(algorithm=algorithm, width=width, max_tokens=40, max_steps=6, **fields)  # type: ignore[arg-type]
+    """Either limit ends some trajectories: of 14 tokens, or of 6 steps of 1 to 6 tokens."""
+    limits = {"max_tokens": 14, "max_step_tokens": 6, "max_steps": 6}
+    return SearchConfig(algorithm=algorithm, width=width, **{**limits, **fields})  # type: ignore[arg-type]
+
+
+def grow(search: Search, expand: Action, tokens: int = 1, finish: StepFinish = "step") -> list[Action]:
+    """Play one expansion: all children get steps of `tokens` tokens, equal scores and embeddings (1, node id)."""
+    assert isinstance(expand, Expand)
+    actions = []
+    for node_id in expand.node_ids:
+        search.on_step(node_id, range(tokens), f"{node_id} ", finish)
+        actions += search.on_scored(node_id, 0.5, np.array([1, node_id], dtype=np.float32))
+    return actions
+
+
+def selected(search: Search, *allocation: int, clusters: list[int] | None = None) -> list[Action]:
+    """Let selection decide so; `level` is asked for as the engine does."""
+    search.level(apart(len(allocation)))
+    labels = None if clusters is None else np.array(clusters)
+    return search.on_selected(Selection(np.array(allocation), labels))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(width=st.integers(2, 40), seed=st.integers(0, 10_000), failure_rate=st.sampled_from([0.0, 0.1, 0.6]))
 def test_every_search_ends_soundly(algorithm: str, width: int, seed: int, failure_rate: float) -> None:
     driver = Driver(config_of(algorithm, width), seed, failure_rate)
@@ -101,6 +126,8 @@ def test_every_search_ends_soundly(algorithm: str, width: int, seed: int, failur
             assert node.parent.state == "retained"
         assert node.trajectory_tokens <= search.config.max_tokens
         assert node.depth <= search.config.max_steps
+        is_full = node.trajectory_tokens == search.config.max_tokens or node.depth == search.config.max_steps
+        assert not (is_full and node.state == "retained"), "a trajectory at its limit does not go on"
     if failure_rate == 0.0:
         assert len(complete) == width
         assert driver.log[-1] == Finish("complete")
@@ -118,9 +145,98 @@ def test_a_level_has_what_its_policy_reads(algorithm: str, kv_cost: str) -> None
         return  # never asks
     assert [type(action) for action in actions] == [Measure, Select]
     is_solved = algorithm in ("ets", "ets_kv")
-    level = search.level(CostTree(np.full(4, -1), np.ones(4), np.arange(4)) if is_solved else None)
+    level = search.level(apart(4) if is_solved else None)
     assert (level.kv is not None, level.nodes is not None) == (is_solved, is_solved and kv_cost == "nodes")
     assert (level.embeddings is not None) == (algorithm == "ets")
+
+
+def test_a_step_has_the_room_that_both_limits_leave() -> None:
+    search = Search(config_of("ets", 2, max_tokens=10, max_step_tokens=4), PROMPT_TOKENS)
+    (expand,) = search.start()
+    rooms = []
+    for step in (4, 4):
+        rooms.append(expand.max_new_tokens)
+        _, _ = grow(search, expand, step)
+        expand = selected(search, 2, 0)[-1]
+    assert [*rooms, expand.max_new_tokens] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("limits", [{"max_tokens": 4}, {"max_steps": 1}])
+def test_a_trajectory_at_its_limit_is_complete_and_says_that_it_was_cut(limits: dict[str, int]) -> None:
+    search = Search(config_of("ets", 2, **limits), PROMPT_TOKENS)
+    (expand,) = search.start()
+    assert grow(search, expand, 4) == [Measure(1), Complete(1), Complete(2), Finish("complete")]
+    assert [one.finish_reason for one in search.trajectories()] == ["length", "length"]
+    ended = Search(config_of("ets", 2, **limits), PROMPT_TOKENS)
+    (expand,) = ended.start()
+    grow(ended, expand, 4, "stop")
+    assert [one.finish_reason for one in ended.trajectories()] == ["stop", "stop"]
+
+
+def test_what_selection_decided_stands_in_the_tree() -> None:
+    search = Search(config_of("ets", 3), PROMPT_TOKENS)
+    (expand,) = search.start()
+    grow(search, expand)
+    assert selected(search, 2, 0, 1, clusters=[0, 1, 0]) == [Prune((2,)), Expand(1, (4, 5), 6), Expand(3, (6,), 6)]
+    nodes = search.tree.nodes[1:4]
+    assert [(node.cluster, node.allocation, node.state) for node in nodes] == [
+        (0, 2, "retained"),
+        (1, 0, "pruned"),
+        (0, 1, "retained"),
+    ]
+    assert search.tree.nodes[4].cluster is None
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_embeddings_are_centered_if_the_config_says_so(center: bool) -> None:
+    search = Search(config_of("ets", 3, center_embeddings=center), PROMPT_TOKENS)
+    (expand,) = search.start()
+    grow(search, expand)
+    level = search.level(apart(3))
+    assert level.embeddings is not None
+    assert level.embeddings.tolist() == ([[0, -1], [0, 0], [0, 1]] if center else [[1, 1], [1, 2], [1, 3]])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_embeddings_are_forgotten_with_their_level_unless_the_client_wants_them(keep: bool) -> None:
+    search = Search(config_of("ets", 3, return_tree=True, return_embeddings=keep), PROMPT_TOKENS)
+    (expand,) = search.start()
+    search.on_step(1, [7], "1 ", "stop")  # complete: it is in no selection
+    search.on_scored(1, 0.5, np.ones(2, dtype=np.float32))
+    grow(search, Expand(0, expand.node_ids[1:], 6))
+    assert [search.tree.nodes[node_id].embedding is not None for node_id in (2, 3)] == [True, True]
+    selected(search, 2, 0)
+    assert [node.embedding is not None for node in search.tree.nodes[1:4]] == [keep] * 3
+
+
+def test_costs_in_nodes_are_the_tree_above_the_leaves() -> None:
+    search = Search(config_of("ets", 3, kv_cost="nodes"), PROMPT_TOKENS)
+    (expand,) = search.start()
+    grow(search, expand)
+    for child in selected(search, 0, 2, 1)[1:]:
+        grow(search, child)
+    nodes = search.level(apart(3)).nodes
+    assert nodes is not None
+    # nodes 2 and 3 of the first level, without the pruned one; then 4 and 5 under 2, and 6 under 3
+    assert nodes.parent.tolist() == [-1, -1, 0, 0, 1]
+    assert nodes.cost.tolist() == [1, 1, 1, 1, 1]
+    assert nodes.leaf.tolist() == [2, 3, 4]
+
+
+def test_growth_is_what_the_remaining_width_may_add() -> None:
+    search = Search(config_of("ets", 4), PROMPT_TOKENS)
+    (expand,) = search.start()
+    for node_id, length in zip(expand.node_ids, (5, 1, 2, 6), strict=True):
+        search.on_step(node_id, range(length), "", "stop" if node_id == 1 else "step")
+        search.on_scored(node_id, 0.5, np.ones(2, dtype=np.float32))
+    level = search.level(apart(3))
+    assert (level.remaining_width, level.growth_tokens) == (3, 3 * (1 + 2 + 6) / 3)
+
+
+def test_the_first_level_is_dealt_out_to_the_subtrees_in_turn() -> None:
+    search = Search(config_of("dvts", 10), PROMPT_TOKENS)
+    search.start()
+    assert [node.subtree for node in search.tree.nodes[1:]] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -42,13 +42,11 @@ def test_a_trajectory_is_what_stands_on_its_path() -> None:
     assert tree.path(tree.root) == []
     assert tree.trajectory_token_ids(b) == (1, 2, 4, 5, 6)
     assert tree.trajectory_text(b) == "A B"
-    assert (b.trajectory_tokens, b.kv_tokens, tree.root.kv_tokens) == (5, PROMPT_TOKENS + 5, PROMPT_TOKENS)
+    assert (a.trajectory_tokens, b.trajectory_tokens, tree.root.trajectory_tokens) == (2, 5, 0)
 
 
 def test_views_by_state() -> None:
     tree, (_, b, c, _, _, _) = small_tree()
-    assert tree.frontier(2) == [c]
-    assert tree.frontier(1) == []
     assert tree.complete() == [b]
     assert tree.tips() == [c]
 
@@ -131,7 +129,6 @@ def test_counts_of_any_tree_follow_its_paths(steps: list[tuple[int, int]]) -> No
         path = tree.path(node)
         assert len(path) == node.depth
         assert node.trajectory_tokens == len(tree.trajectory_token_ids(node)) == sum(len(n.token_ids) for n in path)
-        assert node.kv_tokens == PROMPT_TOKENS + node.trajectory_tokens
         assert tree.trajectory_text(node) == "".join(n.text for n in path)
     parents = {node.parent.id for node in tree.nodes if node.parent is not None}
     assert [tip.id for tip in tree.tips()] == [node.id for node in tree.nodes if node.id not in parents]

@@ -1,4 +1,4 @@
-"""Servers with other flags: a KV pool far too small for the search, and search switched off."""
+"""Servers with other flags: KV pools far too small for the search, and search switched off."""
 
 from __future__ import annotations
 
@@ -35,6 +35,24 @@ def test_a_pool_too_small_for_the_locks_does_not_hang(tmp_path: Path) -> None:
         status, refused = server.post("/v1/completions", body)
         assert status == 400, refused
         assert server.search(PROBLEMS[0]["prompt"], 4)["choices"][0]["text"]
+
+
+def test_a_search_that_the_prm_cannot_hold_fails_alone(tmp_path: Path) -> None:
+    flags = ["--search", "ets", "--prm-max-total-tokens", str(SMALL_POOL_TOKENS), "--search-max-width", "64"]
+    with serving(tmp_path / "log.txt", flags) as server:
+        body = {"model": "default", "prompt": PROBLEMS[0]["prompt"], "max_tokens": 512, "search_width": 8, "seed": 1}
+        status, failed = server.post("/v1/completions", {**body, "search": {"algorithm": "best_of_n"}})
+        assert status == 500, failed
+        assert "search failed: " in failed["message"]
+        state = server.wait_until_no_search()
+        assert (state["live"], state["held_kv_tokens"], state["locks"]) == (0, 0, 0)
+        assert greedy(server, PROBLEMS[0])
+        assert server.search(PROBLEMS[0]["prompt"], 2)["choices"][0]["text"]
+
+        sampling = {"max_new_tokens": 64, "custom_params": {"ets": '{"width": 128}'}}
+        status, refused = server.post("/generate", {"text": PROBLEMS[0]["prompt"], "sampling_params": sampling})
+        assert status == 400, refused
+        assert "search_width must be at most 64 on this server, got 128" in refused["error"]["message"]
 
 
 def test_without_search_the_server_is_stock(server: Server, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def test_parity(case: Case, tmp_path: Path, record_property: Any) -> None:
     with serving(tmp_path / "log.txt", flags) as server:
         search = {"algorithm": "rebase", "return_tree": True}
         paths = scored_paths(server.search(QUESTION, 8, search=search))
+        in_lines = {"step_delimiter": "\n\n", "max_step_tokens": 24}  # the policy model never writes an empty line
+        paths += scored_paths(server.search(QUESTION, 8, search=search | in_lines))
         state = server.search_state()["prm"]
     assert state["format"] == case.format
     assert 0 < state["tokens_extended"] < state["tokens_if_rescored"]
@@ -34,6 +36,7 @@ def test_parity(case: Case, tmp_path: Path, record_property: Any) -> None:
     record_property("largest_difference", worst)
     assert worst < TOLERANCE
     assert len(seen) > 5
+    assert sum("\n" in path[-1]["text"].strip() for path in paths) > 5
 
 
 def test_confidence_shares_the_policy_models_weights(tmp_path: Path) -> None:

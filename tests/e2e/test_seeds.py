@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from threading import Event
 from typing import Any
 
 import pytest
@@ -47,3 +49,36 @@ def test_ordinary_samples_of_one_seed_differ_as_on_stock_sglang(server: Server) 
         model="default", prompt=PROMPT, max_tokens=60, temperature=1, n=8, seed=1, stop=["\n"]
     )
     assert len({choice.text for choice in done.choices}) > 1
+
+
+@pytest.mark.parametrize("cut", [{}, {"min_p": 0.05}, {"min_p": 0.05, "top_p": 0.9, "top_k": 8}])
+def test_a_tree_is_its_own_whatever_cuts_the_tokens_of_other_requests(server: Server, cut: dict[str, Any]) -> None:
+    alone = tree(server, seed=5, temperature=1, **cut)
+    is_over = Event()
+
+    def others(fields: dict[str, Any]) -> int:
+        """Ordinary requests, one after another, while the search runs."""
+        plain = {"model": "default", "prompt": PROMPT, "max_tokens": 100, "temperature": 1, **fields}
+        for sent in count(1):
+            status, answer = server.post("/v1/completions", plain)
+            assert status == 200, answer
+            if is_over.is_set():
+                return sent
+        raise AssertionError("never reached")
+
+    with ThreadPoolExecutor(4) as pool:
+        beside = [pool.submit(others, fields) for fields in ({"min_p": 0.1}, {"top_k": 4}, {"top_p": 0.5, "n": 2})]
+        try:
+            assert tree(server, seed=5, temperature=1, **cut) == alone
+        finally:
+            is_over.set()
+        assert all(other.result() >= 1 for other in beside)
+
+
+def test_min_p_that_leaves_one_token_is_greedy_for_an_ordinary_request_and_for_a_search(server: Server) -> None:
+    plain = {"model": "default", "prompt": PROMPT, "max_tokens": 512}
+    greedy, cut = (server.post("/v1/completions", {**plain, **f}) for f in ({"temperature": 0}, {"min_p": 1.0}))
+    assert (greedy[0], cut[0]) == (200, 200), cut
+    text = greedy[1]["choices"][0]["text"]
+    assert cut[1]["choices"][0]["text"] == text
+    assert server.search(PROMPT, 4, min_p=1.0)["choices"][0]["text"] == text

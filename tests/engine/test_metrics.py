@@ -18,7 +18,8 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree, solve
 from sglang_ets.core.selection import Selection
 from sglang_ets.core.tree import SearchTree
-from sglang_ets.engine.metrics import METRICS, PREFIX, NoMetrics, SearchMetrics, finished_line, make_metrics, outcome_of
+from sglang_ets.engine.figures import finished_line
+from sglang_ets.engine.metrics import METRICS, PREFIX, NoMetrics, SearchMetrics, make_metrics, outcome_of
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "bench" / "grafana.json"
 LABELS = {"model_name": "m", "tp_rank": 0}
@@ -42,9 +43,8 @@ def live_search(end_reason: str = "", finish: str = "length") -> Any:
         tree.set_step(node, tokens, "x", "step")
         node.state = state  # type: ignore[assignment]
     return SimpleNamespace(
-        owner="a",
-        config=SearchConfig(algorithm="ets"),
-        search=SimpleNamespace(tree=tree),
+        id="a",
+        search=SimpleNamespace(tree=tree, config=SearchConfig(algorithm="ets")),
         prm_tokens=9,
         num_pressure_releases=1,
         end_reason=end_reason,
@@ -52,9 +52,8 @@ def live_search(end_reason: str = "", finish: str = "length") -> Any:
     )
 
 
-def coordinator(num_searches: int, held: int, freed: int) -> Any:
-    ledger = SimpleNamespace(held_tokens=lambda: held, freed_tokens=freed)
-    return SimpleNamespace(searches=dict.fromkeys(range(num_searches)), ledger=ledger)
+def ledger(held: int, freed: int) -> Any:
+    return SimpleNamespace(held_tokens=lambda: held, freed_tokens=freed)
 
 
 @pytest.fixture
@@ -75,11 +74,13 @@ def test_a_search_is_counted_once_however_often_it_is_published(
     registry: CollectorRegistry, metrics: SearchMetrics
 ) -> None:
     live = live_search("complete")
-    metrics.level_done(coordinator(2, 70, 5), live)
+    metrics.level_done(live)
+    metrics.sync(2, ledger(held=70, freed=5))
     assert value(registry, "searches_running") == 2
     assert value(registry, "kv_held_tokens") == 70
     live.prm_tokens = 12
-    metrics.ended(coordinator(1, 40, 9), live, 3.0)
+    metrics.ended(live, 3.0)
+    metrics.sync(1, ledger(held=40, freed=9))
     counts = {
         name: value(registry, f"{name}_total", algorithm="ets") for name in ("levels", "nodes_made", "prm_tokens")
     }
@@ -124,13 +125,13 @@ def test_outcomes(end_reason: str, finish: str, outcome: str) -> None:
 def test_metrics_that_are_off_do_nothing_and_import_nothing() -> None:
     off = SimpleNamespace(metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False))
     made = make_metrics(off)
-    assert (type(made), made.is_on) == (NoMetrics, False)
+    assert type(made) is NoMetrics
     nothing: Any = None  # any look at an argument would raise
-    made.level_done(nothing, nothing)
+    made.level_done(nothing)
     made.scored(nothing, nothing)
     made.selected(nothing, nothing, nothing)
-    made.ended(nothing, nothing, nothing)
-    made.sync(nothing)
+    made.ended(nothing, nothing)
+    made.sync(nothing, nothing)
     code = "import sys, sglang_ets.engine.metrics; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -20,37 +20,26 @@ TOLERANCE = 1e-6
 RAGGED = (0, 1, 1, 9, 9, 14)  # lengths 1, 0, 8, 0, 5: below, at and above the rows the kernel loads per turn
 
 
-def oracle(hidden: torch.Tensor, offsets: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+def oracle(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     pooled = []
     for start, end in itertools.pairwise(offsets.tolist()):
         mean = torch.zeros(hidden.shape[1], dtype=torch.float64)
         if end > start:
-            mean = hidden[start:end].double().mean(dim=0) - (0.0 if center is None else center.double())
+            mean = hidden[start:end].double().mean(dim=0)
         pooled.append(mean / max(float(mean.norm()), 1e-12))
     return torch.stack(pooled)
 
 
-def assert_pooled(hidden: torch.Tensor, offsets: torch.Tensor, center: torch.Tensor | None, backend: str) -> None:
-    result = step_pool(hidden, offsets, center, backend=backend)
+def assert_pooled(hidden: torch.Tensor, offsets: torch.Tensor, backend: str) -> None:
+    result = step_pool(hidden, offsets, backend=backend)
     assert result.dtype == torch.float32 and result.shape == (len(offsets) - 1, hidden.shape[1])
-    torch.testing.assert_close(result.double(), oracle(hidden, offsets, center), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(result.double(), oracle(hidden, offsets), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("hidden_size", [1, 128, 256, 1000, 4096, 8192])
 def test_ragged_segments(backend: str, dtype: torch.dtype, hidden_size: int, generator: torch.Generator) -> None:
     hidden = (torch.randn(14, hidden_size, generator=generator) + 0.5).to(dtype)
-    assert_pooled(hidden, torch.tensor(RAGGED), None, backend)
-
-
-@pytest.mark.parametrize("center_dtype", [torch.float32, torch.bfloat16])
-def test_center(backend: str, dtype: torch.dtype, center_dtype: torch.dtype, generator: torch.Generator) -> None:
-    hidden = (torch.randn(14, 300, generator=generator) + 3.0).to(dtype)
-    assert_pooled(hidden, torch.tensor(RAGGED), hidden.float().mean(dim=0).to(center_dtype), backend)
-
-
-def test_strided_center(backend: str, generator: torch.Generator) -> None:
-    hidden = torch.randn(14, 256, generator=generator)
-    assert_pooled(hidden, torch.tensor(RAGGED), torch.randn(512, generator=generator)[::2], backend)
+    assert_pooled(hidden, torch.tensor(RAGGED), backend)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every_other_row", "column_slice"])
@@ -62,29 +51,29 @@ def test_non_contiguous(backend: str, dtype: torch.dtype, layout: str, generator
         "column_slice": wide[:14, 37:293],
     }[layout]
     assert not hidden.is_contiguous()
-    assert_pooled(hidden, torch.tensor(RAGGED), None, backend)
+    assert_pooled(hidden, torch.tensor(RAGGED), backend)
 
 
 def test_rows_outside_the_offsets_are_not_read(backend: str, generator: torch.Generator) -> None:
     hidden = torch.randn(14, 256, generator=generator)
     hidden[:2] = hidden[9:] = float("nan")
-    assert_pooled(hidden, torch.tensor([2, 5, 9]), None, backend)
+    assert_pooled(hidden, torch.tensor([2, 5, 9]), backend)
 
 
 def test_strided_offsets(backend: str, generator: torch.Generator) -> None:
     offsets = torch.tensor([[value, -1] for value in RAGGED])[:, 0]
-    assert_pooled(torch.randn(14, 256, generator=generator), offsets, None, backend)
+    assert_pooled(torch.randn(14, 256, generator=generator), offsets, backend)
 
 
-def test_empty_segments_are_zero_even_with_a_center(backend: str) -> None:
-    result = step_pool(torch.ones(3, 64), torch.tensor([0, 0, 3, 3]), torch.full((64,), 5.0), backend=backend)
+def test_empty_segments_are_zero(backend: str) -> None:
+    result = step_pool(torch.ones(3, 64), torch.tensor([0, 0, 3, 3]), backend=backend)
     assert torch.equal(result[[0, 2]], torch.zeros(2, 64))
 
 
-def test_mean_equal_to_the_center_is_zero_not_nan(backend: str) -> None:
-    assert torch.equal(
-        step_pool(torch.ones(4, 64), torch.tensor([0, 4]), torch.ones(64), backend=backend), torch.zeros(1, 64)
-    )
+def test_a_mean_of_zero_stays_zero_and_is_not_nan(backend: str) -> None:
+    hidden = torch.ones(4, 64)
+    hidden[::2] = -1.0
+    assert torch.equal(step_pool(hidden, torch.tensor([0, 4]), backend=backend), torch.zeros(1, 64))
 
 
 @pytest.mark.parametrize("num_rows", [0, 5])
@@ -95,21 +84,21 @@ def test_no_segments(backend: str, num_rows: int) -> None:
 def test_sums_in_float32(backend: str) -> None:
     hidden = torch.ones(4096, 2, dtype=torch.bfloat16)  # a bfloat16 sum of ones stops at 256
     hidden[:, 1] = 2.0
-    assert_pooled(hidden, torch.tensor([0, 4096]), None, backend)
+    assert_pooled(hidden, torch.tensor([0, 4096]), backend)
 
 
 def test_input_is_not_mutated(backend: str, generator: torch.Generator) -> None:
-    hidden, center = torch.randn(6, 64, generator=generator), torch.randn(64, generator=generator)
-    before = hidden.clone(), center.clone()
-    step_pool(hidden, torch.tensor([0, 6]), center, backend=backend)
-    assert torch.equal(hidden, before[0]) and torch.equal(center, before[1])
+    hidden, offsets = torch.randn(6, 64, generator=generator), torch.tensor([0, 6])
+    before = hidden.clone(), offsets.clone()
+    step_pool(hidden, offsets, backend=backend)
+    assert torch.equal(hidden, before[0]) and torch.equal(offsets, before[1])
 
 
 @needs_interpreter
 @pytest.mark.parametrize("bad", [(-1, 2), (2, 1), (0, 7)])
 def test_unchecked_bad_offsets_give_nan(bad: tuple[int, int]) -> None:
     hidden = torch.ones(6, 64)
-    result = module._launch(hidden, torch.tensor(bad), None)
+    result = module._launch(hidden, torch.tensor(bad))
     assert bool(result.isnan().all())
 
 
@@ -117,8 +106,8 @@ def test_unchecked_bad_offsets_give_nan(bad: tuple[int, int]) -> None:
 def test_one_pass_over_the_input(count_bytes: Counting) -> None:
     hidden, offsets = torch.ones(14, 300, dtype=torch.bfloat16), torch.tensor(RAGGED)
     with count_bytes() as counted:
-        step_pool(hidden, offsets, torch.ones(300), backend="triton")
-    traffic = step_pool_traffic(num_rows=14, hidden_size=300, num_segments=5, dtype=torch.bfloat16, has_center=True)
+        step_pool(hidden, offsets, backend="triton")
+    traffic = step_pool_traffic(num_rows=14, hidden_size=300, num_segments=5, dtype=torch.bfloat16)
     assert counted.total == traffic.requested_bytes
 
 
@@ -135,25 +124,22 @@ HIDDEN, OFFSETS = torch.ones(4, 8), torch.tensor([0, 4])
 
 
 @pytest.mark.parametrize(
-    ("hidden", "offsets", "center", "message"),
+    ("hidden", "offsets", "message"),
     [
-        (torch.ones(4), OFFSETS, None, "hidden must be a 2-D"),
-        (torch.ones(4, 8, dtype=torch.int32), OFFSETS, None, "float32, float16 or bfloat16"),
-        (torch.ones(4, 8, dtype=torch.float64), OFFSETS, None, "float32, float16 or bfloat16"),
-        (torch.ones(4, 0), OFFSETS, None, "1 to 16384 columns, got 0"),
-        (torch.ones(1, 1).expand(4, MAX_HIDDEN + 1), OFFSETS, None, "got 16385"),
-        (HIDDEN, OFFSETS.int(), None, "offsets must be a 1-D int64"),
-        (HIDDEN, OFFSETS.unsqueeze(0), None, "offsets must be a 1-D int64"),
-        (HIDDEN, torch.tensor([], dtype=torch.int64), None, "one value more than there are segments"),
-        (HIDDEN, torch.tensor([0, 3, 2, 4]), None, r"must not decrease.*\[0, 3, 2, 4\]"),
-        (HIDDEN, torch.tensor([-1, 4]), None, r"must lie in 0\.\.4"),
-        (HIDDEN, torch.tensor([0, 5]), None, r"must lie in 0\.\.4"),
-        (HIDDEN, OFFSETS.to("meta"), None, "offsets must be on the CPU or on cpu, got meta"),
-        (HIDDEN, OFFSETS, torch.ones(7), "center must be a float vector of 8"),
-        (HIDDEN, OFFSETS, torch.ones(8, dtype=torch.int64), "center must be a float vector of 8"),
-        (HIDDEN, OFFSETS, torch.ones(8, device="meta"), "center must be a float vector of 8 elements on cpu"),
+        (torch.ones(4), OFFSETS, "hidden must be a 2-D"),
+        (torch.ones(4, 8, dtype=torch.int32), OFFSETS, "float32, float16 or bfloat16"),
+        (torch.ones(4, 8, dtype=torch.float64), OFFSETS, "float32, float16 or bfloat16"),
+        (torch.ones(4, 0), OFFSETS, "1 to 16384 columns, got 0"),
+        (torch.ones(1, 1).expand(4, MAX_HIDDEN + 1), OFFSETS, "got 16385"),
+        (HIDDEN, OFFSETS.int(), "offsets must be a 1-D int64"),
+        (HIDDEN, OFFSETS.unsqueeze(0), "offsets must be a 1-D int64"),
+        (HIDDEN, torch.tensor([], dtype=torch.int64), "one value more than there are segments"),
+        (HIDDEN, torch.tensor([0, 3, 2, 4]), r"must not decrease.*\[0, 3, 2, 4\]"),
+        (HIDDEN, torch.tensor([-1, 4]), r"must lie in 0\.\.4"),
+        (HIDDEN, torch.tensor([0, 5]), r"must lie in 0\.\.4"),
+        (HIDDEN, OFFSETS.to("meta"), "offsets must be on the CPU or on cpu, got meta"),
     ],
 )
-def test_errors(hidden: torch.Tensor, offsets: torch.Tensor, center: torch.Tensor | None, message: str) -> None:
+def test_errors(hidden: torch.Tensor, offsets: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        step_pool(hidden, offsets, center)
+        step_pool(hidden, offsets)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import chisquare, kstest
-from sglang_ets.patches.cpu_sampler import draw_by_seed, row_seeds, uniform
+from sglang.srt.layers import sampler
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
+from sglang_ets.patches.cpu_sampler import NO_SEED, draw_by_seed, row_seeds, sample_rows, uniform
 
 from sglang_ets.engine.children import ChildReq
 
@@ -43,10 +49,80 @@ def test_a_row_is_drawn_alike_alone_and_among_others() -> None:
         assert draw(probabilities[row : row + 1], seeds[row : row + 1], positions[row : row + 1])[0] == together[row]
 
 
-def test_only_children_of_a_search_have_the_seed_that_they_carry() -> None:
+def test_only_children_of_a_search_have_a_seed() -> None:
     child = ChildReq.__new__(ChildReq)
     child.sampling_params = SimpleNamespace(sampling_seed=5)
     other = SimpleNamespace(sampling_params=SimpleNamespace(sampling_seed=5))
-    seeds = row_seeds([child, other, other])
-    assert seeds[0] == 5
-    assert len(set(seeds)) == 3
+    assert row_seeds([child, other, other]) == [5, NO_SEED, NO_SEED]
+
+
+@dataclass
+class Info:
+    """What `SamplingBatchInfo` has for these rows: seeds, and one setting of each kind for all of them."""
+
+    sampling_seed: torch.Tensor | None
+    top_ks: torch.Tensor
+    top_ps: torch.Tensor
+    min_ps: torch.Tensor
+    need_min_p_sampling: bool = True
+
+
+def info_of(seeds: torch.Tensor, top_k: int = TOP_K_ALL, top_p: float = 1.0, min_p: float = 0.0) -> Info:
+    rows = (len(seeds),)
+    return Info(seeds, torch.full(rows, top_k), torch.full(rows, top_p), torch.full(rows, min_p))
+
+
+PROBABILITIES = torch.tensor([0.02, 0.4, 0.3, 0.08, 0.15, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("cut", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"min_p": 0.25}, [1, 2, 4]),
+        ({"top_k": 4}, [1, 2, 3, 4]),
+        ({"top_k": 4, "min_p": 0.25}, [1, 2, 4]),
+        ({"top_p": 0.6, "min_p": 0.1}, [1, 2]),
+        ({"top_p": 0.86, "top_k": 5, "min_p": 0.15}, [1, 2, 3, 4]),
+    ],
+)
+def test_rows_of_searches_follow_the_cut_distribution(
+    cut: dict[str, Any], kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "multinomial_with_seed", partial(draw_by_seed, None))
+    num_rows = 20_000
+    probs = PROBABILITIES.repeat(num_rows, 1)
+    drawn, _ = sample_rows(
+        _not_called, None, probs, info_of(torch.arange(num_rows), **cut), torch.full((num_rows,), 3), False
+    )
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[kept].sum() == num_rows
+    expected = PROBABILITIES[kept].double() / PROBABILITIES[kept].double().sum() * num_rows
+    assert chisquare(counts[kept].numpy(), expected.numpy()).pvalue > 1e-3
+    assert torch.equal(probs, PROBABILITIES.repeat(num_rows, 1)), "log-probabilities are read from them afterwards"
+
+
+def _not_called(*_args: Any) -> Any:
+    raise AssertionError("a batch of searches alone needs no draws of sglang")
+
+
+def test_rows_without_a_seed_are_drawn_by_sglang_which_sees_no_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "multinomial_with_seed", partial(draw_by_seed, None))
+    seen: list[Any] = []
+
+    def stock(_sampler: Any, probs: torch.Tensor, info: Any, _positions: torch.Tensor, is_simple: bool) -> Any:
+        seen.append((info.sampling_seed, is_simple))
+        return torch.full((len(probs),), 9, dtype=torch.int32), "captured"
+
+    probs = PROBABILITIES.repeat(4, 1)
+    positions = torch.arange(4)
+    mixed = info_of(torch.tensor([NO_SEED, 5, NO_SEED, 6]), min_p=0.25)
+    drawn, capture = sample_rows(stock, None, probs, mixed, positions, False)
+    assert (drawn[[0, 2]].tolist(), capture) == ([9, 9], "captured")
+    alone, _ = sample_rows(
+        _not_called, None, probs[[1, 3]], info_of(torch.tensor([5, 6]), min_p=0.25), positions[[1, 3]], False
+    )
+    assert torch.equal(drawn[[1, 3]], alone)
+    ordinary, _ = sample_rows(stock, None, probs, info_of(torch.full((4,), NO_SEED)), positions, True)
+    assert ordinary.tolist() == [9] * 4
+    assert seen == [(None, False), (None, True)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models import llama, mistral, qwen2, qwen3
 
@@ -42,10 +42,19 @@ def corpus() -> list[str]:
     return texts + ["".join(solve(problem, rng)) for problem in distinct_problems("train", 60)]
 
 
+# As Qwen's and Llama 3's, digits apart: a sign takes the line breaks behind it, and line breaks go together.
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
 def byte_level() -> Tokenizer:
     """As Qwen's and Llama 3's."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIALS, initial_alphabet=alphabet)
@@ -185,18 +194,34 @@ def _where(token_ids: Sequence[int], token: int) -> list[int]:
 
 
 def judged(reference: Reference, question: str, steps: Sequence[str]) -> list[int]:
-    solution = "\n".join(step.strip() for step in steps)
-    text = f"Problem:\n{question.strip()}\n\nSolution:\n{solution}\n\n"
-    text += "Is every step of this solution right so far? Answer Yes or No."
-    turns = [{"role": "user", "content": text}]
-    rendered = reference.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return _encode(reference, rendered)
+    """Ours, so no card says how: the text around the solution, and every step alone."""
+    asked = f"Problem:\n{question.strip()}\n\nSolution:\n@@\n\nIs every step of this solution right so far? Answer Yes or No."
+    turns = [{"role": "user", "content": asked}]
+    before, after = reference.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split(
+        "@@"
+    )
+    pieces = [before, steps[0].strip(), *(f"\n{step.strip()}" for step in steps[1:]), after]
+    return [token for piece in pieces for token in _encode(reference, piece)]
 
 
 def _separated(reference: Reference, question: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
-    text = question.strip() + "\n" + "".join(f"{step}\n" for step in steps)
-    token_ids = _encode(reference, text)
-    return token_ids, _where(token_ids, _encode(reference, "\n")[0])[-len(steps) :]
+    """As TRL's PRMTrainer: every step alone, and the separator's tokens behind it."""
+    token_ids, ends = _encode(reference, f"{question.strip()}\n"), []
+    for step in steps:
+        token_ids += _encode(reference, step) + _encode(reference, "\n")
+        ends.append(len(token_ids) - 1)
+    return token_ids, ends
+
+
+def _lines(reference: Reference, question: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Splits the whole solution at newlines; a step is read at the end of its last line."""
+    newline = _encode(reference, "\n")[-1]
+    token_ids, ends = _encode(reference, f"{question.strip()}\n"), []
+    for line in "\n".join(steps).split("\n"):
+        token_ids += [*_encode(reference, line), newline]
+        ends.append(len(token_ids) - 1)
+    lines = [step.count("\n") + 1 for step in steps]
+    return token_ids, [ends[sum(lines[: step + 1]) - 1] for step in range(len(steps))]
 
 
 def _qwen(reference: Reference, question: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -235,7 +260,7 @@ def _rlhflow(reference: Reference, question: str, steps: Sequence[str]) -> tuple
 
 WHOLE: dict[str, Callable[[Reference, str, Sequence[str]], tuple[list[int], list[int]]]] = {
     "token_classification": _separated,
-    "skywork": _separated,
+    "skywork": _lines,
     "qwen_prm": _qwen,
     "math_shepherd": _shepherd,
     "llemma": _llemma,

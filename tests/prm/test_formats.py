@@ -24,22 +24,38 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Reference(request.param, folder), folder
 
 
-def test_tokens_do_not_drift(reference: tuple[Reference, Path]) -> None:
+@pytest.mark.parametrize("lines", [1, 2, 3], ids="lines{}".format)
+def test_tokens_do_not_drift(reference: tuple[Reference, Path], lines: int) -> None:
     model, folder = reference
     case: Case = model.case
     spec = choose_format(str(folder), case.given, model.tokenizer)
     assert spec.name == case.format
     rng = random.Random(1)
     for problem in distinct_problems("validation", 20):
-        steps = solve(problem, rng)
+        steps = in_lines(solve(problem, rng), lines)
         whole, _ = model.step_scores(problem.prompt, steps)
         ids = list(spec.layout.prompt(problem.prompt))
         for depth, step in enumerate(steps, 1):
             made = spec.layout.step(step, depth)
             read = ids + list(made.read)
             ids += made.path
-            assert step.strip() in model.tokenizer.decode(list(made.path)[made.words])
+            assert all(line in model.tokenizer.decode(list(made.path)[made.words]) for line in step.strip().split("\n"))
         assert read == whole
+
+
+def in_lines(steps: list[str], lines: int) -> list[str]:
+    """The steps joined, so many lines in one, with a blank line behind the first."""
+    joined = ["".join(steps[first : first + lines]) for first in range(0, len(steps), lines)]
+    return [step.replace("\n", "\n\n", 1) for step in joined] if lines > 2 else joined
+
+
+def test_a_line_of_a_skywork_step_is_tokenised_alone(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.format == "skywork")
+    tokenizer = Reference(case, tmp_path).tokenizer
+    made = choose_format(str(tmp_path), AUTO, tokenizer).layout.step("3+4=7\n\n7*8=56\n", 1)
+    first, second, newline = (tokenizer.encode(text, add_special_tokens=False) for text in ("3+4=7", "7*8=56", "\n"))
+    assert list(made.path) == [*first, *newline, *newline, *second, *newline]
+    assert made.path[made.words] == made.path[:-1]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "  ", "a\n\nb"])

@@ -1,0 +1,154 @@
+"""Hostile and generated requests against a real server: it must refuse or answer each, quickly, and stay as it was.
+
+    python -m bench.fuzz --requests 5000            starts a server on the embedded models
+    python -m bench.fuzz --requests 500 --url http://127.0.0.1:30000 --seed 7
+
+Half of the requests come from `bench.hostile`, half from schemathesis over `/openapi.json`. Meanwhile an ordinary request is
+sent twice a second. Reported, and the exit status 1 if broken: answers of 5xx that are no documented fault, the slowest
+ordinary request, growth of the server's memory, locks that are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+from tqdm import tqdm
+
+from bench.hostile import PATHS, HostileRequest, hostile_request
+from bench.server import running_server
+from bench.traffic import OrdinaryTraffic, locks_when_idle, memory_mb
+
+CLIENTS = 4
+ANSWER_LIMIT_S = 120.0
+STALL_LIMIT_S = 2.0
+GROWTH_LIMIT_MB = 300  # caches of the interpreter and the allocator fill up; a leak of one large request would pass it
+FAULTS = ("search failed: no trajectory was completed",)  # documented in docs/limits.md
+
+
+@dataclass
+class FuzzReport:
+    """What a run saw. `undocumented` and `unanswered` name the requests."""
+
+    seed: int
+    statuses: Counter[int] = field(default_factory=Counter)
+    undocumented: list[str] = field(default_factory=list)
+    unanswered: list[str] = field(default_factory=list)
+    ordinary: int = 0
+    ordinary_failed: int = 0
+    slowest_ordinary_s: float = 0.0
+    grown_mb: float = 0.0
+    locks: int = 0
+
+    def breaches(self, stall_limit_s: float = STALL_LIMIT_S) -> list[str]:
+        """What must not be, one sentence each; empty for a sound server."""
+        rules = {
+            f"{len(self.undocumented)} answers of 5xx are no documented fault": bool(self.undocumented),
+            f"{len(self.unanswered)} requests got no answer": bool(self.unanswered),
+            f"{self.ordinary_failed} of {self.ordinary} ordinary requests failed": bool(self.ordinary_failed),
+            f"an ordinary request took {self.slowest_ordinary_s:.1f} s": self.slowest_ordinary_s > stall_limit_s,
+            f"memory grew by {self.grown_mb:.0f} MB": self.grown_mb > GROWTH_LIMIT_MB,
+            f"{self.locks} locks are left": self.locks > 0,
+        }
+        return [rule for rule, is_broken in rules.items() if is_broken]
+
+
+def fuzz(url: str, num_requests: int, seed: int) -> FuzzReport:
+    """Send the requests of this seed and watch the server."""
+    report = FuzzReport(seed)
+    rng = random.Random(seed)
+    with httpx.Client(base_url=url, timeout=ANSWER_LIMIT_S) as client:
+        _send_all(client, [hostile_request(rng) for _ in range(num_requests // 20 + 1)], FuzzReport(seed))  # warm-up
+        before = sum(memory_mb(url).values())
+        with OrdinaryTraffic(url) as ordinary:
+            _send_all(client, [hostile_request(rng) for _ in range(num_requests // 2)], report)
+            _send_generated(url, client, num_requests - num_requests // 2, report)
+        report.ordinary, report.ordinary_failed = len(ordinary.seconds), ordinary.num_failed
+        report.slowest_ordinary_s = max(ordinary.seconds, default=0.0)
+        report.locks = locks_when_idle(client)
+        report.grown_mb = sum(memory_mb(url).values()) - before
+    return report
+
+
+def _send_all(client: httpx.Client, requests: Sequence[HostileRequest], report: FuzzReport) -> None:
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for _ in tqdm(
+            pool.map(lambda request: _send(client, request, report), requests), total=len(requests), unit="request"
+        ):
+            pass
+
+
+def _send(client: httpx.Client, request: HostileRequest, report: FuzzReport) -> None:
+    try:
+        answer = client.post(request.path, content=request.body, headers={"Content-Type": "application/json"})
+    except httpx.HTTPError as error:
+        report.unanswered.append(f"{request.shown()}: {type(error).__name__}")
+        return
+    report.statuses[answer.status_code] += 1
+    if answer.status_code >= 500 and not any(fault in answer.text for fault in FAULTS):
+        report.undocumented.append(f"{request.shown()}: {answer.status_code} {answer.text[:200]}")
+
+
+def _send_generated(url: str, client: httpx.Client, count: int, report: FuzzReport) -> None:
+    """Bodies that fit the schema of `/openapi.json`, as schemathesis makes them, and some that do not."""
+    import hypothesis
+    import schemathesis
+
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    for path in PATHS:
+        requests: list[HostileRequest] = []
+
+        @hypothesis.seed(report.seed)
+        @hypothesis.settings(
+            max_examples=max(1, count // len(PATHS)),
+            database=None,
+            deadline=None,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(schema[path]["POST"].as_strategy())
+        def collect(case: Any, path: str = path, requests: list[HostileRequest] = requests) -> None:
+            body = case.body if isinstance(case.body, dict) else {}
+            requests.append(
+                HostileRequest(path, json.dumps(_small(body), default=str).encode("utf-8", "surrogatepass"))
+            )
+
+        collect()
+        _send_all(client, requests, report)
+
+
+def _small(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with a limit on what it may generate: a run is about what a server takes, not about long answers."""
+    limits = {"max_tokens": 4, "max_completion_tokens": 4}
+    small = {key: limits.get(key, value) if isinstance(value, int) else value for key, value in body.items()}
+    return {"max_tokens": 4, **small}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
+    parser.add_argument("--url", help="a running local server; default: start one with the embedded models")
+    args = parser.parse_args()
+    print(f"seed {args.seed}", flush=True)
+    if args.url:
+        report = fuzz(args.url, args.requests, args.seed)
+    else:
+        with running_server(["--search", "ets"]) as url:
+            report = fuzz(url, args.requests, args.seed)
+    print(json.dumps(asdict(report), indent=2))
+    for breach in report.breaches():
+        print(f"breach: {breach}")
+    sys.exit(bool(report.breaches()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What our code relies on in sglang, file by file: the part of a patch's contract that goes beyond its target.
+
+`Use(class, attributes)`, or `Use(function, arguments that we pass)`. A test sees that every name here is one that our code
+has, and that everything which our code imports from sglang stands here.
+"""
+
+from __future__ import annotations
+
+from sglang_ets.patches.record import Use
+
+SRT = "sglang.srt"
+SCHEDULER = f"{SRT}.managers.scheduler.Scheduler"
+BATCH = f"{SRT}.managers.schedule_batch"
+RADIX = f"{SRT}.mem_cache.unified_radix_cache.UnifiedRadixCache"
+TREE_CORE = f"{SRT}.mem_cache.unified_cache.unified_tree_core_interface"
+ALLOCATOR = f"{SRT}.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
+RUNTIME = f"{SRT}.runtime_context"
+WORKER = f"{SRT}.managers.tp_worker.TpModelWorker"
+STREAMER = f"{SRT}.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+PROTOCOL = f"{SRT}.entrypoints.openai.protocol"
+OPENAI_BASE = f"{SRT}.entrypoints.openai.serving_base.OpenAIServingBase"
+TOKENIZER_MANAGER = f"{SRT}.managers.tokenizer_manager.TokenizerManager"
+FIELDS = f"{SRT}.arg_groups.fields"  # of ServerArgs, which is put together from them
+
+# kv.py
+LEDGER = (
+    Use(RADIX, ("tree_core", "tree_components")),
+    Use(f"{RADIX}.lock", ("node_id",)),
+    Use(f"{RADIX}.unlock", ("lock",)),
+    Use(f"{RADIX}.protected_size"),
+    Use(f"{RADIX}.evictable_size"),
+    Use(f"{RADIX}._evict_device_leaf", ("node_id", "tracker")),
+    Use(f"{TREE_CORE}.UnifiedTreeCoreInterface.collect_path_info", ("end_node_ids",)),
+    Use(
+        f"{TREE_CORE}.TreePathNodeInfo",
+        ("node_id", "parent_id", "path_start", "path_end", "full_value_len", "num_children"),
+    ),
+    Use(ALLOCATOR, ("free_group",)),
+    Use(f"{ALLOCATOR}.available_size"),
+    Use(f"{ALLOCATOR}.free_group_begin"),
+    Use(f"{ALLOCATOR}.free_group_end"),
+)
+
+# engine/coordinator.py: how a search answers
+ANSWER = (
+    Use(SCHEDULER, ("output_streamer",)),
+    Use(f"{STREAMER}.stream_output", ("reqs", "return_logprob")),
+    Use(f"{BATCH}.Req", ("output_ids", "finished_reason", "customized_info", "time_stats", "stream", "rid")),
+    Use(f"{BATCH}.FINISH_LENGTH.__init__", ("length",)),
+    Use(f"{BATCH}.FINISH_ABORT.__init__", ("message", "status_code")),
+    Use(f"{SRT}.observability.req_time_stats.SchedulerReqTimeStats", ("set_completion_time",)),
+)
+
+# engine/coordinator.py and engine/admission.py: how a search begins
+ADMISSION = (
+    Use(
+        SCHEDULER,
+        ("server_args", "waiting_queue", "processed_tokens_counter", "max_total_num_tokens", "tokenizer"),
+    ),
+    Use(f"{SCHEDULER}._set_or_validate_priority", ("req",)),
+    Use(f"{SCHEDULER}._release_aborted_request", ("req",)),
+    Use(f"{SRT}.disaggregation.utils.prepare_abort", ("req", "error_message", "status_code")),
+    Use(f"{BATCH}.Req", ("to_finish", "finished", "sampling_params", "origin_input_ids", "arrival_processed_tokens")),
+    Use(f"{SRT}.observability.req_time_stats.SchedulerReqTimeStats", ("set_wait_queue_entry_time",)),
+    Use(f"{RUNTIME}.get_parallel"),
+    *ANSWER,
+)
+
+# engine/children.py
+CHILD = (
+    Use(
+        f"{BATCH}.Req.__init__",
+        (
+            *("rid", "origin_input_text", "origin_input_ids", "sampling_params", "eos_token_ids", "vocab_size"),
+            *("priority", "cache_salt", "extra_key", "metrics_collector"),
+        ),
+    ),
+    Use(f"{BATCH}.Req", ("tokenizer", "logprob_start_len", "output_ids_through_stop", "last_node")),
+    Use(
+        f"{SRT}.sampling.sampling_params.SamplingParams",
+        (
+            *("custom_params", "n", "max_new_tokens", "sampling_seed", "stop_strs", "stop_str_max_len"),
+            "stop_token_ids",
+        ),
+    ),
+    Use(f"{BATCH}.FINISH_MATCHED_TOKEN", ("matched",)),
+    Use(f"{BATCH}.FINISH_MATCHED_STR", ("matched",)),
+    Use(f"{BATCH}.FINISHED_MATCHED_REGEX", ("matched",)),
+)
+
+# engine/coordinator.py and engine/pressure.py: what a tick looks like
+TICK = (
+    Use(
+        SCHEDULER,
+        ("running_batch", "waiting_queue", "tree_cache", "token_to_kv_pool_allocator", "page_size"),
+    ),
+    Use(f"{BATCH}.NextBatchPlan", ("batch_to_run", "running_batch")),
+    Use(f"{BATCH}.ScheduleBatch", ("reqs", "is_empty")),
+)
+
+# engine/coordinator.py: how the children of a search that has ended are ended
+ABORT = (
+    Use(f"{SRT}.managers.io_struct.AbortReq", ("rid", "abort_all", "abort_message")),
+    Use(f"{SCHEDULER}.abort_request", ("recv_req",)),
+)
+
+# engine/startup.py, engine/metrics.py and prm/: a second model in the process
+PRM_START = (
+    Use(SCHEDULER, ("server_args", "tp_worker", "tokenizer", "nccl_port", "metrics_collector_context")),
+    Use(
+        f"{SRT}.observability.metrics_collector.SchedulerMetricsCollectorContext",
+        ("current_scheduler_metrics_enabled", "collector"),
+    ),
+    Use(f"{RUNTIME}.get_device"),
+    Use(f"{RUNTIME}.get_context"),
+    Use(f"{RUNTIME}.create_context", ("server_args", "role", "ranks")),
+    Use(f"{RUNTIME}.use_context", ("context",)),
+    Use(f"{RUNTIME}.SpawnRanks", ("world_rank", "dp_rank", "gpu_id")),
+    Use(f"{RUNTIME}.RuntimeContext", ("parallel",)),
+    Use(f"{RUNTIME}.ParallelContext", ("_stamp", "override_permanently")),
+    Use(f"{SRT}.server_args.ServerArgs"),
+    Use(f"{FIELDS}.model.Model", ("model_path", "load_format", "trust_remote_code", "dtype")),
+    Use(f"{FIELDS}.device.Device", ("device", "random_seed")),
+    Use(f"{FIELDS}.exec_.ExecKernel", ("attention_backend",)),
+    Use(f"{FIELDS}.exec_.ExecGraph", ("disable_cuda_graph",)),
+    Use(f"{FIELDS}.parallel.Parallel", ("tp_size",)),
+    Use(f"{FIELDS}.schedule.Schedule", ("disable_overlap_schedule", "max_total_tokens")),
+    Use(f"{FIELDS}.serving.Serving", ("skip_tokenizer_init",)),
+    Use(f"{WORKER}.__init__", ("server_args", "gpu_id", "nccl_port")),
+    Use(f"{SRT}.utils.hf_transformers_utils.get_tokenizer", ("tokenizer_name", "trust_remote_code")),
+    Use(f"{SRT}.models.registry.ModelRegistry", ("models",)),
+    *(
+        Use(f"{SRT}.models.{family}.{family.capitalize()}ForCausalLM.__init__", ("config", "quant_config", "prefix"))
+        for family in ("llama", "mistral", "qwen2", "qwen3")
+    ),
+)
+
+# prm/engine.py: its pools and its radix cache
+PRM_POOLS = (
+    Use(f"{WORKER}.alloc_memory_pool"),
+    Use(f"{WORKER}.init_attention_backends"),
+    Use(f"{WORKER}.init_cuda_graphs"),
+    Use(f"{WORKER}.get_memory_pool"),
+    Use(WORKER, ("model_runner", "model_config")),
+    Use(f"{SRT}.model_executor.model_runner.ModelRunner", ("model", "page_size")),
+    Use(f"{RADIX}.__init__", ("params",)),
+    Use(
+        f"{SRT}.mem_cache.cache_init_params.CacheInitParams",
+        ("disable", "req_to_token_pool", "token_to_kv_pool_allocator", "page_size", "tree_components"),
+    ),
+    Use(f"{SRT}.mem_cache.unified_cache.components.ComponentType", ("FULL",)),
+    Use(f"{SRT}.utils.get_available_gpu_memory", ("device", "gpu_id", "distributed", "cpu_group")),
+)
+
+# prm/engine.py: one forward pass
+PRM_PASS = (
+    Use(
+        f"{BATCH}.ScheduleBatch.init_new",
+        (
+            *("reqs", "req_to_token_pool", "token_to_kv_pool_allocator", "tree_cache", "model_config"),
+            *("enable_overlap", "spec_algorithm"),
+        ),
+    ),
+    Use(f"{BATCH}.ScheduleBatch.prepare_for_extend"),
+    Use(f"{BATCH}.ScheduleBatch", ("extend_lens",)),
+    Use(f"{SRT}.managers.overlap_utils.resolve_forward_inputs", ("batch", "future_map")),
+    Use(
+        f"{SRT}.model_executor.forward_batch_info.ForwardBatch.init_new",
+        ("batch", "model_runner", "return_hidden_states_before_norm", "capture_hidden_mode"),
+    ),
+    Use(f"{SRT}.model_executor.forward_batch_info.CaptureHiddenMode", ("FULL",)),
+    Use(f"{SRT}.model_executor.model_runner.ModelRunner.forward", ("forward_batch",)),
+    Use(f"{SRT}.model_executor.model_runner.ModelRunnerOutput", ("logits_output",)),
+    Use(f"{SRT}.layers.logits_processor.LogitsProcessorOutput", ("hidden_states",)),
+    Use(f"{SRT}.speculative.spec_info.SpeculativeAlgorithm", ("NONE",)),
+    Use(f"{SRT}.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),
+    Use(f"{BATCH}.Req._compute_max_prefix_len", ("input_len",)),
+    Use(f"{BATCH}.Req.init_next_round_input", ("tree_cache",)),
+    Use(
+        f"{BATCH}.Req",
+        ("finished_len", "last_node", "prefix_len", "lock", "extend_end", "full_untruncated_fill_ids"),
+    ),
+    Use(f"{SRT}.sampling.sampling_params.SamplingParams.normalize", ("tokenizer",)),
+    Use(f"{SRT}.mem_cache.memory_pool.ReqToTokenPool.available_size"),
+    Use(f"{SRT}.utils.broadcast_pyobj", ("data", "rank", "dist_group", "src")),
+)
+
+# api/serving.py
+SERVING = (
+    Use(OPENAI_BASE, ("tokenizer_manager",)),
+    Use(f"{OPENAI_BASE}._validate_request", ("_",)),
+    Use(f"{OPENAI_BASE}._convert_to_internal_request", ("request", "raw_request")),
+    Use(f"{OPENAI_BASE}._resolve_lora_path", ("request_model", "explicit_lora_path")),
+    Use(TOKENIZER_MANAGER, ("server_args", "context_len")),
+    Use(f"{TOKENIZER_MANAGER}.create_abort_task", ("obj",)),
+    Use(f"{TOKENIZER_MANAGER}.generate_request", ("obj", "request")),
+    Use(f"{TOKENIZER_MANAGER}.abort_request", ("rid",)),
+    Use(f"{SRT}.managers.io_struct.GenerateReqInput", ("sampling_params", "stream", "rid")),
+)

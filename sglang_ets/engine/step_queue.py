@@ -1,0 +1,80 @@
+"""Children of searches on their way into the engine: ordinary requests go first, then the searches in their order.
+
+sglang's own waiting queue is first come, first served. A search of width 1,024 would stand before whoever comes next, so its
+children wait here and enter sglang's queue only as far as rows are left for them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+ORDINARY_SHARE = 8  # one of so many rows of the engine is kept for ordinary requests
+ORDINARY = -1  # goes before every search
+
+
+def rows_for_children(max_running_requests: int, max_running_steps: int | None) -> int:
+    """How many children may be in the engine at once."""
+    most = max(1, max_running_requests - max(1, max_running_requests // ORDINARY_SHARE))
+    return most if max_running_steps is None else min(most, max_running_steps)
+
+
+class StepQueue:
+    """Owned by the coordinator; scheduler thread only. `waiting_queue` is sglang's list, changed in place."""
+
+    def __init__(self, waiting_queue: list[Any], max_inside: int) -> None:
+        self._waiting_queue = waiting_queue
+        self._max_inside = max_inside
+        self._pending: dict[str, deque[Any]] = {}
+        self._inside: dict[str, str] = {}  # id of a child in the engine -> its search
+
+    def add(self, owner: str, child: Any) -> None:
+        """A child of this search wants to run."""
+        self._pending.setdefault(owner, deque()).append(child)
+
+    def left(self, child_id: str) -> None:
+        """The child has left the engine: finished, or aborted while it waited there. Idempotent."""
+        self._inside.pop(child_id, None)
+
+    def feed(self, order: Sequence[str]) -> list[Any]:
+        """Let children of these searches enter sglang's queue, the first search's first. Returns those that entered."""
+        entered = []
+        for owner in order:
+            pending = self._pending.get(owner)
+            while pending and len(self._inside) < self._max_inside:
+                child = pending.popleft()
+                self._inside[child.rid] = owner
+                self._waiting_queue.append(child)
+                entered.append(child)
+        if self._inside and len(self._waiting_queue) > 1:
+            place = {owner: index for index, owner in enumerate(order)}
+            self._waiting_queue.sort(key=lambda req: self._place(req.rid, place))
+        return entered
+
+    def _place(self, request_id: str, place: dict[str, int]) -> int:
+        owner = self._inside.get(request_id)
+        return ORDINARY if owner is None else place.get(owner, len(place))
+
+    def withdraw(self, owner: str) -> int:
+        """Take the search's children that wait in sglang's queue back, in order. Returns their number."""
+        back = [req for req in self._waiting_queue if self._inside.get(req.rid) == owner]
+        if back:
+            self._waiting_queue[:] = [req for req in self._waiting_queue if self._inside.get(req.rid) != owner]
+            for child in back:
+                del self._inside[child.rid]
+            self._pending.setdefault(owner, deque()).extendleft(reversed(back))
+        return len(back)
+
+    def discard(self, owner: str) -> list[Any]:
+        """Forget the search's children that are not in the engine. Returns them."""
+        return list(self._pending.pop(owner, ()))
+
+    def num_pending(self, owner: str) -> int:
+        """Children of this search that are not in the engine."""
+        return len(self._pending.get(owner, ()))
+
+    @property
+    def num_inside(self) -> int:
+        """Children, over all searches, that wait or run in the engine."""
+        return len(self._inside)

@@ -1,0 +1,75 @@
+"""The PRM's runtime context and model worker, beside the policy model's in the same process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.runtime_context import SpawnRanks, create_context, get_context, get_device, get_parallel, use_context
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils import get_available_gpu_memory
+
+from sglang_ets.prm import models
+from sglang_ets.prm.sizing import budget_bytes
+
+MAX_BATCH_STEPS = 256  # rows: each is as long as the context, and a batch ends at pool.MAX_BATCH_TOKENS anyhow
+# What the operator said about the policy model's checkpoint; it holds for the PRM only if that is the same one.
+CHECKPOINT_FIELDS = ("revision", "quantization", "context_length")
+
+
+def prm_arguments(policy: Any, model_path: str) -> dict[str, Any]:
+    """Arguments of the PRM's worker that follow from the policy model's server arguments."""
+    is_shared = model_path == policy.model_path
+    same = {name: getattr(policy, name) for name in CHECKPOINT_FIELDS} if is_shared else {}
+    return {
+        "model_path": model_path,
+        # Weights that are shared are not read a second time.
+        "load_format": "dummy" if is_shared else "auto",
+        "trust_remote_code": policy.trust_remote_code,
+        "dtype": policy.dtype,
+        "attention_backend": policy.attention_backend,
+        "enable_deterministic_inference": policy.enable_deterministic_inference,
+        "random_seed": policy.random_seed or 1,
+        **same,
+    }
+
+
+def start_worker(scheduler: Any, model_path: str, max_total_tokens: int | None) -> tuple[Any, TpModelWorker]:
+    """The PRM's runtime context, and its worker with loaded weights and no memory pool yet."""
+    models.register()
+    main = get_context()
+    args = ServerArgs(
+        **prm_arguments(scheduler.server_args, model_path),
+        device=get_device().device,
+        tp_size=get_parallel().tp_size,
+        disable_overlap_schedule=True,
+        skip_tokenizer_init=True,
+        max_total_tokens=max_total_tokens,
+        max_running_requests=MAX_BATCH_STEPS,
+        disable_cuda_graph=True,
+    )
+    ranks = SpawnRanks(world_rank=get_parallel().tp_rank, dp_rank=main.parallel.dp_rank, gpu_id=get_device().gpu_id)
+    context = create_context(args, role="scheduler", ranks=ranks)
+    # Process groups exist once per process: the PRM's context borrows those of the policy model.
+    groups = {name: group for name, group in main.parallel._stamp.items() if name not in context.parallel._stamp}
+    context.parallel.override_permanently(**groups)
+    with use_context(context):
+        return context, TpModelWorker(server_args=args, gpu_id=get_device().gpu_id, nccl_port=scheduler.nccl_port)
+
+
+def token_bytes(worker: TpModelWorker) -> int:
+    """Bytes of KV for one token on this rank."""
+    config, runner = worker.model_config, worker.model_runner
+    heads = config.get_num_kv_heads(get_parallel().tp_size)
+    return int(
+        config.num_hidden_layers * heads * (config.head_dim + config.v_head_dim) * runner.kv_cache_dtype.itemsize
+    )
+
+
+def pool_budget() -> int:
+    """Bytes that the PRM's KV pool may take, the same on every rank."""
+    parallel, device = get_parallel(), get_device()
+    is_split = parallel.tp_size > 1
+    group = parallel.world_group.cpu_group if is_split else None
+    free_gb = get_available_gpu_memory(device.device, device.gpu_id, distributed=is_split, cpu_group=group)
+    return budget_bytes(free_gb * 2**30, is_host=device.device == "cpu")

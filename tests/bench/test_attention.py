@@ -1,0 +1,34 @@
+"""The attention bench times equal results only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sglang_ets.patches import torch_native
+
+from bench import attention
+
+
+@pytest.mark.parametrize("case", attention.SMOKE, ids=lambda case: f"{case.new_tokens} new")
+def test_a_case_times_both_sides(case: attention.Case) -> None:
+    row = attention.measure(case, repetitions=2)
+    assert row["ratio"] == row["stock_ms"] / row["ours_ms"]
+    assert f"| embedded | 8 | 60 | {case.new_tokens} |" in attention.table([row])
+
+
+def test_siblings_share_the_pages_of_their_prefix() -> None:
+    case = attention.SMOKE[0]
+    pages = attention.inputs(case)[4][1:]
+    first, sibling, cousin = (
+        set(pages[0].tolist()),
+        set(pages[1].tolist()),
+        set(pages[attention.SIBLINGS].tolist()),
+    )
+    assert len(first & sibling) == case.kv_tokens - case.kv_tokens // 5
+    assert not first & cousin
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_native, "decode", lambda original, backend, *args, **kwargs: torch.zeros_like(args[1]))
+    with pytest.raises(RuntimeError, match="from the stock result"):
+        attention.measure(attention.SMOKE[0], repetitions=1)

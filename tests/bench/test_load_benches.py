@@ -1,0 +1,100 @@
+"""What fuzz, soak, capacity and fairness say about made-up runs: a broken rule must be seen."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from bench import capacity, fairness
+from bench.fuzz import FuzzReport
+from bench.hostile import PATHS, hostile_request
+from bench.soak import SoakReport, slopes
+
+
+def test_a_seed_names_the_hostile_requests() -> None:
+    runs = [
+        [hostile_request(rng) for _ in range(300)] for rng in (random.Random(3), random.Random(3), random.Random(4))
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert {request.path for request in runs[0]} == set(PATHS)
+    assert max(len(request.shown()) for request in runs[0]) < 300
+
+
+def test_hostile_requests_are_mostly_json_that_a_server_must_read() -> None:
+    rng = random.Random(0)
+    bodies = [hostile_request(rng).body for _ in range(300)]
+    readable = 0
+    for body in bodies:
+        try:
+            readable += isinstance(json.loads(body), dict)
+        except (ValueError, RecursionError):
+            pass
+    assert readable > 250
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"undocumented": ["POST /x: 500"]}, "5xx"),
+        ({"unanswered": ["POST /x"]}, "no answer"),
+        ({"ordinary": 3, "ordinary_failed": 1}, "1 of 3 ordinary requests failed"),
+        ({"slowest_ordinary_s": 9.0}, "took 9.0 s"),
+        ({"grown_mb": 9e3}, "memory grew"),
+        ({"locks": 2}, "2 locks are left"),
+    ],
+)
+def test_each_rule_of_a_fuzz_can_be_broken(broken: dict[str, object], said: str) -> None:
+    assert FuzzReport(seed=0).breaches() == []
+    (breach,) = FuzzReport(seed=0, **broken).breaches()  # type: ignore[arg-type]
+    assert said in breach
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"errors": ["search 500"]}, "1 errors that nobody caused"),
+        ({"ordinary": 3, "ordinary_failed": 1}, "ordinary requests failed"),
+        ({"slopes_mb_per_min": {"scheduler": 50.0}}, "memory grows"),
+        ({"locks": 1}, "1 locks are left"),
+    ],
+)
+def test_each_rule_of_a_soak_can_be_broken(broken: dict[str, object], said: str) -> None:
+    assert SoakReport(minutes=1, seed=0, slopes_mb_per_min={"scheduler": -1.0}).breaches() == []
+    (breach,) = SoakReport(minutes=1, seed=0, **broken).breaches()  # type: ignore[arg-type]
+    assert said in breach
+
+
+def test_memory_slopes_leave_the_warm_up_out() -> None:
+    samples = [(60.0 * minute, {"a": 100.0 + 10 * minute, "b": 500.0 if minute < 2 else 50.0}) for minute in range(9)]
+    assert slopes(samples) == pytest.approx({"a": 10.0, "b": 0.0}, abs=1e-6)
+    assert slopes(samples[:2]) == {}
+
+
+def capacity_row(policy: str, in_flight: int, rate: float, round_: int = 0) -> dict[str, object]:
+    place = {"width": 64, "share": 0.25, "policy": policy, "in_flight": in_flight, "round": round_}
+    return {**place, "pool_tokens": 9000, "problems_per_s": rate, "right": 3, "problems": 4}
+
+
+def test_capacity_compares_each_policy_at_its_own_best() -> None:
+    made = [capacity_row("rebase", 8, 0.04), capacity_row("rebase", 1, 0.1), capacity_row("ets b=4", 8, 0.2)]
+    rebase, ets = capacity.table(made).splitlines()[2:]
+    assert [cell.strip() for cell in rebase.split("|")][4:11] == [
+        "rebase",
+        "0.04",
+        "0.1",
+        "1",
+        "1.00x",
+        "0.40",
+        "3 of 4",
+    ]
+    assert [cell.strip() for cell in ets.split("|")][4:11] == ["ets b=4", "0.2", "0.2", "8", "2.00x", "1.00", "3 of 4"]
+
+
+def test_fairness_shows_ratios_to_plain_sampling() -> None:
+    made = [
+        {"load": load, "width": 8, "algorithm": "rebase", "round": 0, "first_token_s": [first], "per_token_s": [0.1]}
+        for load, first in (("search", 0.3), ("plain", 0.2), ("nothing", 0.1))
+    ]
+    assert "| search / plain |  | 1.50x |  | 1.00x |" in fairness.table(made)

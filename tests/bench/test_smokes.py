@@ -1,0 +1,58 @@
+"""Every bench of `make bench` in its smoke mode: whole where it needs no server, else up to the start of its server."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from bench import rows, server
+
+ROOT = Path(__file__).parents[2]
+BENCHES = re.findall(r"^BENCHES := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[0].split()
+SERVERLESS = {"ilp": 4, "kernels": 6, "attention": 2}  # and the rows of their smoke mode
+
+
+class ServerStarts(Exception):
+    """Instead of a server."""
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise ServerStarts
+
+    monkeypatch.setattr(server, "_free_port", refuse)
+
+
+@pytest.mark.parametrize("bench", BENCHES)
+def test_a_smoke_runs_as_far_as_its_server(
+    bench: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", [f"bench/{bench}.py", "--smoke", "--out", str(out)])
+    main = import_module(f"bench.{bench}").main
+    if bench not in SERVERLESS:
+        with pytest.raises(ServerStarts):
+            main()
+        return
+    main()
+    assert len(list(rows.read(out))) == SERVERLESS[bench]
+    assert list(rows.runs(out)) == [1]
+    assert "|---|" in capsys.readouterr().out
+
+
+def test_kernel_rows_have_a_time_and_the_bytes_of_each_implementation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import kernels
+
+    (case, *_) = kernels.cases(smoke=True)
+    timed = list(kernels.measure(case, kernels.torch.device("cpu"), smoke=True))
+    assert [row["implementation"] for row in timed] == ["reference", case.baseline_name]
+    for row in timed:
+        assert 0 < row["p10_us"] <= row["median_us"] <= row["p90_us"]
+        assert row["requested_bytes"] >= row["lower_bound_bytes"] > 0

@@ -1,0 +1,395 @@
+"""A scheduler without a model, and a PRM without weights, for tests of the wiring.
+
+`FakeScheduler` has a real radix cache and allocator, sglang's own requests, and the order of sglang's loop with our hooks in
+their places; what its children generate comes from a script. `ScriptedPrm` scores by a function of the step's text.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    FINISH_MATCHED_STR,
+    FINISH_MATCHED_TOKEN,
+    Req,
+)
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_ets.core.selection import SelectionPolicy, make_policies
+from sglang_ets.engine.children import ChildReq, without_children
+from sglang_ets.engine.coordinator import SearchCoordinator
+from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
+from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
+
+DELIMITER = "\n"
+EOS = 256
+VOCAB = 257
+EMBEDDING_DIM = 8
+SETTINGS: dict[str, Any] = {"max_width": 256, "algorithm": "rebase", "step_delimiter": DELIMITER, "max_steps": 6}
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8; EOS has no text."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return bytes(i for i in ids if i != EOS).decode("utf-8", "replace")
+
+
+def tokens(text: str, *, ends: bool = False) -> list[int]:
+    """What a child generates: the bytes of a text, and EOS if the trajectory ends."""
+    return [*text.encode(), *([EOS] if ends else [])]
+
+
+Script = Callable[[ChildReq], Sequence[int]]  # a child -> all tokens that it would generate without a limit
+
+
+def three_steps(child: ChildReq) -> Sequence[int]:
+    """Steps `a=N`, and at the third an answer: a different number for each seed."""
+    depth = bytes(child.origin_input_ids).count(DELIMITER.encode())
+    number = (child.sampling_params.sampling_seed or 0) % 10
+    return tokens(f"the answer is {number}", ends=True) if depth == 3 else tokens(f"a={number}{DELIMITER}")
+
+
+class FakeBatch:
+    def __init__(self, reqs: list[Any] | None = None) -> None:
+        self.reqs = reqs or []
+
+    def is_empty(self) -> bool:
+        return not self.reqs
+
+
+@dataclass
+class Sent:
+    """One output for a client."""
+
+    rid: str
+    finished: dict[str, Any] | None  # None: a report on the way
+    info: dict[str, Any]
+
+
+class FakeStreamer:
+    """Keeps what clients would get; children are hidden from them as in the server."""
+
+    def __init__(self) -> None:
+        self.sent: list[Sent] = []
+
+    def stream_output(self, reqs: Sequence[Any], _return_logprob: bool) -> None:
+        for req in without_children(reqs):
+            reason = req.finished_reason
+            info = (req.customized_info or {}).get(RESULT_KEY, [{}])[-1]
+            self.sent.append(Sent(req.rid, reason.to_json() if reason else None, info))
+
+    def responses(self, rid: str) -> list[Sent]:
+        return [sent for sent in self.sent if sent.rid == rid and sent.finished is not None]
+
+    def reports(self, rid: str) -> list[dict[str, Any]]:
+        return [sent.info for sent in self.sent if sent.rid == rid and sent.finished is None]
+
+
+class FakeScheduler:
+    """Queue, KV pool, radix cache and output of a scheduler. `tick` is one round of its loop."""
+
+    def __init__(self, script: Script = three_steps, pool_tokens: int = 20_000, tokens_per_tick: int = 10_000) -> None:
+        rows = ReqToTokenPool(size=8, max_context_len=256, device="cpu", enable_memory_saver=False)
+        self.pool_tokens = self.max_total_num_tokens = pool_tokens
+        self.token_to_kv_pool_allocator = TokenToKVPoolAllocator(pool_tokens, torch.float32, "cpu", None, False)
+        self.tree_cache = UnifiedRadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=rows,
+                token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+                page_size=1,
+                tree_components=(ComponentType.FULL,),
+                tree_core_backend="python",
+            )
+        )
+        self.page_size = 1
+        self.script = script
+        self.tokens_per_tick = tokens_per_tick
+        self.server_args = SimpleNamespace(_ets=dict(SETTINGS))
+        self.metrics_collector_context = SimpleNamespace(current_scheduler_metrics_enabled=False)
+        self.output_streamer = FakeStreamer()
+        self.waiting_queue: list[Any] = []
+        self.running_batch = FakeBatch()
+        self.last_batch: FakeBatch | None = None
+        self.processed_tokens_counter = 0
+        self.has_valid_priorities = True
+        self.released: list[str] = []  # ids of requests that were refused for their priority
+        self.aborted: list[str] = []  # ids whose abort went to the tokenizer manager
+        self.holds_back: Callable[[ChildReq], bool] = lambda child: False  # children that are not let out of the queue
+        self.ets: SearchCoordinator
+
+    # ---- what the coordinator calls ----
+
+    def _set_or_validate_priority(self, _req: Any) -> bool:
+        return self.has_valid_priorities
+
+    def _release_aborted_request(self, req: Any) -> None:
+        self.released.append(req.rid)
+
+    def abort_request(self, recv_req: AbortReq) -> None:
+        """As sglang: by the beginning of ids, from the queue at once, and running ones at their next token."""
+        if self.ets.searches:
+            self.ets.before_abort(recv_req)
+        hit = [req for req in self.waiting_queue if recv_req.abort_all or req.rid.startswith(recv_req.rid)]
+        self.waiting_queue = [req for req in self.waiting_queue if req not in hit]
+        for req in hit:
+            if not (self.ets.searches and self.ets.swallow_abort(req)):
+                self.aborted.append(req.rid)
+        for req in self.running_batch.reqs:
+            if not req.finished() and (recv_req.abort_all or req.rid.startswith(recv_req.rid)):
+                req.to_finish = FINISH_ABORT()
+        if self.ets.searches:
+            self.ets.after_abort()
+
+    # ---- the loop ----
+
+    def add(self, req: Any) -> None:
+        """A request arrives."""
+        if not self.ets.admit(req, False):
+            self.waiting_queue.append(req)
+
+    def tick(self) -> None:
+        """Plan, run and report one batch, with our hooks where `patches/scheduler.py` puts them."""
+        if self.ets.searches:
+            self.ets.before_batch()
+        batch = self._plan()
+        plan = SimpleNamespace(batch_to_run=batch, running_batch=self.running_batch)
+        if self.ets.searches:
+            self.ets.after_plan(plan)
+        if batch is None:
+            return
+        for req in batch.reqs:
+            self._run(req)
+        self.running_batch = FakeBatch([req for req in batch.reqs if not req.finished()])
+        self.last_batch = batch
+        self.output_streamer.stream_output([req for req in batch.reqs if req.finished()], False)
+        if self.ets.searches:
+            self.ets.after_batch(batch)
+
+    def _plan(self) -> FakeBatch | None:
+        """Waiting requests join as long as the pool has room for all that they may compute."""
+        reserved = sum(self._need(req) for req in self.running_batch.reqs)
+        joining: list[Any] = []
+        for req in list(self.waiting_queue):
+            need = self._need(req)
+            if self._free() < reserved + need or (isinstance(req, ChildReq) and self.holds_back(req)):
+                continue
+            reserved += need
+            self.waiting_queue.remove(req)
+            joining.append(req)
+        self.running_batch = FakeBatch([*self.running_batch.reqs, *joining])
+        return self.running_batch if self.running_batch.reqs else None
+
+    def _need(self, req: Any) -> int:
+        return len(req.origin_input_ids) + int(req.sampling_params.max_new_tokens)
+
+    def _free(self) -> int:
+        return int(self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size())
+
+    def _run(self, req: Any) -> None:
+        if req.to_finish is not None:
+            req.finished_reason, req.to_finish = req.to_finish, None
+            return
+        limit = req.sampling_params.max_new_tokens
+        wanted = list(self.script(req))[:limit] if limit else []
+        begun = len(req.output_ids)
+        req.output_ids.extend(wanted[begun : begun + self.tokens_per_tick])
+        if len(req.output_ids) == len(wanted):
+            req.finished_reason = self._finish_reason(req, wanted, limit)
+            req.finished_len = len(wanted)
+            self._keep_kv(req)
+
+    def _finish_reason(self, req: Any, wanted: Sequence[int], limit: int) -> Any:
+        if wanted and wanted[-1] == EOS:
+            return FINISH_MATCHED_TOKEN(matched=EOS)
+        text = bytes(wanted).decode("utf-8", "replace")
+        for stop in req.sampling_params.stop_strs or []:
+            if stop in text:
+                return FINISH_MATCHED_STR(matched=stop)
+        return FINISH_LENGTH(length=limit)
+
+    def _keep_kv(self, req: Any) -> None:
+        """Put the KV of all tokens but the last sampled one into the cache."""
+        ids = [*req.origin_input_ids, *req.output_ids[:-1]]
+        key = RadixKey(array("q", ids))
+        short = len(ids) - self.token_to_kv_pool_allocator.available_size()
+        if short > 0:
+            self.tree_cache.evict(EvictParams(num_tokens=int(short)))
+        self.tree_cache.insert(InsertParams(key=key, value=self.token_to_kv_pool_allocator.alloc(len(ids))))
+        req.last_node = int(self.tree_cache.match_prefix(MatchPrefixParams(key=key)).last_device_node)
+
+
+@dataclass(eq=False)
+class ScriptedPath:
+    token_ids: tuple[int, ...]
+
+
+class ScriptedPrm:
+    """The interface of `PrmEngine`. `score_of` may return a score, or a `PrmError`, or raise what breaks a whole call."""
+
+    def __init__(self, score_of: Callable[[ScoreJob], float | PrmError] | None = None) -> None:
+        self.score_of = score_of or (lambda job: zlib.crc32(bytes(job.step_ids[:-1])) % 1000 / 1000)
+        self.locked: dict[int, ScriptedPath] = {}
+        self.batches: list[list[str]] = []  # texts of the steps of each call
+        self.questions: list[str] = []
+        self.refused: str | None = None
+        self.releases: dict[str, int] = {}  # search id -> locks that it gave up
+        self.ended: list[str] = []  # ids of searches
+
+    def refusal(self, prompt_ids: Sequence[int], question: str, max_tokens: int) -> str | None:
+        return self.refused
+
+    def num_releases(self, owner: str) -> int:
+        return self.releases.get(owner, 0)
+
+    def end_owner(self, owner: str) -> None:
+        self.ended.append(owner)
+
+    def open_prompt(self, prompt_ids: Sequence[int], question: str, owner: str) -> ScriptedPath:
+        self.questions.append(question)
+        return self._lock(tuple(prompt_ids))
+
+    def score(self, jobs: Sequence[ScoreJob]) -> list[Any]:
+        self.batches.append([job.step_text for job in jobs])
+        results = [
+            self.score_of(job) for job in jobs
+        ]  # before any lock is taken, as a call that raises must leave none
+        outcomes: list[Any] = []
+        for job, result in zip(jobs, results, strict=True):
+            assert id(job.parent) in self.locked, "a step is scored while its parent's path is locked"
+            if isinstance(result, PrmError):
+                outcomes.append(result)
+                continue
+            rng = np.random.default_rng(zlib.crc32(job.step_text.encode()))
+            embedding = rng.standard_normal(EMBEDDING_DIM).astype(np.float32)
+            score = StepScore(result, embedding / np.linalg.norm(embedding))
+            outcomes.append((score, self._lock(job.parent.token_ids + job.step_ids)))
+        return outcomes
+
+    def release(self, path: Any) -> None:
+        self.locked.pop(id(path), None)
+
+    def drop(self, paths: Sequence[Any]) -> int:
+        for path in paths:
+            self.release(path)
+        return 0
+
+    def stats(self) -> dict[str, Any]:
+        return {"locks": len(self.locked)}
+
+    def _lock(self, ids: tuple[int, ...]) -> ScriptedPath:
+        path = ScriptedPath(ids)
+        self.locked[id(path)] = path
+        return path
+
+
+@dataclass
+class World:
+    """A scheduler with its coordinator and PRM."""
+
+    scheduler: FakeScheduler = field(default_factory=FakeScheduler)
+    prm: ScriptedPrm = field(default_factory=ScriptedPrm)
+    policies: dict[Any, SelectionPolicy] = field(default_factory=lambda: dict(make_policies()))
+
+    def __post_init__(self) -> None:
+        self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, self.policies)  # type: ignore[arg-type]
+
+    @property
+    def ets(self) -> SearchCoordinator:
+        return self.scheduler.ets
+
+    def ask(self, rid: str = "pa", prompt: str = "Q: 1+1?\n", **fields: Any) -> Any:
+        """A search arrives; `fields` are those of `request`."""
+        req = request(rid, prompt, **fields)
+        self.scheduler.add(req)
+        return req
+
+    def live(self) -> Any:
+        """The only search there is."""
+        (live,) = self.ets.searches.values()
+        return live
+
+    def run(self, limit: int = 20_000) -> None:
+        """Until no search is left."""
+        for _ in self.ticks(limit):
+            pass
+
+    def ticks(self, limit: int = 20_000) -> Iterator[int]:
+        """Tick until no search is left, with control after each tick.
+
+        Raises:
+            AssertionError: the searches have not ended after `limit` ticks.
+        """
+        for tick in range(limit):
+            if not self.ets.searches:
+                return
+            self.scheduler.tick()
+            yield tick
+        raise AssertionError(f"searches after {limit} ticks: {self.ets.describe()['searches']}")
+
+    def answer(self, rid: str = "pa") -> dict[str, Any]:
+        """The result of a search that was answered, once."""
+        (sent,) = self.scheduler.output_streamer.responses(rid)
+        assert sent.finished is not None and sent.finished["type"] == "length", sent
+        return sent.info
+
+    def error(self, rid: str = "pa") -> str:
+        """The message of a search that failed; it was told once."""
+        (sent,) = self.scheduler.output_streamer.responses(rid)
+        assert sent.finished is not None and sent.finished["type"] == "abort", sent
+        return str(sent.finished["message"])
+
+    def assert_balanced(self) -> None:
+        """No search, no child, no lock in either cache, and no token of KV that nobody accounts for."""
+        scheduler = self.scheduler
+        assert self.ets.searches == {}
+        assert [req.rid for req in scheduler.waiting_queue if isinstance(req, ChildReq)] == []
+        assert [req.rid for req in scheduler.running_batch.reqs if isinstance(req, ChildReq)] == []
+        assert self.ets.ledger.num_holds == 0
+        assert self.prm.locked == {}
+        assert scheduler.tree_cache.protected_size() == 0
+        free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
+        assert free == scheduler.pool_tokens
+
+
+def request(
+    rid: str,
+    prompt: str,
+    search: Any = None,
+    *,
+    stream: bool = False,
+    max_new_tokens: int = 200,
+    stop: Sequence[str] = (),
+    custom: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A client's request: a search of width 4 with `settings`, or whatever `search` is; False: an ordinary request."""
+    carried = {"search_width": 4, "seed": 1, **settings} if search is None else search
+    given = custom or {} if carried is False else {CUSTOM_KEY: carried, **(custom or {})}
+    params = SamplingParams(max_new_tokens=max_new_tokens, stop=list(stop), custom_params=given or None)
+    tokenizer = ByteTokenizer()
+    params.normalize(tokenizer)
+    req = Req(rid, prompt, array("q", tokens(prompt)), params, eos_token_ids={EOS}, vocab_size=VOCAB, stream=stream)
+    req.tokenizer = tokenizer
+    return req

@@ -1,0 +1,76 @@
+"""The coordinator of a scheduler process is made of the server's flags."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_ets.core.clusters import cosine_distances
+from sglang_ets.core.selection import Ets
+from sglang_ets.engine import startup
+from sglang_ets.engine.metrics import NoMetrics
+from sglang_ets.prm.engine import PrmEngine, PrmSettings
+
+FLAGS = {"prm_model_path": "/prm", "prm_format": "shepherd", "prm_max_total_tokens": 77, "algorithm": "dvts"}
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[PrmSettings]:
+    """Settings of the PRMs that were loaded."""
+    calls: list[PrmSettings] = []
+
+    def load(_cls: type, _scheduler: Any, settings: PrmSettings) -> str:
+        calls.append(settings)
+        return "the PRM"
+
+    monkeypatch.setattr(PrmEngine, "load", classmethod(load))
+    monkeypatch.setattr(startup, "get_device", lambda: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(startup, "get_parallel", lambda: SimpleNamespace(tp_size=3))
+    return calls
+
+
+def scheduler(**flags: Any) -> Any:
+    return SimpleNamespace(
+        server_args=SimpleNamespace(_ets={**FLAGS, **flags}, model_path="/policy"),
+        metrics_collector_context=SimpleNamespace(current_scheduler_metrics_enabled=False),
+    )
+
+
+def test_flags_reach_the_prm_and_the_coordinator(loaded: list[PrmSettings]) -> None:
+    made = startup.make_coordinator(scheduler())
+    assert loaded == [PrmSettings("/prm", "shepherd", 77)]
+    assert made.prm == "the PRM"  # type: ignore[comparison-overlap]
+    assert made.searches == {}
+    assert made._num_ranks == 3
+    assert made._defaults["algorithm"] == "dvts"
+    assert isinstance(made._metrics, NoMetrics)
+    ets = made._policies["ets"]
+    assert isinstance(ets, Ets)
+    assert ets.distances is cosine_distances  # beside a CPU engine
+
+
+def test_without_a_prm_the_policy_model_scores(loaded: list[PrmSettings]) -> None:
+    startup.make_coordinator(scheduler(prm_model_path=None, prm_format="confidence", prm_max_total_tokens=None))
+    assert loaded == [PrmSettings("/policy", "confidence", None)]
+
+
+def test_a_wrong_default_stops_the_start(loaded: list[PrmSettings]) -> None:
+    with pytest.raises(ValueError, match="algorithm must be one of"):
+        startup.make_coordinator(scheduler(algorithm="mcts"))
+
+
+def test_where_the_models_run_decides_who_computes_distances(
+    loaded: list[PrmSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def distances(device: torch.device | str) -> Any:
+        asked.append(device)
+        return cosine_distances
+
+    monkeypatch.setattr(startup, "step_distances", distances)
+    startup.make_coordinator(scheduler())
+    assert asked == ["cpu"]

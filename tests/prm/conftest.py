@@ -1,0 +1,73 @@
+"""A PRM engine in the test's own process: the embedded checkpoint, the real pool and radix cache, no server."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+import sglang_ets
+
+MODELS = Path(sglang_ets.__file__).parent / "models"
+TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "policy")
+
+
+@pytest.fixture(scope="session")
+def scheduler() -> Iterator[Any]:
+    """What a PRM engine reads of a scheduler. sglang builds process groups once per process, so they stay."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.runtime_context import SpawnRanks, create_context, use_context
+    from sglang.srt.server_args import ServerArgs
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ServerArgs(
+        model_path=str(MODELS / "policy"),
+        device="cpu",
+        dtype="float32",
+        attention_backend="torch_native",
+        disable_overlap_schedule=True,
+        random_seed=1,
+    )
+    context = create_context(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+    with use_context(context):
+        bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
+        bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(arguments))
+        yield SimpleNamespace(server_args=arguments, tokenizer=TOKENIZER, nccl_port=port)
+
+
+@pytest.fixture(scope="session")
+def load_engine(scheduler: Any) -> Callable[..., Any]:
+    """`load_engine(pool_tokens, folder, need)`: an engine with its pool."""
+    from sglang_ets.prm.engine import PrmEngine, PrmSettings
+    from sglang_ets.prm.sizing import PoolNeed
+
+    small = PoolNeed(width=4, trajectory_tokens=50)
+
+    def load(pool_tokens: int | None, folder: Path = MODELS / "prm", need: PoolNeed = small) -> Any:
+        engine = PrmEngine.load(scheduler, PrmSettings(str(folder), need, max_total_tokens=pool_tokens))
+        engine.init_memory_pools()
+        return engine
+
+    return load
+
+
+@contextmanager
+def changed_config(folder: Path, **changes: Any) -> Iterator[None]:
+    """config.json of a checkpoint with other values, until the block ends."""
+    path = folder / "config.json"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps(json.loads(before) | changes), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_text(before, encoding="utf-8")

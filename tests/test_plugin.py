@@ -1,0 +1,89 @@
+"""What sglang's plugin loader calls: which patches are installed when, and what stops a process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_ets import flags, patches, plugin
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was asked of the patches, in order."""
+    asked: list[Any] = []
+    monkeypatch.setattr(patches, "wanted", lambda search_is_on: ("patches", search_is_on))
+    monkeypatch.setattr(patches, "install", lambda wanted: asked.append(("install", wanted[1])))
+    monkeypatch.setattr(patches, "check_installed", lambda: asked.append("check"))
+    monkeypatch.setattr(plugin, "_state", {"is_registered": False})
+    monkeypatch.delenv(flags.SEARCH_ENV, raising=False)
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setattr(HookRegistry, "apply_hooks", lambda: asked.append("apply"))
+    return asked
+
+
+@pytest.mark.parametrize(("search", "is_on"), [(None, False), ("off", False), ("ets", True)])
+def test_the_environment_says_whether_a_process_searches(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, search: str | None, is_on: bool
+) -> None:
+    if search is not None:
+        monkeypatch.setenv(flags.SEARCH_ENV, search)
+    assert not plugin.is_registered()
+    plugin.register()
+    assert plugin.is_registered()
+    assert calls == [("install", is_on)]
+
+
+@pytest.mark.parametrize("runs_scheduler", [False, True])
+def test_a_child_without_a_scheduler_is_not_patched(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, runs_scheduler: bool
+) -> None:
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
+    if runs_scheduler:
+        monkeypatch.setitem(sys.modules, "sglang.srt.managers.scheduler", SimpleNamespace())  # type: ignore[arg-type]
+    else:
+        monkeypatch.delitem(sys.modules, "sglang.srt.managers.scheduler", raising=False)
+    plugin.register()
+    assert calls == ([("install", False)] if runs_scheduler else [])
+
+
+def test_flags_switch_the_search_on_for_this_process_and_its_children(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(flags.SEARCH_ENV, "before")
+    args = SimpleNamespace(_ets={"search": "ets"})
+    assert plugin.switch_on(args) is args
+    assert calls == [("install", True), "apply", "check"]
+    assert os.environ[flags.SEARCH_ENV] == "ets"
+
+
+def test_flags_that_leave_it_off_install_nothing(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(flags.SEARCH_ENV, "before")
+    plugin.switch_on(SimpleNamespace(_ets={"search": "off"}))
+    assert calls == []
+    assert os.environ[flags.SEARCH_ENV] == "off"
+
+
+def test_a_scheduler_without_settings_takes_them_from_the_environment(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flags, "from_environment", lambda: {"search": "beam"})
+    bare, given = SimpleNamespace(), SimpleNamespace(_ets={"search": "ets"})
+    plugin.check_scheduler(bare)
+    plugin.check_scheduler(given)
+    assert (bare._ets, given._ets) == ({"search": "beam"}, {"search": "ets"})
+    assert calls == ["check", "check"]
+
+
+def test_a_scheduler_whose_hooks_are_missing_does_not_start(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise patches.PatchDrift("a hook is missing")
+
+    monkeypatch.setattr(patches, "check_installed", missing)
+    with pytest.raises(SystemExit, match="a hook is missing"):
+        plugin.check_scheduler(SimpleNamespace(_ets={"search": "ets"}))
