@@ -17,6 +17,7 @@ from sglang_ets.core.settings import Setting, settings_of
 from sglang_ets.prm.choose import AUTO, NAMES, WITHOUT_PRM
 
 OFF = "off"
+MAX_WAITING = 256  # searches
 ENV_PREFIX = "SGLANG_ETS_"
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 SEARCH_ENV = f"{ENV_PREFIX}SEARCH"  # set for child processes, which learn from it whether to patch
@@ -73,6 +74,19 @@ SERVER_FLAGS = (
     ),
     Flag("prm-max-total-tokens", "prm_max_total_tokens", int, None, "Tokens in the PRM's KV pool."),
     Flag("search-max-width", "max_width", int, MAX_WIDTH, "Largest search_width that a request may ask for."),
+    Flag(
+        "search-max-running",
+        "max_running",
+        int,
+        None,
+        "Searches that run at once at most; default: what the pools hold.",
+    ),
+    Flag(
+        "search-max-waiting", "max_waiting", int, MAX_WAITING, "Searches that wait at most; one more is refused (429)."
+    ),
+    Flag(
+        "search-max-running-steps", "max_running_steps", int, None, "Steps of searches in the engine at once at most."
+    ),
     Flag("search-trace", "trace", bool, False, "Show searches, running and just ended, as live pages under /search."),
     ALLOW_UNTESTED,
 )
@@ -161,6 +175,9 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not 2 <= settings["max_width"] <= MAX_WIDTH:
         raise SystemExit(f"--search-max-width must be from 2 to {MAX_WIDTH}, got {settings['max_width']}")
+    for key, least in (("max_running", 1), ("max_waiting", 0), ("max_running_steps", 1)):
+        if settings[key] is not None and settings[key] < least:
+            raise SystemExit(f"--search-{key.replace('_', '-')} must be at least {least}, got {settings[key]}")
     try:
         SearchConfig.from_request(2, None, settings, n=None, max_tokens=None, seed=None)
     except ValueError as error:

@@ -22,6 +22,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from sglang_ets.core.answer import RankedAnswer
+from sglang_ets.core.capacity import Need, NeedEstimates, SearchQueue
 from sglang_ets.core.config import Algorithm
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
@@ -32,9 +33,10 @@ from sglang_ets.engine.figures import default_settings, finished_line, lost_leve
 from sglang_ets.engine.live import ROOT, Branch, LiveSearch
 from sglang_ets.engine.locks import SearchLocks
 from sglang_ets.engine.metrics import make_metrics
-from sglang_ets.engine.pressure import GiveUp, PressureValve, Release
+from sglang_ets.engine.pressure import GiveUp, PressureValve, Release, Suspend
 from sglang_ets.engine.progress import answerable, progress_report, shared_text
 from sglang_ets.engine.scoring import Outcome, StepScoring
+from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
@@ -64,6 +66,7 @@ class SearchCoordinator:
         self._metrics = make_metrics(scheduler)
         self._scoring = StepScoring(prm, self._metrics)
         self._valve = PressureValve(scheduler)
+        self._estimates = NeedEstimates()
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-ets")
         self._voting = Voting()
 
@@ -75,6 +78,17 @@ class SearchCoordinator:
     @cached_property
     def _locks(self) -> SearchLocks:
         return SearchLocks(self.ledger, self.prm)
+
+    @cached_property
+    def _queue(self) -> SearchQueue:
+        """Who runs and who waits; made at first use, when the pools have their sizes."""
+        pools = Need(self.scheduler.max_total_num_tokens, self.prm.pool_tokens)
+        return SearchQueue(pools, self._settings["max_waiting"], self._settings["max_running"])
+
+    @cached_property
+    def _steps(self) -> StepQueue:
+        rows = rows_for_children(self.scheduler.max_running_requests, self._settings["max_running_steps"])
+        return StepQueue(self.scheduler, rows)
 
     # ---- admission ----
 
@@ -106,11 +120,21 @@ class SearchCoordinator:
         if refused:
             self._answer_error(live, refused, HTTPStatus.BAD_REQUEST)
             return
+        need = self._estimates.estimate(live.search.config, live.prompt_need)
+        if not self._queue.enter(live.id, need, live.req.priority or 0):
+            self._answer_error(live, self._full(), HTTPStatus.TOO_MANY_REQUESTS)
+            return
         live.req.time_stats.set_wait_queue_entry_time()
         self.searches[live.id] = live
         self._metrics.sync(len(self.searches), self.ledger)
         # One request brings the prompt into the cache; otherwise every child of the first level would compute it.
         self._queue_child(live, ROOT, (), 0)
+
+    def _full(self) -> str:
+        return (
+            f"{self._queue.num_waiting} searches wait already, the most that this server lets wait; "
+            "try again later, or raise --search-max-waiting"
+        )
 
     # ---- events from the engine ----
 
@@ -118,6 +142,7 @@ class SearchCoordinator:
         """Children of this batch that finished become events; complete levels are scored and selected."""
         for req in batch.reqs:
             if isinstance(req, ChildReq) and req.finished():
+                self._steps.left(req.rid)
                 live = self._search_of(req)
                 if live is not None:
                     with self.guard(live):
@@ -134,21 +159,43 @@ class SearchCoordinator:
                 self._check_deadline(live)
         self._score_due()
         self._forget_drained()
+        self._feed()
+
+    def _feed(self) -> None:
+        """Let searches start, or go on, as the pools allow, and their steps enter the engine behind ordinary requests."""
+        for search_id in self._queue.start():
+            self.searches[search_id].has_started = True
+        for child in self._steps.feed(self._queue.running):
+            child.time_stats.set_wait_queue_entry_time()
+            child.arrival_processed_tokens = self.scheduler.processed_tokens_counter
 
     def after_plan(self, plan: Any) -> None:
         """Break a standstill as the pressure valve decides."""
-        match self._valve.decide(plan, list(self.searches.values())):
+        order = [self.searches[search_id] for search_id in self._queue.running]
+        match self._valve.decide(plan, order, [live for live in self.searches.values() if live not in order]):
             case Release(live):
                 with self.guard(live):
                     self._release(live)
+            case Suspend():
+                self._suspend_youngest()
             case GiveUp(live, message):
                 with self.guard(live):
                     self.fail(live, message)
+
+    def _suspend_youngest(self) -> None:
+        """The youngest running search waits until there is room again; its KV is computed again then."""
+        search_id = self._queue.suspend()
+        if search_id is not None:
+            live = self.searches[search_id]
+            with self.guard(live):
+                self._steps.withdraw(search_id)
+                self._release(live)
 
     def swallow_abort(self, req: Any) -> bool:
         """A child that left the waiting queue is an event for its search, not an answer for a client."""
         if not isinstance(req, ChildReq):
             return False
+        self._steps.left(req.rid)
         live = self._search_of(req)
         if live is not None:
             live.children.remove(req.rid)
@@ -285,17 +332,15 @@ class SearchCoordinator:
             self._queue_child(live, node_id, token_ids, action.max_new_tokens)
 
     def _queue_child(self, live: LiveSearch, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
-        # Past the queue limit on purpose: the client's request was admitted, its children are not new requests.
         child = make_child(live.spec, node_id, token_ids, max_new_tokens)
         live.children.add(child.rid)
-        self.scheduler.waiting_queue.append(child)
-        child.time_stats.set_wait_queue_entry_time()
-        child.arrival_processed_tokens = self.scheduler.processed_tokens_counter
+        self._steps.add(live.id, child)
 
     def _level_done(self, live: LiveSearch, depth: int) -> None:
         live.loop_ms.append(0.0)
         with live.on_loop():
             live.sample_kv(self.ledger, depth)
+        self._queue.update(live.id, live.need)
         self._metrics.level_done(live)
         self._metrics.sync(len(self.searches), self.ledger)
         lost = lost_level(live, depth)
@@ -397,6 +442,7 @@ class SearchCoordinator:
         req.customized_info = {RESULT_KEY: [result]}
         self._send(live)
         self._num_done += 1
+        self._estimates.observe(live.search.config, live.prompt_need, live.need)
         logger.info("%s", finished_line(result))
         for warning in result["search"]["warnings"]:
             logger.warning("search %s: %s", live.rid, warning)
@@ -427,8 +473,10 @@ class SearchCoordinator:
         live.awaited = None
         self._locks.drop_all(live)
         self._abort_children(live)
+        self._queue.leave(live.id)
 
     def _abort_children(self, live: LiveSearch) -> None:
+        live.children.difference_update(child.rid for child in self._steps.discard(live.id))
         if live.children:
             self.scheduler.abort_request(AbortReq(rid=live.id))
 
@@ -463,6 +511,10 @@ class SearchCoordinator:
             "defaults": self._defaults,
             "searches": [state_of(live, self.ledger.held_tokens(live.id)) for live in self.searches.values()],
             "live": len(self.searches),
+            "running": len(self._queue.running),
+            "suspended": self._queue.num_suspended,
+            "waiting": self._queue.num_waiting,
+            "steps_in_engine": self._steps.num_inside,
             "done": self._num_done,
             "failed": self._num_failed,
             "held_kv_tokens": self.ledger.held_tokens(),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from sglang_ets.core.capacity import Need
 from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy
@@ -62,6 +63,7 @@ class LiveSearch:
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
+    has_started: bool = False  # it has left the queue of searches once
     is_answered: bool = False
     end_reason: str = ""  # why it has ended, which is before it is answered; empty while it grows
     final_text: str = ""  # what every answer that is still possible begins with
@@ -98,6 +100,18 @@ class LiveSearch:
     @property
     def prompt_tokens(self) -> int:
         return len(self.req.origin_input_ids)
+
+    @property
+    def prompt_need(self) -> Need:
+        """What the prompt takes; the PRM's own tokens are about as many."""
+        return Need(self.prompt_tokens, self.prompt_tokens)
+
+    @property
+    def need(self) -> Need:
+        """The peak so far. What the PRM holds is taken from its distinct tokens of the steps that the policy model holds."""
+        peak = max((sample.held_tokens for sample in self.kv), default=self.prompt_tokens)
+        generated = sum(len(node.token_ids) for node in self.search.tree.nodes)
+        return Need(peak, round(peak * self.prm_tokens / (self.prompt_tokens + generated)) if generated else peak)
 
     @property
     def has_ended(self) -> bool:

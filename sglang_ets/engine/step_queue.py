@@ -21,10 +21,10 @@ def rows_for_children(max_running_requests: int, max_running_steps: int | None) 
 
 
 class StepQueue:
-    """Owned by the coordinator; scheduler thread only. `waiting_queue` is sglang's list, changed in place."""
+    """Owned by the coordinator; scheduler thread only. Changes the order of the scheduler's waiting queue."""
 
-    def __init__(self, waiting_queue: list[Any], max_inside: int) -> None:
-        self._waiting_queue = waiting_queue
+    def __init__(self, scheduler: Any, max_inside: int) -> None:
+        self._scheduler = scheduler  # it replaces its waiting queue by a new list in every plan
         self._max_inside = max_inside
         self._pending: dict[str, deque[Any]] = {}
         self._inside: dict[str, str] = {}  # id of a child in the engine -> its search
@@ -45,11 +45,11 @@ class StepQueue:
             while pending and len(self._inside) < self._max_inside:
                 child = pending.popleft()
                 self._inside[child.rid] = owner
-                self._waiting_queue.append(child)
+                self._scheduler.waiting_queue.append(child)
                 entered.append(child)
-        if self._inside and len(self._waiting_queue) > 1:
+        if self._inside and len(self._scheduler.waiting_queue) > 1:
             place = {owner: index for index, owner in enumerate(order)}
-            self._waiting_queue.sort(key=lambda req: self._place(req.rid, place))
+            self._scheduler.waiting_queue.sort(key=lambda req: self._place(req.rid, place))
         return entered
 
     def _place(self, request_id: str, place: dict[str, int]) -> int:
@@ -58,9 +58,11 @@ class StepQueue:
 
     def withdraw(self, owner: str) -> int:
         """Take the search's children that wait in sglang's queue back, in order. Returns their number."""
-        back = [req for req in self._waiting_queue if self._inside.get(req.rid) == owner]
+        back = [req for req in self._scheduler.waiting_queue if self._inside.get(req.rid) == owner]
         if back:
-            self._waiting_queue[:] = [req for req in self._waiting_queue if self._inside.get(req.rid) != owner]
+            self._scheduler.waiting_queue[:] = [
+                req for req in self._scheduler.waiting_queue if self._inside.get(req.rid) != owner
+            ]
             for child in back:
                 del self._inside[child.rid]
             self._pending.setdefault(owner, deque()).extendleft(reversed(back))

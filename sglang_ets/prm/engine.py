@@ -289,6 +289,11 @@ class PrmEngine:
             self._pool.reset()
             raise
 
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the PRM's KV pool holds."""
+        return int(self._pool.size)
+
     def stats(self) -> dict[str, Any]:
         """For `/server_info`."""
         ledger = self._pool.ledger

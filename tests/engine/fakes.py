@@ -43,6 +43,7 @@ EOS = 256
 VOCAB = 257
 EMBEDDING_DIM = 8
 SETTINGS: dict[str, Any] = {"max_width": 256, "algorithm": "rebase", "step_delimiter": DELIMITER, "max_steps": 6}
+SETTINGS |= {"max_running": None, "max_waiting": 8, "max_running_steps": None}
 
 
 class ByteTokenizer:
@@ -124,6 +125,7 @@ class FakeScheduler:
             )
         )
         self.page_size = 1
+        self.max_running_requests = 1024
         self.script = script
         self.tokens_per_tick = tokens_per_tick
         self.server_args = SimpleNamespace(_ets=dict(SETTINGS))
@@ -254,6 +256,7 @@ class ScriptedPrm:
         self.batches: list[list[str]] = []  # texts of the steps of each call
         self.questions: list[str] = []
         self.refused: str | None = None
+        self.pool_tokens = 1_000_000
         self.releases: dict[str, int] = {}  # search id -> locks that it gave up
         self.ended: list[str] = []  # ids of searches
 

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
+from sglang_ets.engine.children import ChildReq
 from sglang_ets.engine.pressure import (
     DECODE_HEADROOM_TOKENS,
     HOPELESS_TICKS,
+    KEPT_WAITING_TICKS,
     STUCK_TICKS,
     GiveUp,
     PressureValve,
     Release,
+    Suspend,
 )
 from tests.engine.fakes import FakeBatch
 
@@ -32,59 +35,87 @@ def search(num_holds: int = 1, is_answered: bool = False) -> Any:
     return SimpleNamespace(holds=lambda: [object()] * num_holds, is_answered=is_answered)
 
 
-def plan(running: int = 0, runs: bool = False) -> Any:
-    return SimpleNamespace(batch_to_run=object() if runs else None, running_batch=FakeBatch([object()] * running))
+def plan(running: int = 0, runs: bool = False, prefills: bool = False) -> Any:
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: prefills))
+    return SimpleNamespace(batch_to_run=batch if runs else None, running_batch=FakeBatch([object()] * running))
 
 
 STILL = plan()
 
 
-def test_locks_are_given_up_after_some_ticks_of_standstill_youngest_first() -> None:
+def decide_until_stuck(valve: PressureValve, running: list[Any], others: list[Any]) -> Any:
+    """The decision of the first tick in which a standstill counts as one; there was none before."""
+    decisions = [valve.decide(STILL, running, others) for _ in range(STUCK_TICKS)]
+    assert decisions[:-1] == [None] * (STUCK_TICKS - 1)
+    return decisions[-1]
+
+
+def test_the_youngest_running_search_gives_way_after_some_ticks_of_standstill() -> None:
     valve, old, young = PressureValve(scheduler()), search(), search()
-    decisions = [valve.decide(STILL, [old, young]) for _ in range(2 * STUCK_TICKS)]
-    opened = [None] * (STUCK_TICKS - 1) + [Release(young)]
-    assert decisions == opened * 2  # after each release it waits again
+    for _ in range(2):  # after each decision it waits again
+        assert decide_until_stuck(valve, [old, young], []) == Suspend()
 
 
-def test_a_search_without_locks_is_passed_over() -> None:
-    valve, old, young = PressureValve(scheduler()), search(), search(num_holds=0)
-    assert [valve.decide(STILL, [old, young]) for _ in range(STUCK_TICKS)][-1] == Release(old)
+def test_searches_that_do_not_run_give_up_their_locks_first_the_youngest_of_them_first() -> None:
+    valve, old, young, suspended, later = PressureValve(scheduler()), search(), search(), search(), search()
+    assert decide_until_stuck(valve, [old, young], [suspended, later]) == Release(later)
+    assert decide_until_stuck(valve, [old, young], [suspended, search(num_holds=0)]) == Release(suspended)
+
+
+def test_the_only_running_search_gives_up_its_own_locks() -> None:
+    only = search()
+    assert decide_until_stuck(PressureValve(scheduler()), [only], [search(num_holds=0)]) == Release(only)
 
 
 def test_a_tick_in_which_something_runs_starts_the_count_anew() -> None:
     valve, live = PressureValve(scheduler()), search()
     for _ in range(STUCK_TICKS - 1):
-        assert valve.decide(STILL, [live]) is None
-    assert valve.decide(plan(runs=True), [live]) is None
-    assert [valve.decide(STILL, [live]) for _ in range(STUCK_TICKS - 1)] == [None] * (STUCK_TICKS - 1)
+        assert valve.decide(STILL, [live], []) is None
+    assert valve.decide(plan(runs=True), [live], []) is None
+    assert [valve.decide(STILL, [live], []) for _ in range(STUCK_TICKS - 1)] == [None] * (STUCK_TICKS - 1)
 
 
 def test_nothing_waits_so_nothing_is_stuck() -> None:
     valve = PressureValve(scheduler(waiting=0))
-    assert [valve.decide(STILL, [search()]) for _ in range(HOPELESS_TICKS + 1)] == [None] * (HOPELESS_TICKS + 1)
+    assert [valve.decide(STILL, [search()], []) for _ in range(HOPELESS_TICKS + 1)] == [None] * (HOPELESS_TICKS + 1)
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_decoding_that_is_about_to_starve_opens_it_at_once(page_size: int) -> None:
     need = 3 * DECODE_HEADROOM_TOKENS * page_size
     live = search()
-    assert PressureValve(scheduler(need, page_size=page_size)).decide(plan(3, True), [live]) is None
-    assert PressureValve(scheduler(need - 1, page_size=page_size)).decide(plan(3, True), [live]) == Release(live)
+    assert PressureValve(scheduler(need, page_size=page_size)).decide(plan(3, True), [live], []) is None
+    assert PressureValve(scheduler(need - 1, page_size=page_size)).decide(plan(3, True), [live], []) == Release(live)
 
 
-def test_without_a_lock_left_the_youngest_search_that_is_not_answered_fails() -> None:
+@pytest.mark.parametrize(("prefills", "decision"), [(False, Suspend()), (True, None)])
+def test_an_ordinary_request_that_cannot_enter_for_long_makes_a_search_give_way(prefills: bool, decision: Any) -> None:
     valve = PressureValve(scheduler())
-    old, young, done = search(0), search(0), search(0, is_answered=True)
-    decisions = [valve.decide(STILL, [old, young, done]) for _ in range(HOPELESS_TICKS)]
+    decisions = [valve.decide(plan(5, True, prefills), [search(), search()], []) for _ in range(KEPT_WAITING_TICKS)]
+    assert decisions == [None] * (KEPT_WAITING_TICKS - 1) + [decision]
+
+
+def test_children_that_wait_behind_running_ones_are_no_reason() -> None:
+    busy = scheduler()
+    busy.waiting_queue = [object.__new__(ChildReq)]
+    valve = PressureValve(busy)
+    assert [valve.decide(plan(5, True), [search()], []) for _ in range(KEPT_WAITING_TICKS)] == [
+        None
+    ] * KEPT_WAITING_TICKS
+
+
+def test_the_only_search_fails_when_it_has_no_lock_left_to_give_up() -> None:
+    valve, only = PressureValve(scheduler()), search(0)
+    decisions = [valve.decide(STILL, [only], [search(0, is_answered=True)]) for _ in range(HOPELESS_TICKS)]
     assert decisions[:-1] == [None] * (HOPELESS_TICKS - 1)
     last = decisions[-1]
     assert isinstance(last, GiveUp)
-    assert last.live is young
+    assert last.live is only
     assert "pool of 500 tokens" in last.message and "--max-total-tokens" in last.message
-    assert valve.decide(STILL, [old]) is None  # the others get their time
+    assert valve.decide(STILL, [only], []) is None  # the count begins anew
 
 
-def test_searches_that_are_all_answered_already_are_left_alone() -> None:
+def test_without_a_running_search_there_is_nobody_to_fail() -> None:
     valve = PressureValve(scheduler())
-    decisions = [valve.decide(STILL, [search(0, is_answered=True)]) for _ in range(HOPELESS_TICKS)]
+    decisions = [valve.decide(STILL, [], [search(0, is_answered=True)]) for _ in range(HOPELESS_TICKS)]
     assert decisions == [None] * HOPELESS_TICKS

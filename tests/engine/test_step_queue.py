@@ -14,6 +14,11 @@ class FakeReq:
     rid: str
 
 
+@dataclass
+class FakeScheduler:
+    waiting_queue: list[FakeReq]
+
+
 def filled(queue: StepQueue, owner: str, count: int) -> list[FakeReq]:
     children = [FakeReq(f"{owner}{i}") for i in range(count)]
     for child in children:
@@ -27,7 +32,7 @@ def ids(waiting: list[FakeReq]) -> list[str]:
 
 def test_the_first_search_goes_first_and_rows_limit_all() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(waiting, 3)
+    queue = StepQueue(FakeScheduler(waiting), 3)
     filled(queue, "b", 2)
     filled(queue, "a", 2)
     queue.feed(["a", "b"])
@@ -42,7 +47,7 @@ def test_the_first_search_goes_first_and_rows_limit_all() -> None:
 
 def test_an_ordinary_request_goes_before_children_that_wait() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(waiting, 8)
+    queue = StepQueue(FakeScheduler(waiting), 8)
     filled(queue, "a", 2)
     queue.feed(["a"])
     waiting.append(FakeReq("ordinary"))
@@ -52,7 +57,7 @@ def test_an_ordinary_request_goes_before_children_that_wait() -> None:
 
 def test_an_older_search_goes_before_children_of_a_younger_one_that_wait_already() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(waiting, 8)
+    queue = StepQueue(FakeScheduler(waiting), 8)
     filled(queue, "young", 2)
     queue.feed(["old", "young"])
     filled(queue, "old", 1)
@@ -62,7 +67,7 @@ def test_an_older_search_goes_before_children_of_a_younger_one_that_wait_already
 
 def test_a_suspended_search_takes_back_what_waits_and_keeps_its_order() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(waiting, 3)
+    queue = StepQueue(FakeScheduler(waiting), 3)
     filled(queue, "a", 4)
     queue.feed(["a"])
     running = waiting.pop(0)
@@ -79,7 +84,7 @@ def test_a_suspended_search_takes_back_what_waits_and_keeps_its_order() -> None:
 
 def test_an_ended_search_forgets_what_has_not_entered() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(waiting, 1)
+    queue = StepQueue(FakeScheduler(waiting), 1)
     children = filled(queue, "a", 3)
     queue.feed(["a"])
     assert queue.discard("a") == children[1:]
