@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 from sglang.srt.entrypoints.openai import protocol as openai_protocol
 
 from sglang_ets.core.config import MAX_WIDTH, MIN_WIDTH, SearchConfig, check_width
-from sglang_ets.core.settings import settings_of, shown
+from sglang_ets.core.settings import is_unicode, settings_of, shown, wrong
 
 
 def options_model(settings_class: type) -> type[BaseModel]:
@@ -198,6 +198,20 @@ def _check_refused(request: Any) -> None:
         )
     for message in getattr(request, "messages", None) or []:
         _check_text_only(message)
+    for name, text in _texts(request):
+        if not is_unicode(text):
+            raise wrong(name, "text of whole characters", text, "send both halves of the pair")
+
+
+def _texts(request: Any) -> Iterator[tuple[str, str]]:
+    """What a tokenizer or an answer will hold of the request, each text with the name of its field."""
+    values = [(name, getattr(request, name, None)) for name in ("model", "rid", "prompt", "stop")]
+    values += [("messages", getattr(message, "content", None)) for message in getattr(request, "messages", None) or []]
+    for name, value in values:
+        for item in value if isinstance(value, list) else [value]:
+            text = getattr(item, "text", item)
+            if isinstance(text, str):
+                yield name, text
 
 
 def question_of(request: Any) -> str | None:

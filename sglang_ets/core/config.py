@@ -15,6 +15,7 @@ from sglang_ets.core.settings import (
     MAX_COUNT,
     Setting,
     check_fields,
+    is_unicode,
     markdown_table,
     setting,
     settings_of,
@@ -51,16 +52,11 @@ def _check_delimiters(value: object) -> None:
     if not isinstance(value, tuple) or not 1 <= len(value) <= MAX_DELIMITERS:
         raise wrong("step_delimiter", f"1 to {MAX_DELIMITERS} texts or token ids", value, remedy)
     for item in value:
-        is_text = isinstance(item, str) and 1 <= len(item) <= MAX_DELIMITER_CHARS and _is_unicode(item)
+        is_text = isinstance(item, str) and 1 <= len(item) <= MAX_DELIMITER_CHARS and is_unicode(item)
         is_id = isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_COUNT
         if not is_text and not is_id:
             rule = f"texts of 1 to {MAX_DELIMITER_CHARS} whole characters or token ids"
             raise wrong("step_delimiter", rule, item, remedy)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the text has no half of a surrogate pair, which no tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,15 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether all characters are whole. JSON may bring half of a surrogate pair, which no tokenizer and no answer can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def markdown_table(cls: type) -> str:
     """All settings of a class as a table of Markdown."""
     lines = ["| setting | default | values | flag | meaning |", "|---|---|---|---|---|"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from sglang_ets.core.config import SearchConfig, check_vocabulary, check_width
-from sglang_ets.core.settings import shown, wrong
+from sglang_ets.core.settings import is_unicode, shown, wrong
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY
 
 # What a native request may carry that a search cannot honour: attribute of sglang's request, and its name in the API.
@@ -89,8 +89,10 @@ def refusal(config: SearchConfig, req: Any, pool_tokens: int, num_ranks: int) ->
 
 
 def _check_question(question: object) -> None:
-    if question is not None and (not isinstance(question, str) or len(question) > MAX_QUESTION_CHARS):
-        rule = f"text of at most {MAX_QUESTION_CHARS} characters, or null"
+    if question is None:
+        return
+    if not isinstance(question, str) or len(question) > MAX_QUESTION_CHARS or not is_unicode(question):
+        rule = f"text of at most {MAX_QUESTION_CHARS} whole characters, or null"
         raise wrong(QUESTION_KEY, rule, question, "leave it out to ask about the prompt")
 
 

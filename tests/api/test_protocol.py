@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fastapi import HTTPException
+from fastapi import FastAPI, HTTPException
+from fastapi.testclient import TestClient
 from hypothesis import given
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sglang_ets.patches.openai_api import answer_search
@@ -116,6 +117,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (completion, {"search": {"answer_pattern": "(" * 500}}, "answer_pattern must be"),
     (completion, {"search": {"answer_pattern": "((?:ab){1000000})"}}, "answer_pattern must be"),
     (completion, {"regex": "x" * 10_000}, "regex"),
+    (completion, {"model": "m\ud800"}, r"model must be text of whole characters, got 'm\\ud800'"),
+    (completion, {"rid": "\ud800"}, "rid must be text of whole characters"),
+    (completion, {"prompt": "1+\ud83d"}, "prompt must be text of whole characters"),
+    (completion, {"stop": ["a", "\udc00"]}, "stop must be text of whole characters"),
+    (chat, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages must be text of whole characters"),
+    (
+        chat,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+        "messages must be text of whole characters",
+    ),
     (completion, {"search": {"algorithm": "mcts"}}, "best_of_n, beam, dvts, rebase, ets_kv, ets"),
     (completion, {"search": {"kv_weight": 1}}, "valid settings are algorithm"),
     (completion, {"search": {"width": 4}}, "valid settings are algorithm"),
@@ -240,12 +251,16 @@ def test_nothing_but_a_value_error_leaves_admission(search: Any, question: Any) 
 
 
 @pytest.mark.parametrize(
-    "question", [5, ["q"], "q" * (admission.MAX_QUESTION_CHARS + 1)], ids=["number", "list", "long"]
+    "question",
+    [5, ["q"], "\ud800", "q" * (admission.MAX_QUESTION_CHARS + 1)],
+    ids=["number", "list", "half", "long"],
 )
 def test_a_native_question_is_text_of_bounded_length(question: Any) -> None:
     req = native({"search_width": 8})
     req.sampling_params.custom_params[QUESTION_KEY] = question
-    with pytest.raises(ValueError, match=r"^ets_question must be text of at most 1000000 characters, or null, got "):
+    with pytest.raises(
+        ValueError, match=r"^ets_question must be text of at most 1000000 whole characters, or null, got "
+    ):
         carried_config(req, SETTINGS)
 
 
@@ -420,6 +435,43 @@ def test_errors_have_a_status_and_one_sentence(outcome: Any, fields: dict[str, A
 def test_an_error_holds_any_text() -> None:
     response, _ = post(ValueError("half \ud800 of a character"))
     assert json.loads(response.body)["error"]["message"] == "half \ud800 of a character"
+
+
+HOSTILE_BODIES = {
+    "too deep to parse": '"search": ' + "[" * 5000 + "]" * 5000,
+    "deep": '"search": {"algorithm": ' + "[" * 900 + "]" * 900 + "}",
+    "deep search": '"search": ' + "[" * 900 + "]" * 900,
+    "deep width": '"search_width": ' + "[" * 900 + "]" * 900,
+    "digits": '"search": {"kv_cost_weight": 1' + "0" * 400 + "}",
+    "too many digits to parse": '"search": {"kv_cost_weight": 1' + "0" * 6000 + "}",
+    "not a number": '"search": {"kv_cost_weight": NaN}',
+    "many names": '"search": ' + json.dumps({str(i): i for i in range(100_000)}),
+    "half a character": '"search": {"\\ud800": 1}',
+    "half a model": '"model": "\\ud800"',
+}
+
+
+def test_hostile_bodies_are_refused_at_the_endpoint() -> None:
+    """Through FastAPI's own parser and back, as bytes."""
+    app = FastAPI()
+    serving = Serving({"search": [RESULT]})
+
+    async def endpoint(request: Any) -> Any:
+        return await answer_search(unexpected, serving, request, None)
+
+    async def unexpected(*_args: Any) -> None:
+        raise AssertionError("an ordinary answer")
+
+    endpoint.__annotations__["request"] = CompletionRequest
+    app.post("/v1/completions")(endpoint)
+    client = TestClient(app, headers={"Content-Type": "application/json"})
+    for name, part in HOSTILE_BODIES.items():
+        body = '{"model": "m", "prompt": "1+2=", "search_width": 4, ' + part + "}"
+        answered = client.post("/v1/completions", content=body.encode())
+        assert (answered.status_code, len(answered.content) < 2000) == (400, True), name
+    assert not serving.sent
+    whole = client.post("/v1/completions", content=b'{"model": "m", "prompt": "1+2=", "search_width": 4}')
+    assert (whole.status_code, len(serving.sent)) == (200, 1)
 
 
 def answering(status: int, body: dict[str, Any]) -> openai.OpenAI:
