@@ -201,6 +201,7 @@ def test_a_hold_on_the_radix_root_costs_nothing(pool: Pool) -> None:
     tree = paths.cost_tree(paths.ends(holds), len(PROMPT))
     held = [tree.cost[tree.held(np.array([leaf]))].sum() for leaf in range(3)]
     assert held == [0, 1, 0]
+    assert tree.leaf.tolist() == [2, 1, 3], "like a lost one, each is a node of its own behind the others"
     for hold in holds:
         pool.ledger.release(hold)
     pool.assert_balanced()
