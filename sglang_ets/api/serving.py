@@ -19,6 +19,7 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.settings import shown
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY, TRACE_PARAM
 
+RETRY_AFTER_S = 5  # of a client whose search found all places taken
 TITLE_CHARS = 80
 
 
@@ -42,7 +43,8 @@ async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
     except ValueError as error:
         return _error(str(error), "BadRequest", 400)
     except HTTPException as error:
-        return _error(str(error.detail), "SearchFailed", error.status_code)
+        kind = "ServerBusy" if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else "SearchFailed"
+        return _error(str(error.detail), kind, error.status_code)
     rid = answered["meta_info"]["id"]
     if request.stream:
         # The first report is here, so a search that is refused has been answered with its status and not with a stream.
@@ -135,9 +137,12 @@ def _report(answered: dict[str, Any]) -> dict[str, Any]:
     # Outside a stream the tokenizer manager raises these itself.
     if reason.get("status_code") == HTTPStatus.BAD_REQUEST:
         raise ValueError(message)
+    if reason.get("status_code") == HTTPStatus.TOO_MANY_REQUESTS:
+        raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, message)
     raise HTTPException(reason.get("status_code") or 500, f"search failed: {message.removeprefix('search failed: ')}")
 
 
 def _error(message: str, kind: str, status: int) -> Response:
     """In ASCII, so that any text can be sent: half a character, which a client can send as an escape, has no UTF-8."""
-    return Response(json.dumps(error_body(message, kind, status)), status, media_type="application/json")
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.TOO_MANY_REQUESTS else None
+    return Response(json.dumps(error_body(message, kind, status)), status, headers, media_type="application/json")

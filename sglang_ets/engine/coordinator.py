@@ -173,9 +173,9 @@ class SearchCoordinator:
         """Break a standstill as the pressure valve decides."""
         order = [self.searches[search_id] for search_id in self._queue.running]
         match self._valve.decide(plan, order, [live for live in self.searches.values() if live not in order]):
-            case Release(live):
+            case Release(live, tokens):
                 with self.guard(live):
-                    self._release(live)
+                    self._release(live, tokens)
             case Suspend():
                 self._suspend_youngest()
             case GiveUp(live, message):
@@ -189,7 +189,7 @@ class SearchCoordinator:
             live = self.searches[search_id]
             with self.guard(live):
                 self._steps.withdraw(search_id)
-                self._release(live)
+                self._release(live, self.scheduler.max_total_num_tokens)
 
     def swallow_abort(self, req: Any) -> bool:
         """A child that left the waiting queue is an event for its search, not an answer for a client."""
@@ -414,14 +414,17 @@ class SearchCoordinator:
                 step = _step_text(live, child.node_id, step_ids, is_last=True)
                 live.search.on_step(child.node_id, step_ids, step.text, "length")  # no action: the search stops now
 
-    def _release(self, live: LiveSearch) -> None:
-        """Give up all locks of a search on the policy model's KV, which is computed again when it is needed."""
-        holds = live.holds()
-        tokens = self.ledger.unique_tokens(holds)
-        for hold in holds:
+    def _release(self, live: LiveSearch, tokens: int) -> None:
+        """Give up locks on the policy model's KV, which is computed again when it is needed, until `tokens` can be evicted."""
+        before = self.scheduler.tree_cache.evictable_size()
+        for hold in live.holds_by_promise():
+            freed = self.scheduler.tree_cache.evictable_size() - before
+            if freed >= tokens:
+                break
             self.ledger.release(hold)
         live.num_pressure_releases += 1
-        logger.info("KV pool under pressure: search %s unlocked %d tokens, to be computed again", live.rid, tokens)
+        freed = self.scheduler.tree_cache.evictable_size() - before
+        logger.info("KV pool under pressure: search %s unlocked %d tokens, to be computed again", live.rid, freed)
 
     # ---- ends ----
 

@@ -153,6 +153,16 @@ class LiveSearch:
         """Locks of the trajectories that may still grow, in the order of their nodes."""
         return [b.hold for _, b in sorted(self.branches.items()) if b.hold is not None and b.hold.locked]
 
+    def holds_by_promise(self) -> list[Hold]:
+        """The same with the least promising trajectory first, by its last score, and the prompt last."""
+        nodes = self.search.tree.nodes
+
+        def promise(item: tuple[int, Branch]) -> tuple[bool, float, int]:
+            return item[0] == ROOT, nodes[item[0]].score or 0.0, item[0]
+
+        ordered = sorted(self.branches.items(), key=promise)
+        return [branch.hold for _, branch in ordered if branch.hold is not None and branch.hold.locked]
+
     def decide(self, policy: SelectionPolicy, ends: Sequence[tuple[int | None, int]]) -> Selection:
         """Decide one level of leaves with these ends (see `PathSnapshot.ends`).
 

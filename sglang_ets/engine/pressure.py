@@ -15,14 +15,16 @@ from sglang_ets.engine.live import LiveSearch
 STUCK_TICKS = 3  # ticks in which requests wait and nothing runs before locks are given up
 HOPELESS_TICKS = 200  # the same with no lock left to give up: the youngest search is failed
 KEPT_WAITING_TICKS = 20  # in which an ordinary request does not enter before a search gives way to it
+RELEASED_SHARE = 16  # a release frees this part of the pool, so that the next one is not due at once
 DECODE_HEADROOM_TOKENS = 2  # per running request: what the next two ticks may need
 
 
 @dataclass(frozen=True)
 class Release:
-    """This search gives up its locks."""
+    """This search gives up locks, those of its least promising trajectories first, until so many tokens can be evicted."""
 
     live: LiveSearch
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,12 @@ class PressureValve:
         """Whoever can do without goes first: searches that do not run, then the youngest that does, then the only one."""
         idle = next((live for live in reversed(others) if live.holds()), None)
         if idle is not None:
-            return Release(idle)
+            return Release(idle, self._enough())
         if len(running) > 1:
             return Suspend()
         for only in running:
             if only.holds():
-                return Release(only)
+                return Release(only, self._enough())
             if self._stuck_ticks >= HOPELESS_TICKS:
                 return GiveUp(only, self._hopeless())
         return None
@@ -93,6 +95,9 @@ class PressureValve:
         scheduler = self._scheduler
         free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
         return bool(free < running * DECODE_HEADROOM_TOKENS * scheduler.page_size)
+
+    def _enough(self) -> int:
+        return max(1, int(self._scheduler.max_total_num_tokens) // RELEASED_SHARE)
 
     def _hopeless(self) -> str:
         return (

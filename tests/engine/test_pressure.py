@@ -12,6 +12,7 @@ from sglang_ets.engine.pressure import (
     DECODE_HEADROOM_TOKENS,
     HOPELESS_TICKS,
     KEPT_WAITING_TICKS,
+    RELEASED_SHARE,
     STUCK_TICKS,
     GiveUp,
     PressureValve,
@@ -20,6 +21,9 @@ from sglang_ets.engine.pressure import (
 )
 from tests.engine.fakes import FakeBatch
 
+POOL = 500
+ENOUGH = POOL // RELEASED_SHARE
+
 
 def scheduler(free: int = 100, waiting: int = 1, page_size: int = 1) -> Any:
     return SimpleNamespace(
@@ -27,7 +31,7 @@ def scheduler(free: int = 100, waiting: int = 1, page_size: int = 1) -> Any:
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free - 10),
         tree_cache=SimpleNamespace(evictable_size=lambda: 10),
         page_size=page_size,
-        max_total_num_tokens=500,
+        max_total_num_tokens=POOL,
     )
 
 
@@ -58,13 +62,13 @@ def test_the_youngest_running_search_gives_way_after_some_ticks_of_standstill() 
 
 def test_searches_that_do_not_run_give_up_their_locks_first_the_youngest_of_them_first() -> None:
     valve, old, young, suspended, later = PressureValve(scheduler()), search(), search(), search(), search()
-    assert decide_until_stuck(valve, [old, young], [suspended, later]) == Release(later)
-    assert decide_until_stuck(valve, [old, young], [suspended, search(num_holds=0)]) == Release(suspended)
+    assert decide_until_stuck(valve, [old, young], [suspended, later]) == Release(later, ENOUGH)
+    assert decide_until_stuck(valve, [old, young], [suspended, search(num_holds=0)]) == Release(suspended, ENOUGH)
 
 
 def test_the_only_running_search_gives_up_its_own_locks() -> None:
     only = search()
-    assert decide_until_stuck(PressureValve(scheduler()), [only], [search(num_holds=0)]) == Release(only)
+    assert decide_until_stuck(PressureValve(scheduler()), [only], [search(num_holds=0)]) == Release(only, ENOUGH)
 
 
 def test_a_tick_in_which_something_runs_starts_the_count_anew() -> None:
@@ -85,7 +89,9 @@ def test_decoding_that_is_about_to_starve_opens_it_at_once(page_size: int) -> No
     need = 3 * DECODE_HEADROOM_TOKENS * page_size
     live = search()
     assert PressureValve(scheduler(need, page_size=page_size)).decide(plan(3, True), [live], []) is None
-    assert PressureValve(scheduler(need - 1, page_size=page_size)).decide(plan(3, True), [live], []) == Release(live)
+    assert PressureValve(scheduler(need - 1, page_size=page_size)).decide(plan(3, True), [live], []) == Release(
+        live, ENOUGH
+    )
 
 
 @pytest.mark.parametrize(("prefills", "decision"), [(False, Suspend()), (True, None)])
