@@ -264,13 +264,6 @@ def test_a_native_question_is_text_of_bounded_length(question: Any) -> None:
         carried_config(req, SETTINGS)
 
 
-def test_a_native_question_is_a_text() -> None:
-    request = native({"search_width": 8})
-    request.sampling_params.custom_params[QUESTION_KEY] = 5
-    with pytest.raises(ValueError, match=f"^{QUESTION_KEY} beside it must be a text, got 5; leave it out$"):
-        carried_config(request, SETTINGS)
-
-
 @pytest.mark.parametrize(
     ("setting", "named"),
     [

@@ -87,8 +87,6 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"kv_cost": "bytes"}, "kv_cost must be one of tokens, nodes"),
     ({"cluster_distance": 2.1}, "cluster_distance must be a number from 0 to 2, got 2.1"),
     ({"cluster_distance": float("nan")}, "cluster_distance must be a number from 0 to 2, got nan"),
-    ({"kv_cost_weight": 10**400}, "kv_cost_weight must be a number from 0 to 1e+06, got 1000"),
-    ({"step_delimiter": ("\ud800",)}, "'\\ud800' is neither a non-empty text nor a token id"),
     ({"rebase_temperature": 0}, "rebase_temperature must be"),
     ({"score_aggregation": "sum"}, "score_aggregation must be one of last, min, mean, prod"),
     ({"answer": "worst"}, "answer must be one of best, majority, weighted_majority"),
@@ -197,13 +195,6 @@ def test_text_that_holds_no_settings_is_refused(text: str) -> None:
         SearchConfig.from_json(text)
     with pytest.raises(ValueError, match="search_width must be"):
         SearchConfig.from_json(json.dumps({"width": 1}))
-
-
-def test_text_that_is_nested_too_deep_is_refused_without_its_text() -> None:
-    with pytest.raises(
-        ValueError, match=r"^search settings must be a JSON object, got a text nested too deep; send it flat$"
-    ):
-        SearchConfig.from_json("[" * 5000)
 
 
 @given(
