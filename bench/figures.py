@@ -11,6 +11,7 @@ from typing import Any
 from bench.tables import BASELINE, frontier
 
 DOTS_PER_INCH = 110
+COMPARABLE = 0.9  # of the most problems in a panel: with fewer, a point is pale and beside the frontier
 FEWEST_POINTS = 5  # of a panel: less is a table
 COLOURS = {
     "best_of_n": "#7f7f7f", "beam": "#b8860b", "dvts": "#2a9d4e", "rebase": "#000000", "ets_kv": "#1f77b4",
@@ -51,7 +52,8 @@ def colour(policy: str) -> str:
 def accuracy_against_kv(by_title: Mapping[str, tuple[str, Sequence[dict[str, Any]]]], path: Path) -> None:
     """Accuracy minus that of REBASE against the share of REBASE's KV, both on the same problems, with 95 % intervals.
 
-    A panel for each title and width with points enough; a grey line joins the policies that no other dominates.
+    A panel for each title and width with points enough; a grey line joins the policies that
+    no other dominates, of those that have solved most problems.
     """
     searched = {
         f"width {width}, {title}": [s for s in summaries if s["width"] == width and "kv_reduction" in s]
@@ -69,7 +71,9 @@ def _compare(axis: Any, own: Sequence[dict[str, Any]]) -> None:
     from matplotlib.ticker import PercentFormatter
 
     points = [_point(s) for s in own]
-    edge = frontier({"kv_tokens_mean": p["x"], "accuracy": p["y"]} for p in points)
+    most = COMPARABLE * max(s["problems"] for s in own)
+    pairs = [(s, p) for s, p in zip(own, points, strict=True) if s["problems"] >= most]
+    edge = frontier({"kv_tokens_mean": p["x"], "accuracy": p["y"]} for _, p in pairs)
     axis.plot(
         [e["kv_tokens_mean"] for e in edge], [e["accuracy"] for e in edge],
         color="0.6", linewidth=4, alpha=0.5, marker="o", markersize=13, label="not dominated", zorder=1,
@@ -80,7 +84,8 @@ def _compare(axis: Any, own: Sequence[dict[str, Any]]) -> None:
         marker, fill, own_colour = MARKERS.get(b, "o"), FILLS.get(d, "full"), colour(s["policy"])
         axis.errorbar(
             p["x"], p["y"], xerr=p["x_error"], yerr=p["y_error"], fmt=marker, fillstyle=fill, color=own_colour,
-            markersize=6, elinewidth=0.7, alpha=0.9, label=f"{s['policy']} ({s['problems']})",
+            markersize=6, elinewidth=0.7, alpha=0.95 if s["problems"] >= most else 0.4,
+            label=f"{s['policy']} ({s['problems']})",
         )  # fmt: skip
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -24,6 +24,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Made = tuple[str, list[rows.Row]]  # a table and its summaries
 
 
+@cache
 def rows_of(name: str) -> list[rows.Row]:
     return list(rows.read(rows.RESULTS / f"{name}.jsonl"))
 

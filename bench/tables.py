@@ -30,10 +30,8 @@ EQUAL = {"completion_tokens": "tokens generated", "seconds": "seconds a problem"
 def interval(right: list[bool], base: list[bool], seed: int) -> tuple[float, float]:
     """95 % bootstrap interval of the accuracy difference, paired by problem."""
     draw = random.Random(seed)
-    pairs = list(zip(right, base, strict=True))
-    means = sorted(
-        sum(int(a) - int(b) for a, b in draw.choices(pairs, k=len(pairs))) / len(pairs) for _ in range(NUM_RESAMPLES)
-    )
+    gains = [int(a) - int(b) for a, b in zip(right, base, strict=True)]
+    means = sorted(sum(draw.choices(gains, k=len(gains))) / len(gains) for _ in range(NUM_RESAMPLES))
     return means[int(0.025 * NUM_RESAMPLES)], means[int(0.975 * NUM_RESAMPLES)]
 
 

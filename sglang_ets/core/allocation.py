@@ -65,7 +65,10 @@ def inherited_scores(
     held = np.bincount(clusters[kept], weights=weights[kept], minlength=num_clusters)
     raised = scores.copy()
     heirs = np.flatnonzero(kept & (weights > 0.0))  # a weight of zero has nothing to scale
-    raised[heirs] += temperature * np.log(whole[clusters[heirs]] / held[clusters[heirs]])
+    total, own = whole[clusters[heirs]], held[clusters[heirs]]
+    with np.errstate(over="ignore"):  # of a weight close to the smallest number, which the difference of logs can take
+        ratio = total / own
+    raised[heirs] += temperature * np.where(np.isinf(ratio), np.log(total) - np.log(own), np.log(ratio))
     return raised
 
 

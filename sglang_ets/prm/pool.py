@@ -178,8 +178,9 @@ class PrmPool:
         """Whether a chosen request computes tokens that this one lacks too: in the next pass they are cached."""
         if req.reuse_tokens - req.prefix_len < MIN_SHARED_TOKENS:
             return False
-        shared = max((_shared_tokens(req, other) for other in chosen), default=0)
-        return bool(min(shared, req.reuse_tokens) - req.prefix_len >= MIN_SHARED_TOKENS)
+        shared = min(max((_shared_tokens(req, other) for other in chosen), default=0), req.reuse_tokens)
+        cacheable = shared - shared % self._cache.page_size
+        return bool(cacheable - req.prefix_len >= MIN_SHARED_TOKENS)
 
     def _request(self, run: TokenRun) -> _PrmReq:
         params = SamplingParams(max_new_tokens=0)

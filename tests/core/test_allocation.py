@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_ets.core.allocation import even_allocation, inherited_scores, rebase_allocation
@@ -74,6 +74,7 @@ def test_kept_leaves_inherit_the_weight_of_their_cluster() -> None:
     leaves=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), st.booleans()), min_size=1, max_size=20),
     temperature=st.sampled_from([0.001, 0.2, 5.0]),
 )
+@example(leaves=[(1.0, 0, False), (0.28125, 0, True)], temperature=0.001)  # a share too small for a ratio
 def test_inherited_scores_are_finite_and_never_lower(leaves: list[tuple[float, int, bool]], temperature: float) -> None:
     scores = np.array([score for score, _, _ in leaves])
     clusters = np.unique([cluster for _, cluster, _ in leaves], return_inverse=True)[1].astype(np.int64)

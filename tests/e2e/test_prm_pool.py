@@ -15,7 +15,7 @@ from tests.prm.conftest import MODELS, changed_config
 pytestmark = pytest.mark.server
 
 PROMPTS = [problem["prompt"] for problem in PROBLEMS[:4]]
-OUT_OF_BALANCE = ("out of balance", "ended with", "the PRM failed")
+OUT_OF_BALANCE = ("out of balance", " locks on ", "the PRM failed")
 
 
 def search(server: Server, prompt: str, width: int, algorithm: str, **fields: Any) -> tuple[int, Any]:

@@ -36,6 +36,7 @@ def test_every_policy_answers_with_scores_and_figures(server: Server, algorithm:
     answer = server.search(PROBLEMS[0]["prompt"], n=2, search={"algorithm": algorithm})
     seen = figures(answer)
     assert seen["algorithm"] == algorithm
+    assert seen["warnings"] == []
     assert seen["levels"] >= 2
     assert 0 < seen["kv_tokens_mean"] <= seen["kv_tokens_peak"] <= seen["kv_referenced_peak"]
     assert answer["usage"]["completion_tokens"] > seen["levels"]
@@ -165,8 +166,26 @@ def test_deadline_returns_the_best_so_far(server: Server) -> None:
     answer = server.search(PROBLEMS[2]["prompt"], 64, search={"deadline_s": 2.5, "algorithm": "rebase"})
     seen = figures(answer)
     assert seen["finish_reason"] == "deadline"
+    assert any(warning.startswith("deadline_s of 2.5 ended the search") for warning in seen["warnings"])
     assert seen["seconds"] < 5
     assert answer["choices"][0]["text"]
+    assert_nothing_held(server)
+
+
+def test_a_search_that_ends_leaves_requests_whose_ids_begin_with_its_own_alone(server: Server) -> None:
+    def generate(rid: str, **sampling: Any) -> dict[str, Any]:
+        body = {"rid": rid, "text": PROBLEMS[2]["prompt"], "sampling_params": sampling}
+        status, answer = server.post("/generate", body)
+        assert status == 200, answer
+        return dict(answer)
+
+    with ThreadPoolExecutor(3) as pool:
+        strangers = [pool.submit(generate, rid, max_new_tokens=600, ignore_eos=True) for rid in ("pa/b", "pa/1")]
+        custom = {"ets": {"search_width": 32, "deadline_s": 2.0, "algorithm": "rebase"}}
+        search = generate("pa", max_new_tokens=512, custom_params=custom)
+        assert search["meta_info"]["search"][0]["search"]["finish_reason"] == "deadline"  # steps were being made
+        ends = [stranger.result()["meta_info"]["finish_reason"] for stranger in strangers]
+    assert ends == [{"type": "length", "length": 600}] * 2
     assert_nothing_held(server)
 
 

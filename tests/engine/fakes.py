@@ -358,7 +358,7 @@ class World:
         return sent.info
 
     def error(self, rid: str = "pa") -> str:
-        """The message of a search that failed; it was told once."""
+        """The message of a search that failed; it came once."""
         (sent,) = self.scheduler.output_streamer.responses(rid)
         assert sent.finished is not None and sent.finished["type"] == "abort", sent
         return str(sent.finished["message"])

@@ -252,12 +252,13 @@ def test_half_a_level_may_be_lost_and_the_answer_says_so(algorithm: str) -> None
 
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "best_of_n"])
-def test_more_than_half_a_level_lost_is_an_error(algorithm: str) -> None:
+def test_more_than_half_a_level_lost_is_an_error(algorithm: str, caplog: pytest.LogCaptureFixture) -> None:
     world = World(prm=lossy_prm(WIDTH // 2 + 1, 2))
     world.ask(algorithm=algorithm)
     world.run()
     assert world.error().startswith("search failed: 3 of the 4 steps of level 2 failed, more than half: the pool has 1")
     world.assert_balanced()
+    assert not any(record.exc_info for record in caplog.records)  # what else the level wanted was not tried
 
 
 def test_a_step_of_best_of_n_that_was_continued_and_gets_no_score_fails_the_search() -> None:

@@ -23,11 +23,11 @@ def embeddings(num_rows: int, at_zero: tuple[int, ...] = ()) -> NDArray[np.float
 )
 def test_equal_those_of_numpy(num_rows: int, at_zero: tuple[int, ...]) -> None:
     given = embeddings(num_rows, at_zero)
-    found = DeviceDistances(CPU)(given)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, cosine_distances(given), atol=1e-6)
-    assert np.array_equal(found, found.T)
-    assert not np.diagonal(found).any()
+    distances = DeviceDistances(CPU)(given)
+    assert distances.dtype == np.float64
+    np.testing.assert_allclose(distances, cosine_distances(given), atol=1e-6)
+    assert np.array_equal(distances, distances.T)
+    assert not np.diagonal(distances).any()
 
 
 def test_cluster_labels_take_them() -> None:

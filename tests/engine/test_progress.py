@@ -39,7 +39,8 @@ class Scripted:
     def select(self, *allocation: int) -> str:
         """The final text after a selection."""
         self.search.on_selected(Selection(np.array(allocation)))
-        self.live.final_text = shared_text(self.search.tree)
+        if not self.search.is_over:
+            self.live.final_text = shared_text(self.search.tree)
         self.reports.append(progress_report(self.live, 7)["progress"])
         return str(self.live.final_text)
 

@@ -27,7 +27,7 @@ def growing(prm: ScriptedPrm, width: int) -> LiveSearch:
     config = SearchConfig(width=width)
     live = LiveSearch(ChildSpec(new_search_id(), request("pa", "Q"), 0, ()), Search(config, 1))
     live.search.start()
-    live.branches[ROOT] = Branch(prm=prm.open_prompt((1,), "Q"))  # type: ignore[arg-type]
+    live.branches[ROOT] = Branch(prm=prm.open_prompt((1,), "Q", live.id))  # type: ignore[arg-type]
     for node in live.search.tree.nodes[1:]:
         live.search.on_step(node.id, (node.id,), f"step {node.id}", "step")
         live.branches[node.id] = Branch()

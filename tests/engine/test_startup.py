@@ -13,8 +13,19 @@ from sglang_ets.core.selection import Ets
 from sglang_ets.engine import startup
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
+from sglang_ets.prm.sizing import SIZED_WIDTH, PoolNeed
 
-FLAGS = {"prm_model_path": "/prm", "prm_format": "shepherd", "prm_max_total_tokens": 77, "algorithm": "dvts"}
+FLAGS = {
+    "prm_model_path": "/prm",
+    "prm_format": "shepherd",
+    "prm_max_total_tokens": 77,
+    "algorithm": "dvts",
+    "max_width": 32,
+    "max_tokens": 300,
+    "max_steps": 5,
+    "max_step_tokens": 40,
+}
+NEED = PoolNeed(32, 5 * 40)  # the widest search, and the longest trajectory that its steps allow
 
 
 @pytest.fixture
@@ -41,7 +52,7 @@ def scheduler(**flags: Any) -> Any:
 
 def test_flags_reach_the_prm_and_the_coordinator(loaded: list[PrmSettings]) -> None:
     made = startup.make_coordinator(scheduler())
-    assert loaded == [PrmSettings("/prm", "shepherd", 77)]
+    assert loaded == [PrmSettings("/prm", NEED, "shepherd", 77)]
     assert made.prm == "the PRM"  # type: ignore[comparison-overlap]
     assert made.searches == {}
     assert made._num_ranks == 3
@@ -54,7 +65,7 @@ def test_flags_reach_the_prm_and_the_coordinator(loaded: list[PrmSettings]) -> N
 
 def test_without_a_prm_the_policy_model_scores(loaded: list[PrmSettings]) -> None:
     startup.make_coordinator(scheduler(prm_model_path=None, prm_format="confidence", prm_max_total_tokens=None))
-    assert loaded == [PrmSettings("/policy", "confidence", None)]
+    assert loaded == [PrmSettings("/policy", NEED, "confidence", None)]
 
 
 def test_a_wrong_default_stops_the_start(loaded: list[PrmSettings]) -> None:
@@ -74,3 +85,9 @@ def test_where_the_models_run_decides_who_computes_distances(
     monkeypatch.setattr(startup, "step_distances", distances)
     startup.make_coordinator(scheduler())
     assert asked == ["cpu"]
+
+
+def test_the_pool_is_sized_for_what_the_flags_allow() -> None:
+    assert startup.pool_need(FLAGS) == NEED
+    assert startup.pool_need({**FLAGS, "max_tokens": 150}).trajectory_tokens == 150
+    assert startup.pool_need({**FLAGS, "max_width": 1024}).width == SIZED_WIDTH

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +157,19 @@ def test_a_common_prefix_that_was_given_up_is_computed_once(large: PrmEngine) ->
     computed = large.stats()["tokens_extended"] - before
     assert computed < len(paths[1].token_ids) + 8 * 16
     end(large, "a", [*paths, *(path for path, _ in made)])
+
+
+@pytest.mark.parametrize(("page_size", "is_later"), [(1, True), (16, True), (64, False)])
+def test_tokens_that_fill_no_page_are_not_waited_for(page_size: int, is_later: bool) -> None:
+    """Nothing smaller than a page is ever cached, so siblings that share less go into one pass."""
+    pool = pool_module.PrmPool.__new__(pool_module.PrmPool)
+    pool._cache = SimpleNamespace(page_size=page_size)
+    chosen, other = (
+        SimpleNamespace(origin_input_ids=array("q", [*range(40), last]), reuse_tokens=40, prefix_len=0)
+        for last in (50, 51)
+    )
+    assert pool._is_better_later(other, [chosen]) is is_later
+    assert not pool._is_better_later(other, [])
 
 
 def test_a_step_fails_only_if_it_alone_does_not_fit(small: PrmEngine) -> None:
