@@ -85,9 +85,10 @@ def test_wrong_flags_end_the_launch_with_a_sentence(argv: list[str], named: str)
 
 
 def test_every_search_flag_is_a_setting_that_a_search_reads() -> None:
-    own = {"search", "prm_model_path", "prm_format", "prm_max_total_tokens", "max_width", "trace"}
-    own |= {flags.ALLOW_UNTESTED.key, "max_running", "max_waiting", "max_running_steps"}
-    assert {flag.key for flag in flags.FLAGS} - own <= set(SearchConfig.__dataclass_fields__)
+    own = {flag.key for flag in flags.SERVER_FLAGS}
+    settings = {item.name for item in settings_of(SearchConfig)}
+    assert own.isdisjoint(settings), "a flag of both kinds would be parsed twice"
+    assert {flag.key for flag in flags.FLAGS} - own == {i.name for i in settings_of(SearchConfig) if i.flag_name}
 
 
 def test_what_the_launcher_sets_for_the_embedded_task_stands_in_the_table() -> None:
