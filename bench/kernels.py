@@ -116,11 +116,7 @@ def score_case(width: int, hidden_size: int, vocabulary: int, generator: torch.G
         shape={"num_positions": width, "num_rows": num_rows, "hidden_size": hidden_size, "vocabulary": vocabulary},
         inputs={"hidden": hidden, "positions": positions, "head": head},
         traffic=step_score_traffic(
-            num_positions=width,
-            hidden_size=hidden_size,
-            num_head_rows=HEAD_ROWS,
-            dtype=hidden.dtype,
-            has_bias=False,
+            num_positions=width, hidden_size=hidden_size, num_head_rows=HEAD_ROWS, dtype=hidden.dtype, has_bias=False
         ),
         run=lambda inputs, backend: step_score(
             inputs["hidden"], inputs["positions"], inputs["head"][:HEAD_ROWS], backend=backend

@@ -141,7 +141,9 @@ GRIDS = {
     "coverage": Grid(coverage_settings, "validation", 100, diversity_weights=(0.0, 1.5)),
     "cuts": Grid(cut_settings, "test", 40, kv_weights=(1.0,), cuts=(0.1, 0.2, 0.3, 0.4, 0.6)),
 }  # fmt: skip
-SMOKE: dict[str, Any] = {"problems": 2, "widths": (8,), "kv_weights": (1.0,)}
+SMOKE: dict[str, Any] = {
+    "problems": 2, "widths": (8,), "kv_weights": (1.0,), "diversity_weights": (0.0, 1.5), "cuts": (0.2, 0.3),
+}  # fmt: skip
 
 
 def problems_of(split: Split, count: int, seed: int) -> list[Problem]:

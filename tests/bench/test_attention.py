@@ -19,11 +19,7 @@ def test_a_case_times_both_sides(case: attention.Case) -> None:
 def test_siblings_share_the_pages_of_their_prefix() -> None:
     case = attention.SMOKE[0]
     pages = attention.inputs(case)[4][1:]
-    first, sibling, cousin = (
-        set(pages[0].tolist()),
-        set(pages[1].tolist()),
-        set(pages[attention.SIBLINGS].tolist()),
-    )
+    first, sibling, cousin = (set(pages[0].tolist()), set(pages[1].tolist()), set(pages[attention.SIBLINGS].tolist()))
     assert len(first & sibling) == case.kv_tokens - case.kv_tokens // 5
     assert not first & cousin
 

@@ -6,15 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.tables import (
-    against,
-    equal_cost_tables,
-    frontier,
-    interval,
-    reduced,
-    reduction_interval,
-    table,
-)
+from bench.tables import against, equal_cost_tables, frontier, interval, reduced, reduction_interval, table
 
 
 def row(policy: str, problem: str, is_right: bool, held: float, width: int = 16, **more: Any) -> dict[str, Any]:
