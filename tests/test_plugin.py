@@ -17,7 +17,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was asked of the patches, in order."""
     asked: list[Any] = []
     monkeypatch.setattr(patches, "wanted", lambda search_is_on: ("patches", search_is_on))
-    monkeypatch.setattr(patches, "install", lambda wanted: asked.append(("install", wanted[1])))
+    monkeypatch.setattr(patches, "install", lambda wanted, untested: asked.append(("install", wanted[1], untested)))
+    monkeypatch.setattr(plugin, "allows_untested", lambda: False)
     monkeypatch.setattr(patches, "check_installed", lambda: asked.append("check"))
     monkeypatch.setattr(plugin, "_state", {"is_registered": False})
     monkeypatch.delenv(flags.SEARCH_ENV, raising=False)
@@ -36,7 +37,7 @@ def test_the_environment_says_whether_a_process_searches(
     assert not plugin.is_registered()
     plugin.register()
     assert plugin.is_registered()
-    assert calls == [("install", is_on)]
+    assert calls == [("install", is_on, False)]
 
 
 @pytest.mark.parametrize("runs_scheduler", [False, True])
@@ -49,7 +50,7 @@ def test_a_child_without_a_scheduler_is_not_patched(
     else:
         monkeypatch.delitem(sys.modules, "sglang.srt.managers.scheduler", raising=False)
     plugin.register()
-    assert calls == ([("install", False)] if runs_scheduler else [])
+    assert calls == ([("install", False, False)] if runs_scheduler else [])
 
 
 def test_flags_switch_the_search_on_for_this_process_and_its_children(
@@ -58,7 +59,7 @@ def test_flags_switch_the_search_on_for_this_process_and_its_children(
     monkeypatch.setenv(flags.SEARCH_ENV, "before")
     args = SimpleNamespace(_ets={"search": "ets"})
     assert plugin.switch_on(args) is args
-    assert calls == [("install", True), "apply", "check"]
+    assert calls == [("install", True, False), "apply", "check"]
     assert os.environ[flags.SEARCH_ENV] == "ets"
 
 
@@ -87,3 +88,13 @@ def test_a_scheduler_whose_hooks_are_missing_does_not_start(calls: list[Any], mo
     monkeypatch.setattr(patches, "check_installed", missing)
     with pytest.raises(SystemExit, match="a hook is missing"):
         plugin.check_scheduler(SimpleNamespace(_ets={"search": "ets"}))
+
+
+@pytest.mark.parametrize(("flag", "env", "allows"), [(False, "", False), (False, "1", True), (True, "0", True)])
+def test_a_flag_or_the_environment_allows_an_untested_sglang(
+    monkeypatch: pytest.MonkeyPatch, flag: bool, env: str, allows: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["server", *(["--allow-untested-sglang"] if flag else [])])
+    monkeypatch.setenv(flags.ALLOW_UNTESTED.env, env)
+    assert plugin.allows_untested() is allows
+    assert os.environ[flags.ALLOW_UNTESTED.env] == ("1" if flag else env)  # for child processes
