@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_ets.core.capacity import Need
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.engine.children import ChildReq
 from tests.engine.fakes import FakeScheduler, World, request, tokens
 
@@ -100,9 +102,8 @@ def test_a_search_of_higher_priority_starts_before_those_that_wait() -> None:
 
 def test_a_wrong_estimate_makes_the_youngest_give_way_and_go_on_later() -> None:
     world = crowded(260)
-    config = ask(world, "a").sampling_params and next(iter(world.ets.searches.values())).search.config
-    for _ in range(8):
-        world.ets._estimates.observe(config, Need(8, 8), Need(9, 9))  # far too small
+    world.ets._estimates.observe(SearchConfig(algorithm="rebase", width=4), Need(8, 8), Need(9, 9))  # far too small
+    ask(world, "a")
     ask(world, "b")
     suspended = 0
     for _ in world.ticks():
@@ -115,8 +116,6 @@ def test_a_wrong_estimate_makes_the_youngest_give_way_and_go_on_later() -> None:
 
 @pytest.mark.parametrize("phase", ["waiting", "running"])
 def test_a_client_that_leaves_makes_room(phase: str) -> None:
-    from sglang.srt.managers.io_struct import AbortReq
-
     world = crowded()
     for rid in ("a", "b", "c"):
         ask(world, rid)
