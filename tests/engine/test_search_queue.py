@@ -159,3 +159,15 @@ def test_a_deadline_ends_a_search_that_still_waits() -> None:
     assert "deadline" in world.error("b")
     assert world.answer("a")
     world.assert_balanced()
+
+
+@pytest.mark.parametrize(("strength", "is_dearer"), [(0.0, False), (3.0, True)])
+def test_kv_is_dearer_in_a_full_pool_if_the_server_is_told_so(strength: float, is_dearer: bool) -> None:
+    world = crowded(170, kv_pressure=strength)
+    world.ask("a", algorithm="ets_kv", kv_cost_weight=0.5, search_width=4, max_new_tokens=100, max_step_tokens=30)
+    world.run()
+    figures = world.answer("a")["search"]
+    assert figures["kv_cost_weight"] == 0.5, "what was asked for stays as it is"
+    assert (figures["kv_cost_weight_max"] is not None) == is_dearer
+    assert not is_dearer or 0.5 < figures["kv_cost_weight_max"] <= 0.5 * (1 + strength)
+    world.assert_balanced()
