@@ -438,7 +438,9 @@ def bug_in_the_search(world: World, _req: Any) -> None:
 @pytest.mark.parametrize(
     "plant", [bug_in_the_tokenizer, bug_in_the_prm, bug_in_a_policy, bug_in_the_result, bug_in_the_search]
 )
-def test_a_bug_fails_one_search_and_nothing_else(plant: Callable[[World, Any], None], algorithm: str) -> None:
+def test_a_bug_fails_one_search_and_nothing_else(
+    plant: Callable[[World, Any], None], algorithm: str, caplog: pytest.LogCaptureFixture
+) -> None:
     world = World()
     world.ets._policies = world.policies
     req = world.ask(algorithm=algorithm, return_tree=True)
@@ -446,6 +448,7 @@ def test_a_bug_fails_one_search_and_nothing_else(plant: Callable[[World, Any], N
     world.run()
     assert world.error() == "search failed: Bug: a bug"
     world.assert_balanced()
+    assert sum(record.exc_info is not None for record in caplog.records) == 1  # its other children only go
 
 
 def test_a_bug_after_the_answer_sends_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
