@@ -150,48 +150,61 @@ def attend(
     k_cache: NDArray[Any],  # [pool, kv_heads, head_size]: float32, or bits of bfloat16 (uint16) or float16 (int16)
     v_cache: NDArray[Any],  # [pool, kv_heads, value_size]
     slots: NDArray[np.int32],  # [requests, context]
-    rows: NDArray[np.int64],  # [tokens], row of `slots` of each token's sequence
-    visible: NDArray[np.int64],  # [tokens], how many positions of it the token sees
+    tokens: NDArray[np.int64],  # [places], the tokens in the order in which segments speak of them
+    rows: NDArray[np.int64],  # [places], row of `slots` of each token's sequence
+    visible: NDArray[np.int64],  # [places], how many positions of it the token sees
     segments: NDArray[
         np.int64
-    ],  # [segments, 4]: positions start to end of tokens first to last; in order for each token
+    ],  # [segments, 4]: positions start to end of places first to last, in order for each place
 ) -> None:
     """Attention of tokens over the pages of their sequences. A token's segments cover what it sees, each position once.
 
-    Tokens of one segment have the same slots there, and they are read from the first token's row. Floats are contiguous.
+    Tokens of one segment have the same slots there, and they are read from the first place's row. Floats are contiguous.
+    Only outputs of `tokens` are written.
     """
-    num_heads, group = query.shape[1], query.shape[1] // k_cache.shape[1]
+    group = query.shape[1] // k_cache.shape[1]
     stride = (segments[:, 1].max() // LANES + 2) * LANES
-    scores = np.empty((min(TOKENS_AT_ONCE, query.shape[0]) * group, stride), dtype=np.float32)
+    scores = np.empty((min(TOKENS_AT_ONCE, len(tokens)) * group, stride), dtype=np.float32)
     keys = np.empty((query.shape[2], POSITIONS), dtype=np.float32)
     keys_at = np.arange(query.shape[2]) * POSITIONS
     at = np.empty(POSITIONS, dtype=np.int64)
-    output[:] = 0
     for kv_head in range(k_cache.shape[1]):
-        for begin in range(0, query.shape[0], TOKENS_AT_ONCE):
-            stop = min(begin + TOKENS_AT_ONCE, query.shape[0])
+        heads = kv_head * group
+        for begin in range(0, len(tokens), TOKENS_AT_ONCE):
+            part = tokens[begin : begin + TOKENS_AT_ONCE]
             for segment in segments:
-                first, last = max(segment[2], begin), min(segment[3], stop)
-                head, num_rows = first * num_heads + kv_head * group, (last - first) * group
+                first, last = max(segment[2] - begin, 0), min(segment[3] - begin, len(part))
                 for start in range(segment[0], segment[1] if first < last else 0, POSITIONS):
                     num_positions = min(POSITIONS, segment[1] - start)
-                    _find(slots[rows[first]], start, num_positions, k_cache.shape, kv_head, at)
-                    place = (first - begin) * group * stride + start
-                    _score(query, k_cache, at, num_positions, keys, keys_at, scores, place, head, num_rows, group)
-            for row in range((stop - begin) * group):
+                    _find(slots[rows[begin + first]], start, num_positions, k_cache.shape, kv_head, at)
+                    scores_at = first * group * stride + start
+                    _score(
+                        query,
+                        k_cache,
+                        at,
+                        num_positions,
+                        keys,
+                        keys_at,
+                        scores,
+                        scores_at,
+                        part[first:last],
+                        heads,
+                        group,
+                    )
+            for row in range(len(part) * group):
                 seen = scores[row, : visible[begin + row // group]]
                 _exponentials(seen, _largest(seen))
+                output[part[row // group], heads + row % group] = 0
             for segment in segments:
-                first, last = max(segment[2], begin), min(segment[3], stop)
-                head, num_rows = first * num_heads + kv_head * group, (last - first) * group
+                first, last = max(segment[2] - begin, 0), min(segment[3] - begin, len(part))
                 for start in range(segment[0], segment[1] if first < last else 0, POSITIONS):
                     num_positions = min(POSITIONS, segment[1] - start)
-                    _find(slots[rows[first]], start, num_positions, v_cache.shape, kv_head, at)
-                    place = (first - begin) * group * stride + start
-                    _add_values(output, v_cache, at, num_positions, scores, place, head, num_rows, group)
-            for row in range((stop - begin) * group):
-                token = begin + row // group
-                output[token, kv_head * group + row % group] /= _sum(scores[row, : visible[token]])
+                    _find(slots[rows[begin + first]], start, num_positions, v_cache.shape, kv_head, at)
+                    weights_at = first * group * stride + start
+                    _add_values(output, v_cache, at, num_positions, scores, weights_at, part[first:last], heads, group)
+            for row in range(len(part) * group):
+                total = _sum(scores[row, : visible[begin + row // group]])
+                output[part[row // group], heads + row % group] /= total
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -219,20 +232,21 @@ def _score(
     keys_at: NDArray[np.int64],  # [head_size], where its rows begin
     scores: NDArray[np.float32],  # [tokens of this pass * group, stride], written up to whole LANES
     scores_at: int,  # of the first row and position
-    head: int,  # number of the first row's head among the heads of all tokens
-    num_rows: int,  # query heads that score the block
+    tokens: NDArray[np.int64],  # that score the block
+    heads: int,  # the first of `group` heads
     group: int,
 ) -> None:
     for first in range(0, num_positions, LANES):
         for column in range(0, query.shape[2], LANES):
             _transpose(k_cache, at, first, column, keys)
+    num_rows = len(tokens) * group
     fours = num_rows // ROWS * ROWS
     for row in range(0, fours, ROWS):
-        a_at = _four_heads(head, row, group, query.shape[1], query.shape[2])
+        a_at = _four_heads(tokens, row, heads, group, query.shape)
         c_at = _four_rows(scores_at, row, scores.shape[1])
         _score_rows(query, a_at, keys, keys_at, scores, c_at, num_positions)
     for row in range(fours, num_rows):
-        a_at = (_head(head, row, group, query.shape[1], query.shape[2]),)
+        a_at = (_head(tokens, row, heads, group, query.shape),)
         _score_rows(query, a_at, keys, keys_at, scores, (scores_at + row * scores.shape[1],), num_positions)
 
 
@@ -261,16 +275,17 @@ def _add_values(
     num_positions: int,  # of the block
     weights: NDArray[np.float32],  # [tokens of this pass * group, stride]
     weights_at: int,  # of the first row and position
-    head: int,  # number of the first row's head among the heads of all tokens
-    num_rows: int,
+    tokens: NDArray[np.int64],
+    heads: int,
     group: int,
 ) -> None:
+    num_rows = len(tokens) * group
     fours = num_rows // ROWS * ROWS
     for row in range(0, fours, ROWS):
-        c_at = _four_heads(head, row, group, output.shape[1], output.shape[2])
+        c_at = _four_heads(tokens, row, heads, group, output.shape)
         _add_rows(weights, _four_rows(weights_at, row, weights.shape[1]), v_cache, at, output, c_at, num_positions)
     for row in range(fours, num_rows):
-        c_at = (_head(head, row, group, output.shape[1], output.shape[2]),)
+        c_at = (_head(tokens, row, heads, group, output.shape),)
         _add_rows(weights, (weights_at + row * weights.shape[1],), v_cache, at, output, c_at, num_positions)
 
 
@@ -292,18 +307,20 @@ def _add_rows(
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _head(first: int, row: int, group: int, num_heads: int, size: int) -> int:
+def _head(tokens: NDArray[np.int64], row: int, heads: int, group: int, shape: tuple[int, int, int]) -> int:
     """Where the vector of a row begins: rows are the heads of one group, token by token."""
-    return (first + row // group * num_heads + row % group) * size
+    return (tokens[row // group] * shape[1] + heads + row % group) * shape[2]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _four_heads(first: int, row: int, group: int, num_heads: int, size: int) -> tuple[int, int, int, int]:
+def _four_heads(
+    tokens: NDArray[np.int64], row: int, heads: int, group: int, shape: tuple[int, int, int]
+) -> tuple[int, int, int, int]:
     return (
-        _head(first, row, group, num_heads, size),
-        _head(first, row + 1, group, num_heads, size),
-        _head(first, row + 2, group, num_heads, size),
-        _head(first, row + 3, group, num_heads, size),
+        _head(tokens, row, heads, group, shape),
+        _head(tokens, row + 1, heads, group, shape),
+        _head(tokens, row + 2, heads, group, shape),
+        _head(tokens, row + 3, heads, group, shape),
     )
 
 

@@ -10,11 +10,11 @@ What else is in a batch, and the plan, never change a result: a row's bits depen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sglang_ets.kernels.attention_tiles import SIZE_MULTIPLE, attend
 from torch.nn.functional import scaled_dot_product_attention
 
-FEW_NEW_TOKENS = 16  # from here on torch's blocked attention of one sequence is faster than row by row
+FEW_NEW_TOKENS = 64  # of a sequence; with more, torch's blocked attention of one sequence is about as fast
 # Numba knows no bfloat16 and computes nothing in float16: it is given their bits, and tells them apart by the type.
 BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
@@ -47,6 +47,59 @@ class SharedKV(Protocol):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The new tokens of a batch in the order in which the kernel goes over them. Made by `layout_of`."""
+
+    tokens: NDArray[np.int64]  # [tokens], place in the batch of each
+    rows: NDArray[np.int64]  # [tokens], row of req_to_token
+    visible: NDArray[np.int64]  # [tokens], positions that the token sees
+    segments: NDArray[np.int64]  # [segments, 4]: positions start to end of tokens first to last
+
+
+def layout_of(
+    rows: Sequence[int], kv_lengths: Sequence[int], new_lengths: Sequence[int], plan: SharedKV | None = None
+) -> Layout:
+    """What the kernel follows: one for all layers of a forward pass. Arguments as in `PagedBatch`.
+
+    Raises:
+        ValueError: the plan is of another batch, or shares what is new.
+    """
+    row, num_kv = np.asarray(rows, dtype=np.int64), np.asarray(kv_lengths, dtype=np.int64)
+    is_planned = plan is not None and len(plan.spans) > 0
+    if not is_planned and max(new_lengths) == 1:  # the usual decode
+        place = np.arange(len(row))
+        return Layout(place, row, num_kv, np.stack([np.zeros_like(place), num_kv, place, place + 1], axis=1))
+    num_new = np.asarray(new_lengths, dtype=np.int64)
+    num_cached, starts = num_kv - num_new, np.cumsum(num_new) - num_new
+    order, private_from, spans = np.arange(len(row)), np.zeros_like(row), np.empty((0, 4), dtype=np.int64)
+    if plan is not None and is_planned:
+        order, private_from, spans = plan.order, plan.private_from, plan.spans
+        _check(plan, num_cached)
+    num_new, num_cached, private_from = num_new[order], num_cached[order], private_from[order]
+    bounds = np.concatenate([[0], np.cumsum(num_new)])
+    sequence = np.repeat(np.arange(len(row)), num_new)
+    number = np.arange(len(sequence)) - bounds[sequence]  # of a token among the new ones of its sequence
+    visible = num_cached[sequence] + number + 1
+    shared = np.concatenate([spans[:, :2], bounds[spans[:, 2:]]], axis=1)
+    # What is cached and the first new token are seen by all new tokens of a sequence; the rest depends on the token.
+    whole = np.stack([private_from, num_cached + 1, bounds[:-1], bounds[1:]], axis=1)
+    later = np.flatnonzero(number)
+    tails = np.stack([num_cached[sequence[later]] + 1, visible[later], later, later + 1], axis=1)
+    segments = np.concatenate([shared, whole, tails])
+    return Layout(starts[order][sequence] + number, row[order][sequence], visible, segments)
+
+
+def _check(plan: SharedKV, num_cached: NDArray[np.int64]) -> None:
+    if len(plan.order) != len(num_cached):
+        raise ValueError(f"the plan is of {len(plan.order)} sequences, but the batch has {len(num_cached)}")
+    if (plan.private_from > num_cached).any():
+        at = int((plan.private_from - num_cached).argmax())
+        raise ValueError(
+            f"the plan shares {plan.private_from[at]} tokens of sequence {at}, but only {num_cached[at]} are cached"
+        )
+
+
+@dataclass(frozen=True)
 class PagedBatch:
     """New tokens of several sequences, whose keys and values are in the pools already. `output` is written."""
 
@@ -59,7 +112,7 @@ class PagedBatch:
     kv_lengths: list[int]  # cached and new tokens of each sequence; the new ones are the last
     new_lengths: list[int]  # new tokens of each sequence
     scaling: float | None = None  # of the scores; default 1 / sqrt(head_size)
-    plan: SharedKV | None = None  # None: every sequence by itself
+    layout: Layout | None = None  # of these rows and lengths; None: made for this call, without a plan
 
     def sequences(self) -> Iterator[PagedBatch]:
         """One batch a sequence."""
@@ -67,7 +120,7 @@ class PagedBatch:
         for row, num_kv, num_new in zip(self.rows, self.kv_lengths, self.new_lengths, strict=True):
             query, output = (one[start : start + num_new] for one in (self.query, self.output))
             yield replace(
-                self, query=query, output=output, rows=[row], kv_lengths=[num_kv], new_lengths=[num_new], plan=None
+                self, query=query, output=output, rows=[row], kv_lengths=[num_kv], new_lengths=[num_new], layout=None
             )
             start += num_new
 
@@ -105,10 +158,7 @@ def _name(dtype: torch.dtype) -> str:
 def paged_attention(batch: PagedBatch) -> None:
     """`paged_attention_reference`, by the Numba kernel where that can (`slow_path_reason`) and is faster: few new tokens.
 
-    With a plan, the same bits are written as without.
-
-    Raises:
-        ValueError: the plan is of another batch, or shares what is new.
+    With a plan in the layout, the same bits are written as without.
     """
     if slow_path_reason(batch) is not None:
         paged_attention_reference(batch)
@@ -120,69 +170,25 @@ def paged_attention(batch: PagedBatch) -> None:
             run(one)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Tokens in the order in which the kernel goes over them."""
-
-    tokens: NDArray[np.int64] | None  # [tokens], place in the batch of each; None: as they are
-    rows: NDArray[np.int64]  # [tokens], row of req_to_token
-    visible: NDArray[np.int64]  # [tokens], positions that the token sees
-    segments: NDArray[np.int64]  # [segments, 4]: positions start to end of tokens first to last
-
-
-def _layout(batch: PagedBatch) -> _Layout:
-    rows, num_new = np.asarray(batch.rows, dtype=np.int64), np.asarray(batch.new_lengths, dtype=np.int64)
-    num_cached = np.asarray(batch.kv_lengths, dtype=np.int64) - num_new
-    starts = np.cumsum(num_new) - num_new  # first token of each sequence
-    order, private_from = np.arange(len(rows)), np.zeros_like(rows)
-    spans = np.empty((0, 4), dtype=np.int64)
-    if batch.plan is not None and len(batch.plan.spans):
-        order, private_from, spans = batch.plan.order, batch.plan.private_from, batch.plan.spans
-        _check(batch.plan, num_cached)
-    num_new, rows, starts, private_from = num_new[order], rows[order], starts[order], private_from[order]
-    num_cached = num_cached[order]
-    bounds = np.concatenate([[0], np.cumsum(num_new)])
-    sequence = np.repeat(np.arange(len(rows)), num_new)
-    number = np.arange(len(sequence)) - bounds[sequence]  # of a token among the new ones of its sequence
-    visible = num_cached[sequence] + number + 1
-    # What is cached and the first new token are seen by all new tokens of a sequence; the rest depends on the token.
-    whole = np.stack([private_from, num_cached + 1, bounds[:-1], bounds[1:]], axis=1)
-    later = np.flatnonzero(number)
-    tails = np.stack([num_cached[sequence[later]] + 1, visible[later], later, later + 1], axis=1)
-    shared = np.concatenate([spans[:, :2], bounds[spans[:, 2:]]], axis=1)
-    tokens = starts[sequence] + number if len(spans) else None
-    return _Layout(tokens, rows[sequence], visible, np.concatenate([shared, whole, tails]))
-
-
-def _check(plan: SharedKV, num_cached: NDArray[np.int64]) -> None:
-    if len(plan.order) != len(num_cached):
-        raise ValueError(f"the plan is of {len(plan.order)} sequences, but the batch has {len(num_cached)}")
-    if (plan.private_from > num_cached).any():
-        at = int((plan.private_from - num_cached).argmax())
-        raise ValueError(
-            f"the plan shares {plan.private_from[at]} tokens of sequence {at}, but only {num_cached[at]} are cached"
-        )
-
-
 def _attend_few(batch: PagedBatch) -> None:
-    layout = _layout(batch)
+    layout = batch.layout or layout_of(batch.rows, batch.kv_lengths, batch.new_lengths)
     scaling = 1 / math.sqrt(batch.query.shape[2]) if batch.scaling is None else batch.scaling
-    query = batch.query if layout.tokens is None else batch.query[torch.from_numpy(layout.tokens)]
-    query = (query.float() * scaling).contiguous().numpy()
-    output = np.empty(batch.output.shape, dtype=np.float32)
-    pools = [pool.view(BITS[pool.dtype]).numpy() for pool in (batch.k_cache, batch.v_cache)]
-    slots = batch.req_to_token.numpy()
+    query = (batch.query.float() * scaling).contiguous()
+    is_direct = batch.output.dtype == torch.float32 and batch.output.is_contiguous()
+    output = batch.output if is_direct else torch.empty(batch.output.shape, dtype=torch.float32)
+    pools = [pool.view(BITS[pool.dtype]) for pool in (batch.k_cache, batch.v_cache)]
+    arrays = [tensor.numpy() for tensor in (query, output, *pools, batch.req_to_token)]
 
     def attend_part(part: slice) -> None:
         segments = layout.segments
         if part.stop - part.start < len(query):
             within = segments[:, 2:].clip(part.start, part.stop) - part.start
             segments = np.concatenate([segments[:, :2], within], axis=1)[within[:, 0] < within[:, 1]]
-        attend(query[part], output[part], *pools, slots, layout.rows[part], layout.visible[part], segments)
+        attend(*arrays, layout.tokens[part], layout.rows[part], layout.visible[part], segments)
 
     _in_threads(attend_part, len(query))
-    where: Any = slice(None) if layout.tokens is None else torch.from_numpy(layout.tokens)
-    batch.output[where] = torch.from_numpy(output).to(batch.output.dtype)
+    if not is_direct:
+        batch.output.copy_(output)
 
 
 def _in_threads(attend: Callable[[slice], None], num_tokens: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sglang_ets.kernels import PagedBatch, paged_attention, paged_attention_reference, slow_path_reason
+from sglang_ets.kernels import PagedBatch, layout_of, paged_attention, paged_attention_reference, slow_path_reason
 
 from sglang_ets.core.attention_plan import AttentionPlan, Span, plan_paths
 
@@ -90,9 +90,9 @@ def kernel_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     kernel = module.attend
 
-    def spy(query: object, *rest: object) -> None:
-        calls.append(len(query))  # type: ignore[arg-type]
-        kernel(query, *rest)
+    def spy(*args: object) -> None:
+        calls.append(len(args[5]))  # type: ignore[arg-type]
+        kernel(*args)
 
     monkeypatch.setattr(module, "attend", spy)
     return calls
@@ -221,7 +221,7 @@ def planned(args: Case, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor
     """The output with the plan and without."""
     batch = PagedBatch(*args)
     with_plan = torch.full_like(batch.output, math.nan)
-    paged_attention(replace(batch, output=with_plan, plan=plan))
+    paged_attention(replace(batch, output=with_plan, layout=layout_of(*args[5:], plan)))
     paged_attention(batch)
     return with_plan, batch.output
 
@@ -250,11 +250,11 @@ def test_a_shared_segment_is_read_from_one_row_only() -> None:
     """Slots of the other rows may say anything there: the plan is what is followed."""
     args, paths = tree(30, 3, 50, 4, 2)
     plan = plan_paths(paths, min_saved_tokens=1)
-    _, expected = planned(args, plan)
+    expected, _ = planned(args, plan)
     for segment in plan.segments():
         args[4][list(segment.rows[1:]), segment.start : segment.end] = 0
-    paged_attention(replace(PagedBatch(*args), output=args[1].fill_(math.nan), plan=plan))
-    assert torch.equal(args[1], expected.clone())
+    paged_attention(replace(PagedBatch(*args), output=args[1].fill_(math.nan), layout=layout_of(*args[5:], plan)))
+    assert torch.equal(args[1], expected)
 
 
 @pytest.mark.usefixtures("threads")
@@ -279,10 +279,10 @@ def test_a_plan_of_another_batch_is_refused() -> None:
     args, paths = tree(5, 2, 9, 2, 2)
     plan = plan_paths([*paths, paths[0]], min_saved_tokens=1)
     with pytest.raises(ValueError, match="plan is of 6 sequences, but the batch has 5"):
-        paged_attention(replace(PagedBatch(*args), plan=plan))
+        layout_of(*args[5:], plan)
     plan = plan_paths([[("all", 0, 9)]] * 2, min_saved_tokens=1)
     with pytest.raises(ValueError, match="shares 9 tokens of sequence 1, but only 8 are cached"):
-        paged_attention(replace(PagedBatch(*case([12, 9], [1, 1])), plan=plan))
+        layout_of([0, 1], [12, 9], [1, 1], plan)
 
 
 def test_query_may_be_a_view(kernel_tokens: list[int]) -> None:
