@@ -166,45 +166,57 @@ def attend(
     stride = (segments[:, 1].max() // LANES + 2) * LANES
     scores = np.empty((min(TOKENS_AT_ONCE, len(tokens)) * group, stride), dtype=np.float32)
     keys = np.empty((query.shape[2], POSITIONS), dtype=np.float32)
-    keys_at = np.arange(query.shape[2]) * POSITIONS
+    for begin in range(0, len(tokens), TOKENS_AT_ONCE):
+        end = min(begin + TOKENS_AT_ONCE, len(tokens))
+        within = segments
+        if len(tokens) > TOKENS_AT_ONCE:
+            within = segments[(segments[:, 2] < end) & (segments[:, 3] > begin)]
+            within[:, 2:] = np.minimum(np.maximum(within[:, 2:] - begin, 0), end - begin)
+        part = tokens[begin:end], rows[begin:end], visible[begin:end], within
+        for kv_head in range(k_cache.shape[1]):
+            _attend_group(query, output, k_cache, v_cache, slots, *part, kv_head, group, scores, keys)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _attend_group(
+    query: NDArray[np.float32],
+    output: NDArray[np.float32],
+    k_cache: NDArray[Any],
+    v_cache: NDArray[Any],
+    slots: NDArray[np.int32],
+    tokens: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    visible: NDArray[np.int64],
+    segments: NDArray[np.int64],
+    kv_head: int,
+    group: int,  # query heads that share a key head
+    scores: NDArray[np.float32],  # [tokens * group or more, stride], written
+    keys: NDArray[np.float32],  # [head_size, POSITIONS], written
+) -> None:
+    """The heads of one key head, for tokens whose scores `scores` has room for."""
+    heads, stride = kv_head * group, scores.shape[1]
     at = np.empty(POSITIONS, dtype=np.int64)
-    for kv_head in range(k_cache.shape[1]):
-        heads = kv_head * group
-        for begin in range(0, len(tokens), TOKENS_AT_ONCE):
-            part = tokens[begin : begin + TOKENS_AT_ONCE]
-            for segment in segments:
-                first, last = max(segment[2] - begin, 0), min(segment[3] - begin, len(part))
-                for start in range(segment[0], segment[1] if first < last else 0, POSITIONS):
-                    num_positions = min(POSITIONS, segment[1] - start)
-                    _find(slots[rows[begin + first]], start, num_positions, k_cache.shape, kv_head, at)
-                    scores_at = first * group * stride + start
-                    _score(
-                        query,
-                        k_cache,
-                        at,
-                        num_positions,
-                        keys,
-                        keys_at,
-                        scores,
-                        scores_at,
-                        part[first:last],
-                        heads,
-                        group,
-                    )
-            for row in range(len(part) * group):
-                seen = scores[row, : visible[begin + row // group]]
-                _exponentials(seen, _largest(seen))
-                output[part[row // group], heads + row % group] = 0
-            for segment in segments:
-                first, last = max(segment[2] - begin, 0), min(segment[3] - begin, len(part))
-                for start in range(segment[0], segment[1] if first < last else 0, POSITIONS):
-                    num_positions = min(POSITIONS, segment[1] - start)
-                    _find(slots[rows[begin + first]], start, num_positions, v_cache.shape, kv_head, at)
-                    weights_at = first * group * stride + start
-                    _add_values(output, v_cache, at, num_positions, scores, weights_at, part[first:last], heads, group)
-            for row in range(len(part) * group):
-                total = _sum(scores[row, : visible[begin + row // group]])
-                output[part[row // group], heads + row % group] /= total
+    keys_at = np.arange(keys.shape[0]) * POSITIONS
+    for segment in segments:
+        part = tokens[segment[2] : segment[3]]
+        for start in range(segment[0], segment[1], POSITIONS):
+            num_positions = min(POSITIONS, segment[1] - start)
+            _find(slots[rows[segment[2]]], start, num_positions, k_cache.shape, kv_head, at)
+            scores_at = segment[2] * group * stride + start
+            _score(query, k_cache, at, num_positions, keys, keys_at, scores, scores_at, part, heads, group)
+    for row in range(len(tokens) * group):
+        seen = scores[row, : visible[row // group]]
+        _exponentials(seen, _largest(seen))
+        output[tokens[row // group], heads + row % group] = 0
+    for segment in segments:
+        part = tokens[segment[2] : segment[3]]
+        for start in range(segment[0], segment[1], POSITIONS):
+            num_positions = min(POSITIONS, segment[1] - start)
+            _find(slots[rows[segment[2]]], start, num_positions, v_cache.shape, kv_head, at)
+            weights_at = segment[2] * group * stride + start
+            _add_values(output, v_cache, at, num_positions, scores, weights_at, part, heads, group)
+    for row in range(len(tokens) * group):
+        output[tokens[row // group], heads + row % group] /= _sum(scores[row, : visible[row // group]])
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

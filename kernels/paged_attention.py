@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sglang_ets.kernels.attention_tiles import SIZE_MULTIPLE, attend
+from sglang_ets.kernels.attention_tiles import SIZE_MULTIPLE, TOKENS_AT_ONCE, attend
 from torch.nn.functional import scaled_dot_product_attention
 
 FEW_NEW_TOKENS = 64  # of a sequence; with more, torch's blocked attention of one sequence is about as fast
@@ -54,6 +54,12 @@ class Layout:
     rows: NDArray[np.int64]  # [tokens], row of req_to_token
     visible: NDArray[np.int64]  # [tokens], positions that the token sees
     segments: NDArray[np.int64]  # [segments, 4]: positions start to end of tokens first to last
+
+    @property
+    def kv_tokens_read(self) -> int:
+        """Keys (and as many values) that one layer reads in one thread: a segment once for each pass that it is in."""
+        start, end, first, last = self.segments.T
+        return int(((end - start) * ((last - 1) // TOKENS_AT_ONCE - first // TOKENS_AT_ONCE + 1)).sum())
 
 
 def layout_of(

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_SAVED_TOKENS = 256  # reads of KV tokens saved per step, below which a segment costs more than it saves
-MAX_SEGMENTS = 4  # of one row
+# Reads of KV tokens that a segment must save per step, and segments of one row. On a GPU each segment is more work for the
+# reduction, in buffers of fixed size; these are estimates. The kernel for the CPU gained from every segment that was measured.
+MIN_SAVED_TOKENS, MAX_SEGMENTS = 256, 4
+MIN_SAVED_TOKENS_CPU, MAX_SEGMENTS_CPU = 16, 64
 WINDOW = 256  # positions compared at once
 Span = tuple[Hashable, int, int]  # what holds positions start to end: equal ids are the same KV
 

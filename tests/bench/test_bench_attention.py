@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -31,3 +34,19 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_attention, "decode", lambda original, backend, *args, **kwargs: torch.zeros_like(args[1]))
     with pytest.raises(RuntimeError, match="from the stock result"):
         bench_attention.measure(bench_attention.SMOKE[0], repetitions=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tree_is_timed_with_its_plan_and_without(dtype: str, tmp_path: Path) -> None:
+    case = replace(bench_attention.SMOKE_TREES[0], dtype=dtype, shared_tokens=100)
+    row = bench_attention.measure_tree(case, repetitions=2)
+    assert row["plan_mib"] < row["kernel_mib"]
+    assert f"| embedded | {dtype} | 100 | 8 |" in bench_attention.tree_table([row])
+    bench_attention.plot_trees([row], tmp_path / "tree.png")
+    assert (tmp_path / "tree.png").stat().st_size > 0
+
+
+def test_a_plan_that_changes_a_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention, "paged_attention", lambda batch: batch.output.normal_())
+    with pytest.raises(RuntimeError, match="the plan changes the result"):
+        bench_attention.measure_tree(bench_attention.SMOKE_TREES[0], repetitions=1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sglang_ets.kernels import PagedBatch, layout_of, paged_attention, paged_attention_reference, slow_path_reason
+from sglang_ets.kernels.traffic import paged_attention_traffic
 
 from sglang_ets.core.attention_plan import AttentionPlan, Span, plan_paths
 
@@ -255,6 +256,18 @@ def test_a_shared_segment_is_read_from_one_row_only() -> None:
         args[4][list(segment.rows[1:]), segment.start : segment.end] = 0
     paged_attention(replace(PagedBatch(*args), output=args[1].fill_(math.nan), layout=layout_of(*args[5:], plan)))
     assert torch.equal(args[1], expected)
+
+
+def test_a_plan_is_read_once_a_pass() -> None:
+    """70 rows share 100 tokens and have 3 of their own: two passes of at most 64 tokens."""
+    lengths = (list(range(70)), [103] * 70, [1] * 70)
+    plan = plan_paths([[("prompt", 0, 100)]] * 70)
+    alone, planned = layout_of(*lengths).kv_tokens_read, layout_of(*lengths, plan).kv_tokens_read
+    assert (alone, planned) == (70 * 103, 2 * 100 + 70 * 3)
+    shape = {"num_tokens": 70, "num_heads": 4, "num_kv_heads": 2, "head_size": 16, "dtype": torch.bfloat16}
+    traffic = paged_attention_traffic(kv_tokens_read=planned, kv_tokens_distinct=310, **shape)
+    own = 2 * 70 * 4 * 16 * 4
+    assert (traffic.requested_bytes, traffic.lower_bound_bytes) == (planned * 128 + own, 310 * 128 + own)
 
 
 @pytest.mark.usefixtures("threads")
