@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +133,7 @@ TREES = [
 ]
 SMOKE_TREES = [TreeCase("embedded", *MODELS["embedded"], 8, 30)]
 TREE_REPETITIONS = 30
+TREE_KEY = ("model", "dtype", "shared_tokens", "width")
 SIDES = {"torch_ms": "torch, row by row", "kernel_ms": "kernel", "plan_ms": "kernel with plan"}
 
 
@@ -202,11 +203,12 @@ def _requested_bytes(batch: PagedBatch) -> int:
     ).requested_bytes
 
 
-def tree_table(measured: list[dict[str, Any]]) -> str:
-    """Markdown, one line a case."""
-    header = ["heads of", "dtype", "shared tokens", "rows", *(f"{side} (ms a layer)" for side in SIDES.values())]
-    names = ("model", "dtype", "shared_tokens", "width", *SIDES, "kernel_mib", "plan_mib")
-    cells = [[*(row[name] for name in names), f"{row['kernel_ms'] / row['plan_ms']:.1f}x"] for row in measured]
+def tree_table(measured: Iterable[dict[str, Any]]) -> str:
+    """Markdown, one line a case: its latest row."""
+    latest = {tuple(row[name] for name in TREE_KEY): row for row in measured}
+    header = ["heads of", "dtype", "shared tokens", "rows", *(f"{side} (ms)" for side in SIDES.values())]
+    names = (*TREE_KEY, *SIDES, "kernel_mib", "plan_mib")
+    cells = [[*(row[name] for name in names), f"{row['kernel_ms'] / row['plan_ms']:.1f}x"] for row in latest.values()]
     return rows.markdown([*header, "asks for (MiB)", "with plan (MiB)", "kernel / plan"], cells)
 
 
