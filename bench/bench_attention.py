@@ -217,14 +217,15 @@ def plot_trees(measured: list[dict[str, Any]], path: Path) -> None:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in measured:
         groups.setdefault((row["model"], row["dtype"], row["shared_tokens"]), []).append(row)
-    with figures.panels(path, len(groups), width=3.4, height=3.2) as axes:
+    with figures.panels(path, len(groups), width=3.4, height=3.2, sharey=True) as axes:
         for axis, ((model, dtype, shared), group) in zip(axes, groups.items(), strict=True):
             for name, label in SIDES.items():
                 axis.plot([row["width"] for row in group], [row[name] for row in group], marker="o", label=label)
             axis.set(title=f"{model}, {dtype},\n{shared} shared tokens", xlabel="rows", xscale="log", yscale="log")
             axis.set_xticks([row["width"] for row in group], [str(row["width"]) for row in group])
+            axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes[0].set_ylabel("ms a layer")
-        axes[0].legend(fontsize="small")
+        axes[0].legend(fontsize="small", loc="upper left")
 
 
 def _milliseconds(run: Callable[[], Any]) -> float:
