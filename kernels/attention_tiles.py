@@ -153,9 +153,7 @@ def attend(
     tokens: NDArray[np.int64],  # [places], the tokens in the order in which segments speak of them
     rows: NDArray[np.int64],  # [places], row of `slots` of each token's sequence
     visible: NDArray[np.int64],  # [places], how many positions of it the token sees
-    segments: NDArray[
-        np.int64
-    ],  # [segments, 4]: positions start to end of places first to last, in order for each place
+    segments: NDArray[np.int64],  # [segments, 4]: positions start to end of places first to last; ascending for each
 ) -> None:
     """Attention of tokens over the pages of their sequences. A token's segments cover what it sees, each position once.
 
