@@ -200,10 +200,16 @@ def table(made: Sequence[dict[str, Any]]) -> str:
             counts[kind if kind != "search" else f"search {status}"] += count
         slopes_text = ", ".join(f"{name} {slope:+.1f}" for name, slope in row["slopes_mb_per_min"].items())
         refused = counts["search 400"] + counts["search 429"]
-        lines.append(
-            [f"{row['minutes']:g}", counts["search 200"], refused, counts["left"], counts["hostile"], row["num_errors"]]
-            + [row["ordinary"], row["ordinary_p50_s"], row["ordinary_p99_s"], slopes_text, row["locks"]]
-        )
+        line = [
+            f"{row['minutes']:g}",
+            counts["search 200"],
+            refused,
+            counts["left"],
+            counts["hostile"],
+            row["num_errors"],
+        ]
+        line += [row["ordinary"], row["ordinary_p50_s"], row["ordinary_p99_s"], slopes_text, row["locks"]]
+        lines.append(line)
     return rows.markdown(header, lines)
 
 
