@@ -17,6 +17,7 @@ from sglang_ets.core.settings import Setting, settings_of
 from sglang_ets.prm.choose import AUTO, NAMES, WITHOUT_PRM
 
 OFF = "off"
+MAX_KV_PRESSURE = 1e3
 MAX_WAITING = 256  # searches
 ENV_PREFIX = "SGLANG_ETS_"
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
@@ -86,6 +87,14 @@ SERVER_FLAGS = (
     ),
     Flag(
         "search-max-running-steps", "max_running_steps", int, None, "Steps of searches in the engine at once at most."
+    ),
+    Flag(
+        "search-kv-pressure",
+        "kv_pressure",
+        float,
+        0.0,
+        "How much dearer KV is for ets and ets_kv at a full pool: the weight grows up to 1 + this times. With it a seed "
+        "fixes no tree, because traffic decides too.",
     ),
     Flag("search-trace", "trace", bool, False, "Show searches, running and just ended, as live pages under /search."),
     ALLOW_UNTESTED,
@@ -175,6 +184,8 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not 2 <= settings["max_width"] <= MAX_WIDTH:
         raise SystemExit(f"--search-max-width must be from 2 to {MAX_WIDTH}, got {settings['max_width']}")
+    if not 0.0 <= settings["kv_pressure"] <= MAX_KV_PRESSURE:
+        raise SystemExit(f"--search-kv-pressure must be from 0 to {MAX_KV_PRESSURE:g}, got {settings['kv_pressure']}")
     for key, least in (("max_running", 1), ("max_waiting", 0), ("max_running_steps", 1)):
         if settings[key] is not None and settings[key] < least:
             raise SystemExit(f"--search-{key.replace('_', '-')} must be at least {least}, got {settings[key]}")

@@ -72,6 +72,7 @@ class _Place:
 
     rank: tuple[int, int]
     need: Need
+    waits_for_end: int = 0  # it goes on once so many searches that ran have ended: there is no more room before
 
 
 @dataclass
@@ -85,6 +86,7 @@ class SearchQueue:
     _suspended: dict[str, _Place] = field(default_factory=dict)
     _waiting: dict[str, _Place] = field(default_factory=dict)
     _num_arrived: int = 0
+    _num_ended: int = 0  # that ran
 
     def enter(self, search_id: str, need: Need, priority: int = 0) -> bool:
         """A search has arrived. Returns False, and forgets it, if the bound of waiting searches is reached."""
@@ -114,15 +116,16 @@ class SearchQueue:
         return started
 
     def suspend(self) -> str | None:
-        """The running search that gives way, the last in order; None if a single one runs, for which nobody can."""
+        """The running search that gives way, the last in order, until another has ended; None if a single one runs."""
         if len(self._running) < 2:
             return None
         search_id = max(self._running, key=lambda name: self._running[name].rank)
-        self._suspended[search_id] = self._running.pop(search_id)
+        self._suspended[search_id] = replace(self._running.pop(search_id), waits_for_end=self._num_ended + 1)
         return search_id
 
     def leave(self, search_id: str) -> None:
         """A search has ended. Idempotent."""
+        self._num_ended += search_id in self._running
         for queue in (self._running, self._suspended, self._waiting):
             queue.pop(search_id, None)
 
@@ -145,6 +148,8 @@ class SearchQueue:
     def _may_run(self, place: _Place, before: dict[str, _Place]) -> bool:
         """Whether a search fits beside the running ones and those that go before it; the first always does."""
         if before or (self.max_running is not None and len(self._running) >= self.max_running):
+            return False
+        if self._running and place.waits_for_end > self._num_ended:
             return False
         total = place.need
         for running in self._running.values():

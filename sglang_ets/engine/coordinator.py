@@ -23,7 +23,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from sglang_ets.core.answer import RankedAnswer
 from sglang_ets.core.capacity import Need, NeedEstimates, SearchQueue
-from sglang_ets.core.config import Algorithm
+from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.kv_pressure import under_pressure
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
 from sglang_ets.core.tree import StepFinish
@@ -349,21 +350,31 @@ class SearchCoordinator:
 
     def _select(self, live: LiveSearch, action: Select) -> None:
         live.select_started_s = time.perf_counter()
-        config = live.search.config
+        config = self._pressed(live)
         with live.on_loop():
             # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
             holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
             ends = live.paths.ends(holds)
             policy = self._policies[config.algorithm]
             if config.is_solved and self._num_ranks == 1:
-                live.awaited = ("select", self._workers.submit(live.decide, policy, ends))
+                live.awaited = ("select", self._workers.submit(live.decide, policy, ends, config))
                 selection = None
             else:
                 # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
-                selection = live.decide(policy, ends)
+                selection = live.decide(policy, ends, config)
         live.select_blocked_ms.append(live.loop_ms[-1])
         if selection is not None:
             self._selected(live, selection)
+
+    def _pressed(self, live: LiveSearch) -> SearchConfig:
+        """The settings by which the present level is decided: with --search-kv-pressure, a full pool makes KV dearer."""
+        config, strength = live.search.config, self._settings["kv_pressure"]
+        if not strength or not config.is_solved:
+            return config
+        pressed = under_pressure(config, self.ledger.held_tokens() / self.scheduler.max_total_num_tokens, strength)
+        if pressed is not config:
+            live.kv_cost_weight_max = max(live.kv_cost_weight_max or 0.0, pressed.weights.kv_cost_weight)
+        return pressed
 
     def _selected(self, live: LiveSearch, selection: Selection) -> None:
         with live.on_loop():

@@ -90,6 +90,7 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
             }
             for sample in live.kv
         ],
+        "kv_cost_weight_max": live.kv_cost_weight_max,
         "kv_pressure_releases": live.num_pressure_releases,
         "prm_pressure_releases": live.num_prm_releases,
         "prm_tokens": live.prm_tokens,

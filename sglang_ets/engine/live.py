@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_ets.core.capacity import Need
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy
@@ -71,6 +72,7 @@ class LiveSearch:
     num_pressure_releases: int = 0
     num_prm_releases: int = 0  # locks given up in the PRM's pool, known at the end
     num_fallbacks: int = 0
+    kv_cost_weight_max: float | None = None  # the largest weight by which a level was decided; None: the one asked for
     select_started_s: float = 0.0  # of the last selection, by time.perf_counter
     # Per level, the loop's time until selection had been handed over; and that with pruning and queueing of children.
     select_blocked_ms: list[float] = field(default_factory=list)
@@ -163,12 +165,13 @@ class LiveSearch:
         ordered = sorted(self.branches.items(), key=promise)
         return [branch.hold for _, branch in ordered if branch.hold is not None and branch.hold.locked]
 
-    def decide(self, policy: SelectionPolicy, ends: Sequence[tuple[int | None, int]]) -> Selection:
-        """Decide one level of leaves with these ends (see `PathSnapshot.ends`).
+    def decide(
+        self, policy: SelectionPolicy, ends: Sequence[tuple[int | None, int]], config: SearchConfig
+    ) -> Selection:
+        """Decide one level of leaves with these ends (see `PathSnapshot.ends`) by these settings.
 
         Pure, on a worker thread as a rule: the search does not change while it waits for this.
         """
-        config = self.search.config
         costs = self.paths.cost_tree(ends, self.prompt_tokens) if config.is_solved else None
         return policy.select(self.search.level(costs), config)
 

@@ -83,6 +83,20 @@ def test_the_youngest_gives_way_and_goes_on_before_those_who_wait() -> None:
     assert queue.start() == ["b", "c"]
 
 
+def test_who_gave_way_waits_for_an_end_even_if_the_estimates_would_let_it_go_on() -> None:
+    queue = make_queue()
+    for name in ("a", "b", "c"):
+        queue.enter(name, same(1))
+    queue.start()
+    assert (queue.suspend(), queue.suspend()) == ("c", "b")
+    queue.enter("d", same(1))
+    assert queue.start() == [], "nor does a younger one overtake them"
+    queue.leave("d")
+    assert queue.start() == [], "what never ran makes no room"
+    queue.leave("a")
+    assert queue.start() == ["b", "c"]
+
+
 def test_a_search_that_holds_more_than_expected_keeps_others_waiting() -> None:
     queue = make_queue()
     queue.enter("a", same(10))

@@ -43,7 +43,7 @@ EOS = 256
 VOCAB = 257
 EMBEDDING_DIM = 8
 SETTINGS: dict[str, Any] = {"max_width": 256, "algorithm": "rebase", "step_delimiter": DELIMITER, "max_steps": 6}
-SETTINGS |= {"max_running": None, "max_waiting": 8, "max_running_steps": None}
+SETTINGS |= {"max_running": None, "max_waiting": 8, "max_running_steps": None, "kv_pressure": 0.0}
 
 
 class ByteTokenizer:

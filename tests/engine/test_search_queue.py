@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_ets.core.capacity import Need
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.engine.children import ChildReq
 from tests.engine.fakes import FakeScheduler, World, request, tokens
 
@@ -100,9 +102,8 @@ def test_a_search_of_higher_priority_starts_before_those_that_wait() -> None:
 
 def test_a_wrong_estimate_makes_the_youngest_give_way_and_go_on_later() -> None:
     world = crowded(260)
-    config = ask(world, "a").sampling_params and next(iter(world.ets.searches.values())).search.config
-    for _ in range(8):
-        world.ets._estimates.observe(config, Need(8, 8), Need(9, 9))  # far too small
+    world.ets._estimates.observe(SearchConfig(algorithm="rebase", width=4), Need(8, 8), Need(9, 9))  # far too small
+    ask(world, "a")
     ask(world, "b")
     suspended = 0
     for _ in world.ticks():
@@ -115,8 +116,6 @@ def test_a_wrong_estimate_makes_the_youngest_give_way_and_go_on_later() -> None:
 
 @pytest.mark.parametrize("phase", ["waiting", "running"])
 def test_a_client_that_leaves_makes_room(phase: str) -> None:
-    from sglang.srt.managers.io_struct import AbortReq
-
     world = crowded()
     for rid in ("a", "b", "c"):
         ask(world, rid)
@@ -159,4 +158,16 @@ def test_a_deadline_ends_a_search_that_still_waits() -> None:
     world.run()
     assert "deadline" in world.error("b")
     assert world.answer("a")
+    world.assert_balanced()
+
+
+@pytest.mark.parametrize(("strength", "is_dearer"), [(0.0, False), (3.0, True)])
+def test_kv_is_dearer_in_a_full_pool_if_the_server_is_told_so(strength: float, is_dearer: bool) -> None:
+    world = crowded(170, kv_pressure=strength)
+    world.ask("a", algorithm="ets_kv", kv_cost_weight=0.5, search_width=4, max_new_tokens=100, max_step_tokens=30)
+    world.run()
+    figures = world.answer("a")["search"]
+    assert figures["kv_cost_weight"] == 0.5, "what was asked for stays as it is"
+    assert (figures["kv_cost_weight_max"] is not None) == is_dearer
+    assert not is_dearer or 0.5 < figures["kv_cost_weight_max"] <= 0.5 * (1 + strength)
     world.assert_balanced()
