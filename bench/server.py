@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+LAUNCHER = "sglang_ets.launch_server"
 START_LIMIT_S = 300
 STOP_LIMIT_S = 30
 TAIL_LINES = 40
@@ -49,9 +50,10 @@ def running_server(
     *,
     log: Path | None = None,
     env: Mapping[str, str] | None = None,
+    module: str = LAUNCHER,
     waiting: Callable[[float], None] = lambda _seconds: None,
 ) -> Iterator[str]:
-    """`python -m sglang_ets.launch_server FLAGS` on a free local port; yields its address.
+    """`python -m MODULE FLAGS` on a free local port; yields its address.
 
     `waiting` is called with the seconds passed while the server starts. Whatever happens, nothing is left running.
 
@@ -62,7 +64,7 @@ def running_server(
     with tempfile.TemporaryDirectory() as folder:
         log = log or Path(folder) / "server.log"
         port = _free_port()
-        command = [sys.executable, "-m", "sglang_ets.launch_server", "--port", str(port), *flags]
+        command = [sys.executable, "-m", module, "--port", str(port), *flags]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True

@@ -6,7 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import openai
 
 import sglang_ets
-from bench.server import running_server
+from bench.server import LAUNCHER, running_server
 
 PROBLEM_FILE = Path(sglang_ets.__file__).parent / "models" / "problems.jsonl"
 PROBLEMS = [json.loads(line) for line in PROBLEM_FILE.read_text(encoding="utf-8").splitlines()]
@@ -25,19 +25,25 @@ PROBLEMS = [json.loads(line) for line in PROBLEM_FILE.read_text(encoding="utf-8"
 class Server:
     url: str
     log: Path
+    api_key: str = "none"
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=300, max_retries=0)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, timeout=300, max_retries=0)
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"}
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+        request = urllib.request.Request(self.url + path, headers=self._headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and decoded body; an error status is an answer too."""
         data = json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, self._headers)
         try:
             with urllib.request.urlopen(request, timeout=300) as response:
                 return response.status, json.load(response)
@@ -62,8 +68,10 @@ class Server:
 
 
 @contextmanager
-def serving(log: Path, flags: Sequence[str] = ()) -> Iterator[Server]:
+def serving(
+    log: Path, flags: Sequence[str] = (), *, env: Mapping[str, str] | None = None, module: str = LAUNCHER
+) -> Iterator[Server]:
     """A server with sglang's own memory checks on."""
     checks = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
-    with running_server(flags, log=log, env=checks) as url:
+    with running_server(flags, log=log, env={**checks, **(env or {})}, module=module) as url:
         yield Server(url, log)
