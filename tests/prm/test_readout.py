@@ -105,7 +105,7 @@ def test_a_batch_synchronises_once(spec: Readout, monkeypatch: pytest.MonkeyPatc
     own = model()
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "cpu", counted)
-        patch.setattr(module, "step_pool", lambda hidden, offsets: step_pool_reference(hidden, offsets, None))
+        patch.setattr(module, "step_pool", lambda hidden, offsets: step_pool_reference(hidden, offsets))
         patch.setattr(module, "step_score", lambda *args, **kwargs: step_score_reference(*args, *kwargs.values()))
         for name in ("item", "tolist", "__float__", "__bool__"):
             patch.setattr(torch.Tensor, name, refused)
