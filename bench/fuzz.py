@@ -98,31 +98,36 @@ def _send(client: httpx.Client, request: HostileRequest, report: FuzzReport) -> 
 
 
 def _send_generated(url: str, client: httpx.Client, count: int, report: FuzzReport) -> None:
-    """Bodies that fit the schema of `/openapi.json`, as schemathesis makes them, and some that do not."""
-    import hypothesis
+    """Bodies that fit the schema of `/openapi.json`, as schemathesis makes them."""
     import schemathesis
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     for path in PATHS:
-        requests: list[HostileRequest] = []
+        bodies = _examples(schema[path]["POST"].as_strategy(), max(1, count // len(PATHS)), report.seed)
+        encoded = [json.dumps(body, default=str).encode("utf-8", "surrogatepass") for body in bodies]
+        _send_all(client, [HostileRequest(path, body) for body in encoded], report)
 
-        @hypothesis.seed(report.seed)
-        @hypothesis.settings(
-            max_examples=max(1, count // len(PATHS)),
-            database=None,
-            deadline=None,
-            phases=[hypothesis.Phase.generate],
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        @hypothesis.given(schema[path]["POST"].as_strategy())
-        def collect(case: Any, path: str = path, requests: list[HostileRequest] = requests) -> None:
-            body = case.body if isinstance(case.body, dict) else {}
-            requests.append(
-                HostileRequest(path, json.dumps(_small(body), default=str).encode("utf-8", "surrogatepass"))
-            )
 
-        collect()
-        _send_all(client, requests, report)
+def _examples(cases: Any, count: int, seed: int) -> list[dict[str, Any]]:
+    """Bodies of so many cases that this strategy makes from this seed."""
+    import hypothesis
+
+    bodies: list[dict[str, Any]] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(cases)
+    def collect(case: Any) -> None:
+        bodies.append(_small(case.body if isinstance(case.body, dict) else {}))
+
+    collect()
+    return bodies
 
 
 def _small(body: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from bench import attention, ilp, rows, searches, tables
+from bench import attention, capacity, fairness, ilp, rows, searches, soak, tables
 from bench.client_search import table as throughput
 from bench.studies import selection_quality
 
@@ -117,6 +117,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "selection": lambda: ilp.table(rows.latest("ilp", ("width", "kind"))),
     "throughput": throughput_table,
     "attention": lambda: attention.table(rows.latest("attention", ("model", "sequences", "kv_tokens", "new_tokens"))),
+    "capacity": lambda: capacity.table(rows_of("capacity")),
+    "fairness": lambda: fairness.table(rows_of("fairness")),
+    "soak": lambda: soak.table(rows_of("soak")),
     "coverage": lambda: searches.report("coverage", rows_of("coverage"), seed=0),
 }
 

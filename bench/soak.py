@@ -181,6 +181,38 @@ def slopes(samples: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float
     }
 
 
+def table(made: Sequence[dict[str, Any]]) -> str:
+    """One line a run."""
+    header = [
+        "minutes",
+        "searches answered",
+        "refused",
+        "clients that left",
+        "hostile requests",
+        "errors that nobody caused",
+    ]
+    header += ["ordinary requests", "p50 (s)", "p99 (s)", "memory (MB a minute)", "locks left"]
+    lines = []
+    for row in made:
+        counts: Counter[str] = Counter()
+        for outcome, count in row["outcomes"].items():
+            kind, _, status = outcome.partition(" ")
+            counts[kind if kind != "search" else f"search {status}"] += count
+        slopes_text = ", ".join(f"{name} {slope:+.1f}" for name, slope in row["slopes_mb_per_min"].items())
+        refused = counts["search 400"] + counts["search 429"]
+        line = [
+            f"{row['minutes']:g}",
+            counts["search 200"],
+            refused,
+            counts["left"],
+            counts["hostile"],
+            row["num_errors"],
+        ]
+        line += [row["ordinary"], row["ordinary_p50_s"], row["ordinary_p99_s"], slopes_text, row["locks"]]
+        lines.append(line)
+    return rows.markdown(header, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
@@ -193,6 +225,7 @@ def main() -> None:
     breaches = report.breaches()
     row = {**vars(report), "errors": report.errors[:20], "num_errors": len(report.errors), "breaches": breaches}
     rows.append(rows.out_of(args, "soak"), row)
+    print(table([row]))
     print(json.dumps(row, indent=2))
     sys.exit(bool(breaches))
 

@@ -13,7 +13,14 @@ if __name__ != "sglang_ets.kernels":
     )
 
 from sglang_ets.kernels.dispatch import Backend, choose_backend, describe_backend
-from sglang_ets.kernels.paged_attention import PagedBatch, paged_attention, paged_attention_reference
+from sglang_ets.kernels.paged_attention import (
+    Layout,
+    PagedBatch,
+    layout_of,
+    paged_attention,
+    paged_attention_reference,
+    slow_path_reason,
+)
 from sglang_ets.kernels.pairwise_cosine import pairwise_cosine, pairwise_cosine_reference
 from sglang_ets.kernels.step_pool import step_pool, step_pool_reference
 from sglang_ets.kernels.step_score import Activation, step_score, step_score_reference
@@ -21,13 +28,16 @@ from sglang_ets.kernels.step_score import Activation, step_score, step_score_ref
 __all__ = [
     "Activation",
     "Backend",
+    "Layout",
     "PagedBatch",
     "choose_backend",
     "describe_backend",
+    "layout_of",
     "paged_attention",
     "paged_attention_reference",
     "pairwise_cosine",
     "pairwise_cosine_reference",
+    "slow_path_reason",
     "step_pool",
     "step_pool_reference",
     "step_score",

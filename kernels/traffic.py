@@ -55,3 +55,22 @@ def pairwise_cosine_traffic(*, num_rows: int, hidden_size: int, dtype: torch.dty
         requested_bytes=rows_read * row_bytes + output_bytes,
         lower_bound_bytes=num_rows * row_bytes + output_bytes,
     )
+
+
+def paged_attention_traffic(
+    *,
+    kv_tokens_read: int,  # `Layout.kv_tokens_read`
+    kv_tokens_distinct: int,
+    num_tokens: int,  # new ones
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,  # of keys and of values
+    dtype: torch.dtype,  # of the pools
+) -> Traffic:
+    """Traffic of one layer of `paged_attention`: keys and values, queries and outputs (float32 in the kernel)."""
+    token_bytes = 2 * num_kv_heads * head_size * dtype.itemsize
+    own = 2 * num_tokens * num_heads * head_size * FLOAT_BYTES
+    return Traffic(
+        requested_bytes=kv_tokens_read * token_bytes + own,
+        lower_bound_bytes=kv_tokens_distinct * token_bytes + own,
+    )

@@ -7,14 +7,21 @@ long prefixes by short steps, in the policy model and in the PRM: on the CPU mos
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from sglang_ets.kernels import PagedBatch, paged_attention
+from sglang_ets.kernels import Layout, PagedBatch, layout_of, paged_attention, slow_path_reason
 from sglang_ets.patches.record import Patch
 
+from sglang_ets.core.attention_plan import MAX_SEGMENTS_CPU, MIN_SAVED_TOKENS_CPU, plan_slots
+
+logger = logging.getLogger(__name__)
+
 BACKEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+PASS = "_ets_forward_pass"  # of a backend, of which each model has its own
 NUM_EXTEND, NUM_DECODE = 10, 8  # tensors that the backend passes by position; the last is encoder_lens
 
 
@@ -23,7 +30,7 @@ def extend(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any
     if not (kwargs.get("causal") and is_plain(args, kwargs, NUM_EXTEND)):
         return original(backend, *args, **kwargs)
     *tensors, rows, kv_lengths, _, new_lengths, _ = args
-    return attend(tensors, rows, kv_lengths, new_lengths.tolist(), kwargs)
+    return attend(backend, tensors, rows, kv_lengths, new_lengths.tolist(), kwargs)
 
 
 def decode(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -31,7 +38,7 @@ def decode(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any
     if not is_plain(args, kwargs, NUM_DECODE):
         return original(backend, *args, **kwargs)
     *tensors, rows, kv_lengths, _ = args
-    return attend(tensors, rows, kv_lengths, [1] * len(rows), kwargs)
+    return attend(backend, tensors, rows, kv_lengths, [1] * len(rows), kwargs)
 
 
 def is_plain(args: tuple[Any, ...], kwargs: dict[str, Any], num_tensors: int) -> bool:
@@ -41,6 +48,7 @@ def is_plain(args: tuple[Any, ...], kwargs: dict[str, Any], num_tensors: int) ->
 
 
 def attend(
+    backend: Any,
     tensors: list[torch.Tensor],  # query, output, key pool, value pool, req_to_token
     rows: torch.Tensor,  # int[sequences]
     kv_lengths: torch.Tensor,  # int[sequences]
@@ -48,8 +56,47 @@ def attend(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Writes and returns the output."""
-    paged_attention(PagedBatch(*tensors, rows.tolist(), kv_lengths.tolist(), new_lengths, kwargs.get("scaling")))
+    batch = PagedBatch(*tensors, rows.tolist(), kv_lengths.tolist(), new_lengths, kwargs.get("scaling"))
+    current = getattr(backend, PASS, None) or ForwardPass()
+    setattr(backend, PASS, current)
+    paged_attention(replace(batch, layout=current.layout(batch)))
     return tensors[1]
+
+
+@dataclass
+class ForwardPass:
+    """What the layers of one forward pass have in common: where each row's keys lie, and which of them rows share."""
+
+    _key: tuple[list[int], list[int], list[int]] | None = None
+    _layers: set[int] = field(default_factory=set)  # addresses of the key pools that this pass has read
+    _layout: Layout | None = None
+
+    def layout(self, batch: PagedBatch) -> Layout:
+        """The layout of the pass that this batch belongs to: a new one when its rows change or a layer comes again."""
+        key = (batch.rows, batch.kv_lengths, batch.new_lengths)
+        layer = batch.k_cache.data_ptr()
+        if self._layout is None or key != self._key or layer in self._layers:
+            reason = slow_path_reason(batch)
+            if self._layout is None and reason is not None:
+                logger.warning("attention on this CPU is left to torch, sequence by sequence: %s", reason)
+            self._key, self._layers = key, set()
+            self._layout = _planned(batch) if reason is None else layout_of(*key)
+        self._layers.add(layer)
+        return self._layout
+
+
+def _planned(batch: PagedBatch) -> Layout:
+    """Rows that begin with the same pages read these together. Results are the same bits."""
+    plan = None
+    if len(batch.rows) > 1:
+        pages = batch.req_to_token.numpy()
+        cached = zip(batch.rows, batch.kv_lengths, batch.new_lengths, strict=True)
+        plan = plan_slots(
+            [pages[row, : num_kv - num_new] for row, num_kv, num_new in cached],
+            min_saved_tokens=MIN_SAVED_TOKENS_CPU,
+            max_segments=MAX_SEGMENTS_CPU,
+        )
+    return layout_of(batch.rows, batch.kv_lengths, batch.new_lengths, plan)
 
 
 UPSTREAM = "none: not reported yet"

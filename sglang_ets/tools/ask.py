@@ -11,9 +11,9 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import openai
 from rich.console import Console, Group
@@ -25,6 +25,7 @@ from sglang_ets.core.config import Algorithm
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 DEFAULT_WIDTH = 16
+EMBEDDED_MODEL = "sglang-ets-embedded"  # the name under which the launcher serves the embedded models
 MOST_ANSWERS = 4
 LIVE_LEVELS, LIVE_LINES = 10, 8  # newest ones; what is taller than a terminal could not be drawn over
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -78,7 +79,7 @@ def watch(client: openai.OpenAI, question: Question) -> Iterator[Watched]:
     url = str(client.base_url).rstrip("/").removesuffix("/v1")
     watched = Watched()
     try:
-        for chunk in _start(client, question):
+        for chunk in _start(client, replace(question, text=completed(client, question.text))):
             _take(watched, chunk.model_dump())
             yield watched
     except openai.APIConnectionError as error:
@@ -92,6 +93,17 @@ def watch(client: openai.OpenAI, question: Question) -> Iterator[Watched]:
         raise AskFailed(error.message) from error
     if watched.figures is None:
         raise AskFailed(f"the server at {url} answered without a search; start it with `sglang-ets serve`")
+
+
+def completed(client: openai.OpenAI, text: str) -> str:
+    """The problem as the served model was trained to read it: the embedded models need its newline, which shells drop.
+
+    Raises:
+        openai.APIError: the server does not name its model.
+    """
+    if text.endswith("\n") or EMBEDDED_MODEL not in {model.id for model in client.models.list()}:
+        return text
+    return f"{text}\n"
 
 
 def _start(client: openai.OpenAI, question: Question) -> Any:
@@ -224,9 +236,20 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+class _Parser(argparse.ArgumentParser):
+    """Knows that a problem may look like a flag."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = '; one that begins with - stands last, behind --, as in: sglang-ets ask -- "-3+4="'
+        super().error(message + (hint if "question" in message else ""))
+
+
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="sglang-ets ask", description="Solve one problem on a running server.")
-    found.add_argument("question", help="the problem as the model expects it; - reads it from standard input")
+    found = _Parser(prog="sglang-ets ask", description="Solve one problem on a running server.")
+    found.add_argument(
+        "question",
+        help="the problem; the embedded models get the newline that ends it; - reads it from standard input",
+    )
     found.add_argument("--width", type=int, default=DEFAULT_WIDTH, help="trajectories to grow (default 16)")
     found.add_argument("--base-url", default=DEFAULT_URL, help=f"of the server (default {DEFAULT_URL})")
     found.add_argument("--algorithm", choices=get_args(Algorithm), help="default: the server's --search")

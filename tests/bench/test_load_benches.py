@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from bench import capacity, fairness
+from bench import capacity, fairness, soak
 from bench.fuzz import FuzzReport
 from bench.hostile import PATHS, hostile_request
 from bench.soak import SoakReport, slopes
@@ -64,6 +64,21 @@ def test_each_rule_of_a_soak_can_be_broken(broken: dict[str, object], said: str)
     assert SoakReport(minutes=1, seed=0, slopes_mb_per_min={"scheduler": -1.0}).breaches() == []
     (breach,) = SoakReport(minutes=1, seed=0, **broken).breaches()  # type: ignore[arg-type]
     assert said in breach
+
+
+def test_a_soak_is_one_line_of_a_table() -> None:
+    row = {**vars(SoakReport(minutes=3, seed=0)), "num_errors": 0, "slopes_mb_per_min": {"sched": 0.25}, "ordinary": 9}
+    row["outcomes"] = {
+        "search 200": 5,
+        "search 429": 1,
+        "search 400": 1,
+        "left 200": 2,
+        "hostile 400": 7,
+        "hostile 200": 1,
+    }
+    line = soak.table([row]).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")][1:8] == ["3", "5", "2", "2", "8", "0", "9"]
+    assert "sched +0.2" in line
 
 
 def test_memory_slopes_leave_the_warm_up_out() -> None:

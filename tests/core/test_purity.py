@@ -7,7 +7,7 @@ import sys
 
 LIGHT = [
     *(f"core.{name}" for name in ("settings", "config", "tree", "allocation", "clusters", "reduction", "ilp")),
-    *(f"core.{name}" for name in ("selection", "search", "answer", "patterns")),
+    *(f"core.{name}" for name in ("selection", "search", "answer", "patterns", "attention_plan")),
     "wire",
     "engine.voting",
     "math_process",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang_ets.patches.torch_native import decode, extend
+from sglang_ets.kernels import PagedBatch
+from sglang_ets.patches.torch_native import ForwardPass, decode, extend
 
 HEADS, HEAD_SIZE, POOL = 4, 16, 600
 STOCK = TorchNativeAttnBackend._run_sdpa_forward_extend
@@ -87,3 +89,57 @@ def test_encoder_lengths_stay_with_the_stock_code() -> None:
     *tensors, _ = decode_inputs([4], HEADS)
     decode(lambda *got, **_more: called.append(len(got)), "backend", *tensors, torch.tensor([2]))
     assert called == [9]
+
+
+def tree_batch(num_rows: int, shared: int, own: int, layer: int = 0) -> PagedBatch:
+    """One decode of rows whose first `shared` positions lie on the same pages, with one of its layers' pools."""
+    generator = torch.Generator().manual_seed(layer)
+    kv = shared + own + 1
+    pages = torch.zeros(num_rows, kv, dtype=torch.int32)
+    pages[:, :shared] = torch.arange(shared)
+    pages[:, shared:] = shared + torch.arange(num_rows * (own + 1)).reshape(num_rows, own + 1)
+    pools = [torch.randn(shared + num_rows * (own + 1), HEADS, HEAD_SIZE, generator=generator) for _ in range(2)]
+    query = torch.randn(num_rows, HEADS, HEAD_SIZE, generator=generator)
+    return PagedBatch(
+        query, torch.zeros_like(query), *pools, pages, list(range(num_rows)), [kv] * num_rows, [1] * num_rows
+    )
+
+
+def served(backend: Any, batch: PagedBatch) -> torch.Tensor:
+    """Through the hook of the decode."""
+    tensors = [batch.query, torch.zeros_like(batch.query), batch.k_cache, batch.v_cache, batch.req_to_token]
+    lengths = torch.tensor(batch.rows), torch.tensor(batch.kv_lengths)
+    return decode(not_called, backend, *tensors, *lengths, None, scaling=None, enable_gqa=False, causal=False)
+
+
+def test_rows_that_share_pages_read_them_together_and_get_the_same_bits() -> None:
+    batch = tree_batch(8, shared=90, own=7)
+    layout = ForwardPass().layout(batch)
+    assert any(stop - start > 1 for *_, start, stop in layout.segments.tolist()), "something is shared"
+    alone = [
+        served(
+            SimpleNamespace(), replace(batch, query=batch.query[i : i + 1], rows=[i], kv_lengths=[98], new_lengths=[1])
+        )
+        for i in batch.rows
+    ]
+    assert torch.equal(served(SimpleNamespace(), batch), torch.cat(alone))
+
+
+def test_layers_of_one_pass_have_one_layout_and_the_next_pass_a_new_one() -> None:
+    current = ForwardPass()
+    first, second = tree_batch(4, 20, 3, layer=1), tree_batch(4, 20, 3, layer=2)
+    layout = current.layout(first)
+    assert current.layout(second) is layout
+    moved = replace(first, req_to_token=first.req_to_token.flip(0).contiguous())
+    assert current.layout(moved) is not layout, "a layer that comes again begins a pass, whatever its rows and lengths"
+    assert current.layout(tree_batch(4, 20, 4, layer=3)) is not layout
+
+
+def test_the_slow_path_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    batch = tree_batch(2, 4, 1)
+    odd = replace(batch, k_cache=batch.k_cache.double(), v_cache=batch.v_cache.double())
+    current = ForwardPass()
+    for _ in range(3):
+        current.layout(odd)
+    (record,) = caplog.records
+    assert "float64" in record.getMessage()

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from sglang_ets.api.view import read_view
+from sglang_ets.launch_server import EMBEDDED
 from sglang_ets.tools import ask
 from sglang_ets.tools.ask import AskFailed, Question, Watched, live_view, parse_settings, watch
 
@@ -67,15 +68,22 @@ def searched(is_chat: bool) -> list[dict[str, Any]]:
 class Fake(ThreadingHTTPServer):
     """Answers every request with `status` and `chunks`, and keeps what it was sent."""
 
-    def __init__(self, chunks: list[dict[str, Any]], status: int) -> None:
+    def __init__(self, chunks: list[dict[str, Any]], status: int, model: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.chunks, self.status = chunks, status
+        self.chunks, self.status, self.model = chunks, status, model
         self.paths: list[str] = []
         self.bodies: list[dict[str, Any]] = []
 
 
 class Handler(BaseHTTPRequestHandler):
     server: Fake
+
+    def do_GET(self) -> None:
+        """The list of models."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps({"object": "list", "data": [{"id": self.server.model}]}).encode())
 
     def do_POST(self) -> None:
         self.server.paths.append(self.path)
@@ -95,8 +103,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(chunks: list[dict[str, Any]], status: int = 200) -> Iterator[tuple[Fake, str]]:
-    server = Fake(chunks, status)
+def serving(chunks: list[dict[str, Any]], status: int = 200, model: str = "a-model") -> Iterator[tuple[Fake, str]]:
+    server = Fake(chunks, status, model)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -144,6 +152,35 @@ def test_command_prints_levels_answers_and_saves_a_tree(tmp_path: Path, capsys: 
     assert server.bodies[0]["n"] == 2
     found = read_view(json.loads(saved.read_text(encoding="utf-8")), "")
     assert [(answer.answer, answer.node) for answer in found.answers] == [("3", 1), ("-", None)]
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "sent"),
+    [
+        (EMBEDDED["--served-model-name"], "1+2=", "1+2=\n"),
+        (EMBEDDED["--served-model-name"], "1+2=\n", "1+2=\n"),
+        ("a-model", "1+2=", "1+2="),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--chat"]])
+def test_the_embedded_models_get_the_newline_they_were_trained_with(
+    model: str, given: str, sent: str, flags: list[str]
+) -> None:
+    with serving(searched(bool(flags)), model=model) as (server, url):
+        ask.main([given, "--base-url", url, *flags])
+    (body,) = server.bodies
+    assert body.get("prompt") == (None if flags else sent)
+    assert body.get("messages") == ([{"role": "user", "content": sent}] if flags else None)
+
+
+def test_a_problem_that_looks_like_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ask.main(["-3+4=", "--width", "2"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.strip().endswith('behind --, as in: sglang-ets ask -- "-3+4="')
+    with serving(searched(False)) as (server, url):
+        ask.main(["--base-url", url, "--", "-3+4="])
+    assert server.bodies[0]["prompt"] == "-3+4="
 
 
 def test_live_display_shows_levels_and_final_text() -> None:

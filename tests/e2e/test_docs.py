@@ -1,0 +1,75 @@
+"""Commands of README and docs that need a server, typed as they stand there, against one server. See `tests/documented.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.documented import URL, Command, commands
+from tests.e2e.serving import Server
+
+pytestmark = pytest.mark.server
+
+# What a command says: it asks the server at the default address, and draws a fresh seed. Here: this server, and one seed.
+ADDED = {"ask": ["--base-url", URL, "--seed", "0"], "calibrate": ["--url", URL]}
+
+
+def typed(command: Command, server: Server, folder: Path) -> str:
+    """What the command prints in a folder of its own.
+
+    Raises:
+        AssertionError: it failed.
+    """
+    argv = [sys.executable, "-c", command.text] if command.kind == "python" else command.argv
+    argv = argv + ADDED.get(argv[1], [])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [word.replace(URL, server.url) for word in argv],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ASKED = {"README.md": "42", "observability.md": "99"}  # 7*8-2*(3+4), and the problem on that page
+
+
+@pytest.mark.parametrize(
+    "command", commands("served"), ids=lambda command: f"{command.page}: {' '.join(command.argv[:2])}"
+)
+def test_it_does_what_its_page_says(command: Command, server: Server, tmp_path: Path) -> None:
+    out = typed(command, server, tmp_path)
+    match command.argv[:2]:
+        case ["curl", _]:
+            answer = json.loads(out)
+            assert len(answer["choices"]) == 2
+            assert answer["choices"][0]["text"].endswith("The answer is 139")
+            search = answer["metadata"]["search"]
+            assert (search["width"], search["algorithm"], search["kv_cost_weight"]) == (16, "ets", 2.0)
+            assert search["warnings"] == []
+        case ["import", "openai"]:
+            text, peak_tokens = out.rstrip().rsplit("\n", 1)
+            assert text.endswith("The answer is 183")
+            assert int(peak_tokens) > 0
+        case ["sglang-ets", "ask"]:
+            assert re.search(rf"^│ 1 │ {ASKED[command.page]} ", out, re.MULTILINE), out
+            assert out.rstrip().endswith("tree saved; look at it with: sglang-ets view tree.json")
+            view = Command(command.page, "shell", "sglang-ets view tree.json")
+            assert typed(view, server, tmp_path).strip() == "tree.html"
+            assert f"The answer is {ASKED[command.page]}" in (tmp_path / "tree.html").read_text(encoding="utf-8")
+        case ["sglang-ets", "calibrate"]:
+            (cut,) = re.findall(r"suggested --search-cluster-distance ([\d.]+);", out)
+            assert 0 < float(cut) < 2
+        case argv:
+            pytest.fail(f"nobody looks at the outcome of {argv}")
