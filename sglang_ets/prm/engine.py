@@ -234,7 +234,7 @@ class PrmEngine:
         outcomes: dict[int, Outcome] = {}
         waiting = []
         for same in places.values():
-            broken = self._limit_broken(len(readings[same[0]].token_ids), "the trajectory has {} tokens")
+            broken = self._unreadable(readings[same[0]])
             if broken is None:
                 waiting.append(same)
             else:
@@ -321,6 +321,12 @@ class PrmEngine:
             return f"{subject}, whose KV pool takes {self._pool.largest_run}; lower max_tokens or raise --prm-max-total-tokens"
         return None
 
+    def _unreadable(self, reading: _Reading) -> str | None:
+        """Why this step cannot be scored; None if it can. A step without tokens has the score of what came before it."""
+        if not reading.tokens.read and reading.job.parent_score is None:
+            return "the first step has no text that the PRM could read"
+        return self._limit_broken(len(reading.token_ids), "the trajectory has {} tokens")
+
     # ---- forward passes ----
 
     @contextmanager
@@ -366,6 +372,8 @@ class PrmEngine:
 
     def _states(self, reading: _Reading, hidden: torch.Tensor) -> StepStates:
         tokens, start = reading.tokens, len(hidden) - len(reading.tokens.read)
+        if not tokens.read:  # the last token before the step was computed, and stands for it
+            return StepStates(hidden[:0], hidden[-1:], slice(0, 1), (), 0, reading.job.parent_score)
         return StepStates(
             hidden[start - 1 : -1],
             hidden[start:],

@@ -38,7 +38,7 @@ class StepTokens:
     def words(self) -> slice:
         """Where the embedding is taken: the step's words, or everything if it has none."""
         words = slice(self.text_start, len(self.path) if self.text_end is None else self.text_end)
-        return words if words.start < words.stop else slice(0, len(self.path))
+        return words if words.start < words.stop else slice(0, len(self.path or self.query))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ CHUNK_TOKENS = 256  # of which all logits exist at once: 160 MB in float32 at 15
 
 @dataclass(frozen=True)
 class StepStates:
-    """One step of n tokens as the PRM has seen it."""
+    """One step of n tokens as the PRM has seen it; `hidden` of a step of none is the last state before it."""
 
     before: torch.Tensor  # float[n, H], hidden states at the positions before the tokens
     hidden: torch.Tensor  # float[n, H], at the tokens

@@ -278,6 +278,37 @@ def test_the_same_text_in_other_steps_has_its_own_score(large: PrmEngine) -> Non
     large.end_owner("a")
 
 
+# ---- steps without text: cut inside a character, or only the end of the text ----
+
+
+def test_a_step_without_text_keeps_the_score_of_its_trajectory(
+    large: PrmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large, "_has_policy_tokens", False)
+    root = large.open_prompt(PROMPT, QUESTION, "a")
+    (parent, parent_score), (_, other) = made = scored(large.score([job(root, text, 1) for text in STEPS[:2]]))
+    jobs = [job(parent, "", 2, parent_score), job(parent, STEPS[1], 2, parent_score), job(root, STEPS[1], 1)]
+    empty, *rest = large.score(jobs)
+    ((path, score),) = scored([empty])
+    assert score == parent_score
+    assert path.token_ids == parent.token_ids
+    assert empty[0].embedding @ empty[0].embedding == pytest.approx(1.0, abs=1e-5)
+    assert scored(rest)[1][1] == close_to(other), "the steps beside it are scored as without it"
+    assert scored(large.score([job(path, STEPS[1], 3, score)]))[0][1] == close_to(scored(rest)[0][1])
+    large._pool.reset()
+    assert len(made) == 2
+    large.end_owner("a")
+
+
+def test_a_first_step_without_text_has_nothing_to_score(large: PrmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "_has_policy_tokens", False)
+    root = large.open_prompt(PROMPT, QUESTION, "a")
+    empty, (_, path) = large.score([job(root, "", 1), job(root, STEPS[0], 1)])
+    assert isinstance(empty, PrmError)
+    assert str(empty) == "the first step has no text that the PRM could read"
+    end(large, "a", [root, path])
+
+
 # ---- faults ----
 
 

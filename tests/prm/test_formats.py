@@ -71,6 +71,7 @@ def test_odd_steps_have_tokens_to_read_and_words_to_embed(reference: tuple[Refer
 def test_words_of_a_step_without_words_are_the_whole_step() -> None:
     assert StepTokens((4, 5), text_start=0, text_end=0).words == slice(0, 2)
     assert StepTokens((4, 5, 6), (7,), 1, 2).words == slice(1, 2)
+    assert StepTokens((), (7, 8)).words == slice(0, 2)
 
 
 @pytest.mark.parametrize(
