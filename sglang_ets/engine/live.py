@@ -73,6 +73,7 @@ class LiveSearch:
     num_prm_releases: int = 0  # locks given up in the PRM's pool, known at the end
     num_fallbacks: int = 0
     kv_cost_weight_max: float | None = None  # the largest weight by which a level was decided; None: the one asked for
+    notes: list[str] = field(default_factory=list)  # warnings of whoever ranks the answers
     select_started_s: float = 0.0  # of the last selection, by time.perf_counter
     # Per level, the loop's time until selection had been handed over; and that with pruning and queueing of children.
     select_blocked_ms: list[float] = field(default_factory=list)
