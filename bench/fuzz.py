@@ -104,8 +104,18 @@ def _send_generated(url: str, client: httpx.Client, count: int, report: FuzzRepo
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     for path in PATHS:
         bodies = _examples(schema[path]["POST"].as_strategy(), max(1, count // len(PATHS)), report.seed)
-        encoded = [json.dumps(body, default=str).encode("utf-8", "surrogatepass") for body in bodies]
-        _send_all(client, [HostileRequest(path, body) for body in encoded], report)
+        _send_all(client, [HostileRequest(path, _encoded(body)) for body in bodies], report)
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    """As JSON; what schemathesis makes that JSON has not becomes text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    return json.dumps(plain(body), default=str).encode("utf-8", "surrogatepass")
 
 
 def _examples(cases: Any, count: int, seed: int) -> list[dict[str, Any]]:
