@@ -197,3 +197,26 @@ SERVING = (
     Use(f"{TOKENIZER_MANAGER}.abort_request", ("rid",)),
     Use(f"{SRT}.managers.io_struct.GenerateReqInput", ("sampling_params", "stream", "rid")),
 )
+
+# api/native.py
+NATIVE = (
+    Use(
+        f"{SRT}.managers.io_struct.GenerateReqInput",
+        (
+            "sampling_params",
+            "text",
+            "input_ids",
+            "input_embeds",
+            "session_params",
+            "contains_mm_input",
+            "top_logprobs_num",
+        ),
+    ),
+    Use(f"{SRT}.managers.io_struct.AbortReq", ("rid",)),
+    Use(f"{SRT}.managers.io_struct.FlushCacheReqOutput", ("success",)),
+    Use(TOKENIZER_MANAGER, ("server_args", "model_config", "rid_to_state", "is_pause", "event_loop")),
+    Use(f"{FIELDS}.exec_.ExecFeatures", ("enable_memory_saver",)),
+    Use(f"{TOKENIZER_MANAGER}.flush_cache", ("timeout_s",)),
+    Use(f"{TOKENIZER_MANAGER}._dispatch_to_scheduler", ("obj",)),
+    Use(f"{SRT}.configs.model_config.ModelConfig", ("vocab_size",)),
+)

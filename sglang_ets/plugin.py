@@ -60,6 +60,28 @@ def switch_on(server_args: Any) -> Any:
     return server_args
 
 
+def check_radix_cache(server_args: Any) -> None:
+    """When sglang has filled in all arguments, before anything is loaded: a search shares its KV through the radix cache.
+
+    Raises:
+        SystemExit: a flag has switched the cache off.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    settings = resolved_view(server_args)
+    if not flags.is_on(getattr(server_args, "_ets", None)) or not settings.disable_radix_cache:
+        return
+    if settings.enable_deterministic_inference:
+        raise SystemExit(
+            "--enable-deterministic-inference switches the radix cache off with --attention-backend "
+            f"{settings.attention_backend}, and a search cannot do without it; give --attention-backend triton or fa3"
+        )
+    raise SystemExit(
+        "--search cannot do without the radix cache, which is switched off; leave out --disable-radix-cache (deterministic "
+        "inference keeps it with --attention-backend triton or fa3) and what implies it, or give --search off"
+    )
+
+
 def check_scheduler(server_args: Any) -> None:
     """Before a scheduler is built: settings are there, and every hook has taken effect in this process.
 

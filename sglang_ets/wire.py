@@ -12,3 +12,6 @@ RESULT_KEY = "search"  # a list of reports; the last one of an answered search i
 # Of a report.
 PROGRESS_KEY = "progress"
 TRACE_KEY = "trace"
+
+# The id of an abort that ends all searches and no other request: the server has been asked to stop.
+STOP_ID = "\x00ets-stop"

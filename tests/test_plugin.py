@@ -98,3 +98,46 @@ def test_a_flag_or_the_environment_allows_an_untested_sglang(
     monkeypatch.setenv(flags.ALLOW_UNTESTED.env, env)
     assert plugin.allows_untested() is allows
     assert os.environ[flags.ALLOW_UNTESTED.env] == ("1" if flag else env)  # for child processes
+
+
+def resolved(monkeypatch: pytest.MonkeyPatch, search: str, **settings: Any) -> SimpleNamespace:
+    from sglang.srt.arg_groups import model_override_base
+
+    view = SimpleNamespace(
+        **{
+            "disable_radix_cache": True,
+            "enable_deterministic_inference": False,
+            "attention_backend": "flashinfer",
+            **settings,
+        }
+    )
+    monkeypatch.setattr(model_override_base, "resolved_view", lambda _args: view)
+    return SimpleNamespace(_ets={"search": search})
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {},
+            "leave out --disable-radix-cache (deterministic inference keeps it with --attention-backend triton or fa3)",
+        ),
+        (
+            {"enable_deterministic_inference": True},
+            "switches the radix cache off with --attention-backend flashinfer, and a search cannot do without it; "
+            "give --attention-backend triton or fa3",
+        ),
+    ],
+)
+def test_a_search_without_the_radix_cache_is_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        plugin.check_radix_cache(resolved(monkeypatch, "ets", **settings))
+    assert sentence in str(caught.value)
+
+
+def test_without_search_or_with_the_radix_cache_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.check_radix_cache(resolved(monkeypatch, "off"))
+    plugin.check_radix_cache(resolved(monkeypatch, "ets", disable_radix_cache=False))
+    plugin.check_radix_cache(SimpleNamespace())  # arguments of sglang's own, or of the PRM

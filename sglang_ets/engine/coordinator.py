@@ -45,6 +45,7 @@ from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
 logger = logging.getLogger(__name__)
 
+STOPPING = "the server is stopping; send the search again when it is back, or to another one"
 IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a selection
 
 
@@ -63,6 +64,7 @@ class SearchCoordinator:
         self._defaults = default_settings(self._settings)
         self._num_done = 0
         self._num_failed = 0
+        self._is_stopping = False
         self._metrics = make_metrics(scheduler)
         self._scoring = StepScoring(prm, self._metrics)
         self._valve = PressureValve(scheduler)
@@ -114,6 +116,9 @@ class SearchCoordinator:
 
     def _begin(self, live: LiveSearch) -> None:
         config, req = live.search.config, live.req
+        if self._is_stopping:
+            self._answer_error(live, STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
+            return
         refused = refusal(config, req, self.scheduler.max_total_num_tokens, self._num_ranks) or self.prm.refusal(
             req.origin_input_ids, prompt_text(req), config.max_tokens
         )
@@ -199,8 +204,10 @@ class SearchCoordinator:
         live = self._search_of(req)
         if live is not None:
             live.children.remove(req.rid)
+            # A step that is aborted for want of memory has been taken out of the batch, and carries the reason.
+            reason = "aborted while it waited" if req.to_finish is None else req.to_finish.message
             with self.guard(live):
-                self._child_failed(live, req.node_id, "aborted while it waited")
+                self._child_failed(live, req.node_id, reason)
         return True
 
     def before_abort(self, recv_req: AbortReq) -> None:
@@ -210,10 +217,24 @@ class SearchCoordinator:
         """
         for live in list(self.searches.values()):
             if not live.is_answered and (recv_req.abort_all or live.rid.startswith(recv_req.rid)):
-                with self.guard(live):
-                    live.end_reason = "aborted"
-                    self._answer_error(live, recv_req.abort_message or "Aborted", None)
-                    self._close(live)
+                self._abort(live, recv_req.abort_message or "Aborted", None)
+
+    def stop(self) -> None:
+        """The server has been asked to stop: it does not wait for searches, and begins none."""
+        self._is_stopping = True
+        for live in list(self.searches.values()):
+            if not live.is_answered:
+                self._abort(live, STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def _abort(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+        with self.guard(live):
+            live.end_reason = "aborted"
+            self._answer_error(live, message, status)
+            self._close(live)
+
+    def after_flush(self) -> None:
+        """sglang has emptied its cache, which it does while nothing runs: after a change of weights, for one."""
+        self.prm.forget()
 
     def after_abort(self) -> None:
         self._forget_drained()
@@ -430,7 +451,8 @@ class SearchCoordinator:
 
     def _finish(self, live: LiveSearch, reason: str) -> None:
         live.end_reason = reason
-        live.awaited = ("answer", self._voting.submit(answerable(live), live.search.config, self._num_ranks))
+        ranked = self._voting.submit(answerable(live), live.search.config, self._num_ranks, live.notes.append)
+        live.awaited = ("answer", ranked)
         self._abort_children(live)
 
     def _answer(self, live: LiveSearch, answers: list[RankedAnswer]) -> None:

@@ -138,7 +138,7 @@ def warnings_of(live: LiveSearch) -> list[str]:
             f"deadline_s of {config.deadline_s:g} ended the search after {len(live.kv)} levels with "
             f"{len(tree.complete())} of {config.width} trajectories complete"
         )
-    return warnings
+    return warnings + live.notes
 
 
 def lost_level(live: LiveSearch, depth: int) -> str | None:

@@ -71,6 +71,7 @@ class LiveSearch:
     num_pressure_releases: int = 0
     num_prm_releases: int = 0  # locks given up in the PRM's pool, known at the end
     num_fallbacks: int = 0
+    notes: list[str] = field(default_factory=list)  # warnings of whoever ranks the answers
     select_started_s: float = 0.0  # of the last selection, by time.perf_counter
     # Per level, the loop's time until selection had been handed over; and that with pruning and queueing of children.
     select_blocked_ms: list[float] = field(default_factory=list)

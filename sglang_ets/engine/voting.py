@@ -7,8 +7,9 @@ are all integers asks nobody.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import regex
 
@@ -30,9 +31,13 @@ class Voting:
         self._process = MathProcess()
 
     def submit(
-        self, trajectories: Sequence[Trajectory], config: SearchConfig, num_ranks: int = 1
+        self,
+        trajectories: Sequence[Trajectory],
+        config: SearchConfig,
+        num_ranks: int = 1,
+        warn: Callable[[str], None] = logger.warning,
     ) -> Future[list[RankedAnswer]]:
-        """Ranked answers, best first: see `answer.rank`.
+        """Ranked answers, best first: see `answer.rank`. What was not as it should be goes to `warn` before they are there.
 
         With several tensor-parallel ranks all must have the answer in the same tick: texts decide, at once.
         """
@@ -40,10 +45,10 @@ class Voting:
             done: Future[list[RankedAnswer]] = Future()
             done.set_result(rank(trajectories, config))
             return done
-        same = self.labels if config.answer_equality == "math" else None
+        same = partial(self.labels, warn=warn) if config.answer_equality == "math" else None
         return self._thread.submit(rank, trajectories, config, same)
 
-    def labels(self, answers: Sequence[str]) -> list[int]:
+    def labels(self, answers: Sequence[str], warn: Callable[[str], None] = logger.warning) -> list[int]:
         """A label for each of these different texts; equal labels mean equal values. Never fails: texts decide at worst."""
         labels = list(range(len(answers)))
         short = [i for i, answer in enumerate(answers) if len(answer) <= MAX_ANSWER_CHARS]
@@ -51,7 +56,9 @@ class Voting:
             return labels
         by_value = self._process.ask([answers[i] for i in short], ASK_LIMIT_S)
         if by_value is None:
-            logger.warning("answers were not compared in %g s; votes count equal texts instead", ASK_LIMIT_S)
+            warn(
+                f"answers were not compared in {ASK_LIMIT_S:g} s or the process that does it died; equal texts voted instead"
+            )
             return labels
         for place, label in zip(short, by_value, strict=True):
             labels[place] = short[label]

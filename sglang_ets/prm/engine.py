@@ -289,6 +289,10 @@ class PrmEngine:
             self._pool.reset()
             raise
 
+    def forget(self) -> None:
+        """Empty the cache: the weights or the memory behind it may have changed. Called while no search runs."""
+        self._pool.reset()
+
     @property
     def pool_tokens(self) -> int:
         """Tokens that the PRM's KV pool holds."""

@@ -259,6 +259,10 @@ class ScriptedPrm:
         self.pool_tokens = 1_000_000
         self.releases: dict[str, int] = {}  # search id -> locks that it gave up
         self.ended: list[str] = []  # ids of searches
+        self.num_forgotten = 0
+
+    def forget(self) -> None:
+        self.num_forgotten += 1
 
     def refusal(self, prompt_ids: Sequence[int], question: str, max_tokens: int) -> str | None:
         return self.refused

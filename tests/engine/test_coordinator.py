@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_ets.core.config import Algorithm
 from sglang_ets.core.selection import Level, Selection
@@ -307,6 +308,22 @@ def test_a_child_aborted_while_it_waits_fails_alone(algorithm: str) -> None:
     world.assert_balanced()
 
 
+def test_a_child_aborted_for_want_of_memory_says_so() -> None:
+    world = World()
+    world.ask(algorithm="rebase")
+    world.scheduler.tick()
+    world.scheduler.holds_back = lambda _child: True
+    world.scheduler.tick()
+    world.scheduler.holds_back = lambda _child: False
+    (first, *_) = [req for req in world.scheduler.waiting_queue if isinstance(req, ChildReq)]
+    world.scheduler.waiting_queue.remove(first)
+    first.to_finish = FINISH_ABORT("Out of memory")  # as sglang leaves it when it takes the request out of a batch
+    assert world.ets.swallow_abort(first)
+    world.run()
+    figures = world.answer()["search"]
+    assert figures["warnings"] == [f"1 of {figures['nodes_made']} steps failed: Out of memory"]
+
+
 def test_a_prompt_that_is_aborted_fails_the_search() -> None:
     world = World()
     world.ask()
@@ -360,6 +377,29 @@ def test_a_client_that_aborts_gets_one_response_in_each_phase(phase: str, how: s
     assert world.error() == "the client has gone"
     assert world.ets.describe()["failed"] == 1
     world.assert_balanced()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_server_that_stops_ends_its_searches_and_begins_none(phase: str) -> None:
+    world = World()
+    world.scheduler.holds_back = lambda child: phase == "scoring" and child.node_id == WIDTH
+    world.ask(algorithm="ets", search_width=WIDTH)
+    at = PHASES[phase]
+    if not at(world.live()):
+        assert any(world.ets.searches and at(world.live()) for _ in world.ticks(100)), f"never {phase}"
+    world.ets.stop()
+    world.run(100)
+    world.ask("pb", algorithm="ets", search_width=WIDTH)
+    world.run(100)
+    for rid in ("pa", "pb"):
+        assert "the server is stopping" in world.error(rid)
+    world.assert_balanced()
+
+
+def test_a_flush_forgets_what_the_prm_has_cached() -> None:
+    world = World()
+    world.ets.after_flush()
+    assert world.prm.num_forgotten == 1
 
 
 def test_a_search_that_ends_leaves_requests_with_longer_ids_alone() -> None:

@@ -124,6 +124,22 @@ def test_paths_without_their_lock_are_computed_again(large: PrmEngine, small: Pr
     end(small, "a", [*paths, *(path for path, _ in again)])
 
 
+def test_what_is_forgotten_is_computed_again(large: PrmEngine) -> None:
+    """After a change of weights nothing may be read from the cache."""
+    before = large.stats()["tokens_extended"]
+    path = large.open_prompt(PROMPT, "")
+    computed = large.stats()["tokens_extended"] - before
+    large.release(path)
+    large.release(again := large.open_prompt(PROMPT, ""))
+    assert large.stats()["tokens_extended"] - before < 2 * computed
+    before = large.stats()["tokens_extended"]
+    large.forget()
+    large.release(large.open_prompt(PROMPT, ""))
+    assert large.stats()["tokens_extended"] - before == computed
+    large.drop([path, again])
+    end(large, "prm", [])
+
+
 def test_the_youngest_search_gives_up_first_and_only_what_is_needed(
     small: PrmEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

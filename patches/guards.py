@@ -1,0 +1,162 @@
+"""Hooks that keep the server up where stock sglang dies, stalls, serves what is stale, or is slow to stop."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from sglang_ets.patches import uses
+from sglang_ets.patches.record import Patch, Use
+
+from sglang_ets.wire import STOP_ID
+
+MANAGERS = "sglang.srt.managers"
+TOKENIZER_MANAGER = f"{MANAGERS}.tokenizer_manager.TokenizerManager"
+HERE = "sglang_ets.patches.guards"
+
+
+def need_radix_cache(result: None, server_args: Any) -> None:
+    from sglang_ets.plugin import check_radix_cache
+
+    check_radix_cache(server_args)
+    return result
+
+
+def bound_samples(request: Any) -> None:
+    from sglang_ets.api.native import check_samples
+
+    check_samples(request)
+
+
+def refuse_prompt(manager: Any, obj: Any, input_ids: Any) -> None:
+    from sglang_ets.api.native import check_prompt
+
+    check_prompt(manager, obj, input_ids)
+
+
+async def release_when_idle(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
+    from sglang_ets.api.native import check_release
+
+    await check_release(manager)
+    return await original(manager, obj, request)
+
+
+def end_searches(result: None, handler: Any, *_args: Any, **_kwargs: Any) -> None:
+    from sglang_ets.api import native
+
+    native.end_searches(handler.tokenizer_manager)
+    return result
+
+
+def stop_searches(scheduler: Any, recv_req: Any) -> None:
+    if recv_req.rid == STOP_ID:
+        scheduler.ets.stop()
+
+
+def forget_prm_cache(is_flushed: bool, scheduler: Any, *_args: Any, **_kwargs: Any) -> bool:
+    if is_flushed:
+        scheduler.ets.after_flush()
+    return is_flushed
+
+
+def end_without_collection(result: None, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    gc.freeze()
+    return result
+
+
+NOT_REPORTED = "none: not reported yet"
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        target="sglang.srt.server_args.ServerArgs.resolve_once",
+        kind="after",
+        hook=f"{HERE}:need_radix_cache",
+        parameters=("self",),
+        tested=("0bdf2f58118dde60",),
+        why="without the radix cache a search would compute every prefix again and hold no KV",
+        upstream="none: search inside the scheduler is new",
+        remove_when="sglang lets plugins check the arguments",
+        uses=(
+            Use("sglang.srt.arg_groups.model_override_base.resolved_view", ("server_args",)),
+            Use("sglang.srt.arg_groups.fields.memory.Memory", ("disable_radix_cache",)),
+            Use("sglang.srt.arg_groups.fields.exec_.ExecKernel", ("attention_backend",)),
+            Use("sglang.srt.arg_groups.fields.exec_.ExecDeterministic", ("enable_deterministic_inference",)),
+        ),
+    ),
+    Patch(
+        target=f"{MANAGERS}.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        kind="before",
+        hook=f"{HERE}:bound_samples",
+        parameters=("self",),
+        tested=("e6c3216be96e2dbd",),
+        why="`n` of a million makes a million requests at once and stalls the HTTP process",
+        upstream=NOT_REPORTED,
+        remove_when="sglang bounds `n`",
+        uses=uses.NATIVE,
+    ),
+    Patch(
+        target=f"{TOKENIZER_MANAGER}._validate_one_request",
+        kind="before",
+        hook=f"{HERE}:refuse_prompt",
+        parameters=("self", "obj", "input_ids"),
+        tested=("c5956bbf19a548b0",),
+        why="a prompt without a token, an id outside the vocabulary or more log probabilities than it has end the scheduler",
+        upstream=NOT_REPORTED,
+        remove_when="sglang refuses such prompts",
+        uses=uses.NATIVE,
+    ),
+    Patch(
+        target=f"{MANAGERS}.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation",
+        kind="around",
+        hook=f"{HERE}:release_when_idle",
+        parameters=("self", "obj", "request"),
+        tested=("b43806e7c13aeeff",),
+        why="the scheduler ends itself when it is asked to release its memory while anything runs",
+        upstream=NOT_REPORTED,
+        remove_when="sglang refuses it instead",
+        uses=uses.NATIVE,
+    ),
+    Patch(
+        target=f"{MANAGERS}.tokenizer_manager.SignalHandler.sigterm_handler",
+        kind="after",
+        hook=f"{HERE}:end_searches",
+        parameters=("self",),
+        tested=("463df5a25616c93f",),
+        why="sglang waits for the end of all requests when it is asked to stop, and a search may take minutes",
+        upstream="none: search inside the scheduler is new",
+        remove_when="sglang bounds the time that it waits",
+        uses=(*uses.NATIVE, Use(f"{MANAGERS}.tokenizer_manager.SignalHandler", ("tokenizer_manager",))),
+    ),
+    Patch(
+        target=f"{MANAGERS}.scheduler.Scheduler.abort_request",
+        kind="before",
+        hook=f"{HERE}:stop_searches",
+        parameters=("self", "recv_req"),
+        tested=("c1f592343634270e",),
+        why="the same, in the scheduler",
+        upstream="none: search inside the scheduler is new",
+        remove_when="sglang bounds the time that it waits",
+        uses=uses.ABORT,
+    ),
+    Patch(
+        target=f"{MANAGERS}.scheduler.Scheduler.handle_shutdown",
+        kind="after",
+        hook=f"{HERE}:end_without_collection",
+        parameters=("self",),
+        tested=("2f0788265888f5b2",),
+        why="an interpreter that ends looks for garbage in all of torch and sglang, for three seconds of CPU",
+        upstream=NOT_REPORTED,
+        remove_when="sglang ends its processes faster",
+    ),
+    Patch(
+        target=f"{MANAGERS}.scheduler.Scheduler.flush_cache",
+        kind="after",
+        hook=f"{HERE}:forget_prm_cache",
+        parameters=("self",),
+        tested=("1b515fe02c931c09",),
+        why="the PRM's cache is stale too when weights or memory have changed",
+        upstream="none: search inside the scheduler is new",
+        remove_when="sglang offers a policy interface for internal requests",
+    ),
+)

@@ -1,0 +1,89 @@
+"""What sglang lets pass on its way to the scheduler and the scheduler then dies of, refused in the HTTP process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
+
+from sglang_ets.core.settings import wrong
+from sglang_ets.wire import STOP_ID
+
+MAX_SAMPLES = 8192  # of one request, prompts times n: sglang makes as many requests at once, on the event loop
+MAX_N = 1024
+IDLE_WAIT_S = 2.0
+
+
+def check_samples(request: GenerateReqInput) -> None:
+    """Refuse more samples than the event loop can make in a moment.
+
+    Raises:
+        ValueError: `n` is no number or too large.
+    """
+    params = request.sampling_params
+    first = params[0] if isinstance(params, list) and params else params
+    n = first.get("n") if isinstance(first, dict) else None
+    if n is None:
+        return
+    if type(n) is not int or not 1 <= n <= MAX_N:
+        raise wrong("n", f"an integer from 1 to {MAX_N}", n, "send several requests for more")
+    prompts = request.input_ids if request.text is None else request.text
+    num_prompts = len(prompts) if isinstance(prompts, list) else 1
+    if n > 1 and num_prompts * n > MAX_SAMPLES:
+        raise wrong(
+            "n", f"at most {MAX_SAMPLES} over the prompts of a request", num_prompts * n, "send several requests"
+        )
+
+
+def check_prompt(manager: Any, request: Any, token_ids: list[int] | None) -> None:
+    """Refuse a prompt without a token, and what reaches beyond the vocabulary.
+
+    Raises:
+        ValueError: one of both.
+    """
+    if not isinstance(request, GenerateReqInput) or request.contains_mm_input() or request.input_embeds is not None:
+        return
+    if not token_ids and not request.session_params:
+        raise ValueError("the prompt must hold at least one token, got none; send a text that is not empty")
+    size = manager.model_config.vocab_size
+    wanted = request.top_logprobs_num
+    if isinstance(wanted, int) and wanted > size:
+        raise wrong("top_logprobs_num", f"at most {size}, the size of the vocabulary", wanted, "ask for fewer")
+    if request.input_ids is None or not token_ids:
+        return  # the tokenizer makes no ids but its own
+    strange = next((token for token in token_ids if type(token) is not int or not 0 <= token < size), None)
+    if strange is not None:
+        raise wrong("input_ids", f"integers from 0 to {size - 1}", strange, "use the tokenizer of this model")
+
+
+async def check_release(manager: Any) -> None:
+    """Refuse to release memory unless the server can, and is idle. It is idle when its cache lets itself be emptied.
+
+    Raises:
+        ValueError: requests or searches run, or the server keeps its memory; the scheduler would end itself.
+    """
+    _check_no_requests(manager)
+    if not manager.server_args.enable_memory_saver:
+        raise ValueError("memory can be released only by a server with --enable-memory-saver; start it with that flag")
+    # A request that has been answered leaves the scheduler within a tick.
+    flushed = await manager.flush_cache(timeout_s=IDLE_WAIT_S)
+    _check_no_requests(manager)
+    if not flushed.success:
+        raise ValueError(
+            f"memory can be released only while nothing runs, got work for over {IDLE_WAIT_S:g} s; try again"
+        )
+
+
+def _check_no_requests(manager: Any) -> None:
+    """What waits while generation is paused may wait on."""
+    if manager.rid_to_state and not manager.is_pause:
+        raise ValueError(
+            f"memory can be released only while nothing runs, got {len(manager.rid_to_state)} requests; wait for their "
+            "end, or call /abort_request with abort_all"
+        )
+
+
+def end_searches(manager: Any) -> None:
+    """Tell the scheduler that the server has been asked to stop. sglang waits for requests; a search may take minutes."""
+    if manager.event_loop is not None:
+        manager._dispatch_to_scheduler(AbortReq(rid=STOP_ID))

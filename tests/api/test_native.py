@@ -1,0 +1,111 @@
+"""What is refused in the HTTP process because the scheduler would die of it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
+
+from sglang_ets.api.native import MAX_N, MAX_SAMPLES, check_prompt, check_release, check_samples, end_searches
+from sglang_ets.wire import STOP_ID
+
+VOCABULARY = 10
+
+
+class Manager:
+    """The part of a tokenizer manager that is asked."""
+
+    def __init__(
+        self, *, has_saver: bool = True, requests: int = 0, is_pause: bool = False, is_idle: bool = True
+    ) -> None:
+        self.model_config = SimpleNamespace(vocab_size=VOCABULARY)
+        self.server_args = SimpleNamespace(enable_memory_saver=has_saver)
+        self.rid_to_state = dict.fromkeys(range(requests))
+        self.is_pause = is_pause
+        self.is_idle = is_idle
+        self.event_loop: object | None = object()
+        self.sent: list[Any] = []
+
+    async def flush_cache(self, timeout_s: float) -> Any:
+        assert timeout_s > 0
+        return SimpleNamespace(success=self.is_idle)
+
+    def _dispatch_to_scheduler(self, obj: Any) -> None:
+        self.sent.append(obj)
+
+
+@pytest.mark.parametrize("params", [None, {}, {"n": None}, {"n": 1}, {"n": MAX_N}, [{"n": 2}], []])
+def test_so_many_samples_are_made(params: Any) -> None:
+    check_samples(GenerateReqInput(text="1=", sampling_params=params))
+
+
+@pytest.mark.parametrize("n", [0, -1, MAX_N + 1, 10**6, True, 2.0, "2"])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_no_other_number_of_samples_is_made(n: Any, is_list: bool) -> None:
+    with pytest.raises(ValueError, match=f"n must be an integer from 1 to {MAX_N}, got"):
+        check_samples(GenerateReqInput(text="1=", sampling_params=[{"n": n}] if is_list else {"n": n}))
+
+
+@pytest.mark.parametrize("field", ["text", "input_ids"])
+def test_samples_are_counted_over_the_prompts(field: str) -> None:
+    prompts = ["1="] * (MAX_SAMPLES // 2) if field == "text" else [[1]] * (MAX_SAMPLES // 2)
+    check_samples(GenerateReqInput(**{field: prompts}, sampling_params={"n": 2}))
+    check_samples(GenerateReqInput(**{field: prompts * 3}, sampling_params={"n": 1}))
+    with pytest.raises(ValueError, match=f"n must be at most {MAX_SAMPLES} over the prompts of a request, got"):
+        check_samples(GenerateReqInput(**{field: prompts}, sampling_params={"n": 3}))
+
+
+def test_prompts_of_known_tokens_pass() -> None:
+    check_prompt(Manager(), GenerateReqInput(input_ids=[0, VOCABULARY - 1]), [0, VOCABULARY - 1])
+    check_prompt(
+        Manager(), GenerateReqInput(text="1=", top_logprobs_num=VOCABULARY), [VOCABULARY + 5]
+    )  # its tokenizer's
+    check_prompt(Manager(), GenerateReqInput(input_ids=[], session_params={"id": "a"}), [])
+    check_prompt(Manager(), GenerateReqInput(input_embeds=[[0.5]]), None)
+    check_prompt(Manager(), SimpleNamespace(input_ids=[-1]), [-1])  # an embedding, which sglang checks itself
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "token_ids", "sentence"),
+    [
+        ({"text": ""}, [], "must hold at least one token"),
+        ({"text": ""}, None, "must hold at least one token"),
+        ({"input_ids": [-1]}, [-1], "input_ids must be integers from 0 to 9, got -1"),
+        ({"input_ids": [1, VOCABULARY]}, [1, VOCABULARY], "input_ids must be integers from 0 to 9, got 10"),
+        ({"input_ids": [1, "a"]}, [1, "a"], "input_ids must be integers from 0 to 9, got 'a'"),
+        ({"text": "1=", "top_logprobs_num": VOCABULARY + 1}, [1], "top_logprobs_num must be at most 10"),
+    ],
+)
+def test_other_prompts_are_refused(request_fields: dict[str, Any], token_ids: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_prompt(Manager(), GenerateReqInput(**request_fields), token_ids)
+
+
+@pytest.mark.parametrize(
+    ("manager", "sentence"),
+    [
+        (Manager(requests=2), "while nothing runs, got 2 requests"),
+        (Manager(has_saver=False), "start it with that flag"),
+        (Manager(is_idle=False), "got work for over 2 s"),
+    ],
+)
+def test_memory_is_not_released(manager: Manager, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        asyncio.run(check_release(manager))
+
+
+def test_memory_is_released_when_idle_and_while_generation_is_paused() -> None:
+    asyncio.run(check_release(Manager()))
+    asyncio.run(check_release(Manager(requests=2, is_pause=True)))
+
+
+def test_the_scheduler_learns_that_the_server_stops() -> None:
+    manager = Manager()
+    end_searches(manager)
+    assert [(type(sent), sent.rid) for sent in manager.sent] == [(AbortReq, STOP_ID)]
+    manager.event_loop, manager.sent = None, []
+    end_searches(manager)
+    assert manager.sent == []
