@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -113,7 +113,7 @@ def _encoded(body: dict[str, Any]) -> bytes:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list) else value
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return json.dumps(plain(body), default=str).encode("utf-8", "surrogatepass")
 
@@ -159,7 +159,7 @@ def main() -> None:
     else:
         with running_server(["--search", "ets"]) as url:
             report = fuzz(url, args.requests, args.seed)
-    print(json.dumps(asdict(report), indent=2))
+    print(json.dumps(vars(report), indent=2))
     for breach in report.breaches():
         print(f"breach: {breach}")
     sys.exit(bool(report.breaches()))

@@ -6,6 +6,7 @@ choices made here, which are printed.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+        gc.freeze()  # else the end of the interpreter is three seconds of looking for garbage in all of torch and sglang
 
 
 if __name__ == "__main__":

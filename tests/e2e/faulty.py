@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 FOLDER_ENV = "SGLANG_ETS_TEST_FAULTS"
 HOLD_LIMIT_S = 20.0
+AGES_S = 1e6
 POLL_S = 0.01
 OUT_OF_VOCABULARY = 1 << 30
 OUT_OF_MEMORY = "Out of memory even after retracting all other requests"
@@ -93,7 +94,7 @@ class Faults:
 
     def __init__(self, phases: Phases) -> None:
         self._phases = phases
-        self._names: dict[str, str] = {}  # id of a search in the process -> id that the test gave
+        self._lives: dict[str, Any] = {}  # by their ids in the process
         self._scored: list[Injection] = []
         self._here = threading.local()
 
@@ -123,12 +124,21 @@ class Faults:
         put_around(math_process, "_line", self.line)
 
     def _injection(self, search_id: str) -> Injection:
-        return Injection.of(self._names.get(search_id, ""))
+        live = self._lives.get(search_id)
+        return Injection.of(live.rid if live is not None else "")
+
+    def _arrive(self, search_id: str) -> bool:
+        """Whether the search has come to its phase only now; its time is up there if that is its fault."""
+        injection = self._injection(search_id)
+        is_first = self._phases.arrive(injection.rid)
+        if is_first and injection.fault == "deadline":
+            self._lives[search_id].started_s -= AGES_S
+        return is_first
 
     # ---- before the first level ----
 
     def begin(self, original: Callable[..., Any], coordinator: Any, live: Any) -> None:
-        self._names[live.id] = live.rid
+        self._lives[live.id] = live
         original(coordinator, live)
 
     def feed(self, original: Callable[..., Any], queue: Any, order: Any) -> Any:
@@ -138,7 +148,7 @@ class Faults:
         injection = self._injection(search_id)
         if injection.phase != "begin":
             return False
-        self._phases.arrive(injection.rid)
+        self._arrive(search_id)
         return not self._phases.go(injection.rid).exists()
 
     def open_prompt(self, original: Callable[..., Any], prm: Any, ids: Any, question: str, owner: str) -> Any:
@@ -173,12 +183,13 @@ class Faults:
             if injection.fault.startswith("no memory"):
                 if self._hits(injection):
                     req.to_finish = FINISH_ABORT(OUT_OF_MEMORY)
-            elif (
-                not injection.fault.startswith("logits")
-                and self._phases.arrive(injection.rid)
-                and not is_long(injection)
-            ):
-                self._phases.hold(injection.rid)
+            elif not injection.fault.startswith("logits") and self._arrive(req.spec.search_id):
+                self._hold_loop(injection)
+
+    def _hold_loop(self, injection: Injection) -> None:
+        """Of the searches with which a server is stopped only one can hold the loop up; this one has long steps instead."""
+        if injection.fault != "stop":
+            self._phases.hold(injection.rid)
 
     def _hits(self, injection: Injection) -> bool:
         """One step of the search, or every one."""
@@ -187,11 +198,11 @@ class Faults:
     # ---- the PRM scores ----
 
     def score(self, original: Callable[..., Any], scoring: Any, batch: Any) -> Any:
-        injections = {Injection.of(live.rid) for live, _ in batch}
-        self._scored = [injection for injection in injections if injection.phase == "score"]
-        for injection in self._scored:
-            if self._phases.arrive(injection.rid):
-                self._phases.hold(injection.rid)
+        ids = dict.fromkeys(live.id for live, _ in batch)
+        self._scored = [injection for search_id in ids if (injection := self._injection(search_id)).phase == "score"]
+        for search_id in ids:
+            if self._injection(search_id) in self._scored and self._arrive(search_id):
+                self._phases.hold(self._injection(search_id).rid)
         return original(scoring, batch)
 
     def read(self, original: Callable[..., Any], prm: Any, readings: Any, extended: Any) -> Any:
@@ -211,7 +222,7 @@ class Faults:
 
     def decide(self, original: Callable[..., Any], live: Any, policy: Any, ends: Any) -> Any:
         injection = Injection.of(live.rid)
-        if injection.phase == "select" and self._phases.arrive(injection.rid):
+        if injection.phase == "select" and self._arrive(live.id):
             self._phases.hold(injection.rid)
         self._here.fault = injection.fault
         return original(live, policy, ends)
@@ -229,11 +240,12 @@ class Faults:
     # ---- the answer is ranked ----
 
     def answerable(self, original: Callable[..., Any], live: Any) -> Any:
-        return Named(live.rid, original(live))
+        return Named(live.id, original(live))
 
     def rank(self, original: Callable[..., Any], trajectories: Any, *args: Any) -> Any:
-        injection = Injection.of(trajectories.rid)
+        injection = self._injection(trajectories.search_id)
         if injection.phase == "rank":
+            self._arrive(trajectories.search_id)
             self._phases.hold(injection.rid)
         self._here.fault = injection.fault
         return original(trajectories, *args)
@@ -246,17 +258,12 @@ class Faults:
         return original(process, limit_s)
 
 
-def is_long(injection: Injection) -> bool:
-    """Of the searches that the server is stopped with only one can hold the loop up; this one has long steps."""
-    return injection.fault == "stop"
-
-
 class Named(list[Any]):
     """Trajectories that know their search."""
 
-    def __init__(self, rid: str, items: Any) -> None:
+    def __init__(self, search_id: str, items: Any) -> None:
         super().__init__(items)
-        self.rid = rid
+        self.search_id = search_id
 
 
 def put_around(owner: Any, name: str, hook: Callable[..., Any]) -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.server
 
 PROMPT = PROBLEMS[0]["prompt"]
 MODELS = Path(__file__).parents[2] / "sglang_ets" / "models"
-DEADLINE_S = 0.4
+TOLD_S = 0.4  # the server has been told what is done to it
 NOTICED_S = 1.3  # a client that is gone: the server looks for it once a second
 STOP_LIMIT_S = 10.0
 DETERMINISTIC = ["--enable-deterministic-inference", "--attention-backend", "flashinfer"]
@@ -66,7 +66,7 @@ class Run:
     connection: http.client.HTTPConnection
 
 
-def nothing(_run: Run) -> None:
+def nothing(_: Run | Server) -> None:
     """The plugin does it."""
 
 
@@ -79,6 +79,7 @@ class Fault:
     outcomes: Mapping[Phase, Outcome]
     sentence: str = ""  # in the error or the warning
     act: Callable[[Run], None] = nothing
+    before: Callable[[Server], None] = nothing  # the search begins
     request: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,10 +98,6 @@ def hang_up(run: Run) -> None:
 
 def abort(run: Run) -> None:
     fetch(run.server, "/abort_request", {"rid": run.rid})
-
-
-def let_time_pass(_run: Run) -> None:
-    time.sleep(DEADLINE_S)
 
 
 def flush(run: Run) -> None:
@@ -128,9 +125,20 @@ def update_weights(run: Run) -> None:
 
 
 def kill_voter(run: Run) -> None:
-    for process in psutil.Process().children(recursive=True):
-        if "sglang_ets.math_process" in " ".join(process.cmdline()) and server_process(run.server) in process.parents():
-            process.kill()
+    (process,) = voters(run.server)
+    process.kill()
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+
+
+def start_voter(server: Server) -> None:
+    server.search(PROMPT, 2, max_tokens=48, search={"max_steps": 1, "answer_pattern": NO_INTEGERS})
+    assert len(voters(server)) == 1
+
+
+def voters(server: Server) -> list[psutil.Process]:
+    children = server_process(server).children(recursive=True)
+    return [process for process in children if "sglang_ets.math_process" in process.cmdline()]
 
 
 def server_process(server: Server) -> psutil.Process:
@@ -154,8 +162,7 @@ FAULTS: tuple[Fault, ...] = (
         "`deadline_s` passes",
         {**everywhere(CUT_SHORT), "begin": FAILED, "rank": ANSWERED},
         "deadline",
-        let_time_pass,
-        search={"deadline_s": DEADLINE_S},
+        search={"deadline_s": 100},
     ),
     Fault("prm raises", "a call of the PRM raises", {"begin": FAILED, "score": FAILED}, "injected into the PRM"),
     Fault("prm nan", "the PRM's score of a step is no number", {"score": WARNED}, "no finite number"),
@@ -181,6 +188,7 @@ FAULTS: tuple[Fault, ...] = (
         "the process that compares answers is killed before it is asked",
         {"select": ANSWERED, "rank": ANSWERED},
         act=kill_voter,
+        before=start_voter,
         search={"answer_pattern": NO_INTEGERS},
     ),
     Fault(
@@ -278,6 +286,7 @@ def assert_says_so(fault: Fault, outcome: Outcome, answer: str) -> None:
 @pytest.mark.parametrize(("fault", "phase"), CASES, ids=[f"{fault.name}-{phase}" for fault, phase in CASES])
 def test_a_fault_stays_with_its_search(faulty: Faulty, fault: Fault, phase: Phase) -> None:
     outcome, server = fault.outcomes[phase], faulty.server
+    fault.before(server)
     counted = searches_counted(server, outcome.counted)
     run = begin(faulty, fault, phase)
     with ThreadPoolExecutor(2) as pool:
@@ -300,7 +309,7 @@ def hit(pool: ThreadPoolExecutor, run: Run, fault: Fault) -> None:
     """Act while the search is held in its phase. What the scheduler has to answer is answered afterwards."""
     with held(run.phases, run.rid):
         acting: Future[None] = pool.submit(fault.act, run)
-        wait([acting], NOTICED_S + 0.2 if fault.act is hang_up else DEADLINE_S)
+        wait([acting], NOTICED_S + 0.2 if fault.act is hang_up else TOLD_S)
     acting.result()
 
 
@@ -382,7 +391,7 @@ def stopped_in_every_phase(faulty: Faulty, pool: ThreadPoolExecutor) -> list[tup
     process = server_process(faulty.server)
     began = time.monotonic()
     process.terminate()
-    time.sleep(DEADLINE_S)  # the loop is held until it has been told
+    time.sleep(TOLD_S)  # the loop is held until it has been told
     faulty.phases.go(runs.pop().rid).touch()
     wait(asked, STOP_LIMIT_S)
     for run in runs:

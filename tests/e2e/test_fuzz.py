@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import asdict
 
 import pytest
 
@@ -20,6 +19,6 @@ BUSY_STALL_S = 20.0  # two tests at a time share two cores; `make fuzz` holds th
 def test_nothing_that_a_client_sends_breaks_or_stalls_the_server(server: Server) -> None:
     seed = datetime.date.today().toordinal()
     report = fuzz(server.url, NUM_REQUESTS, seed)
-    assert report.breaches(BUSY_STALL_S) == [], json.dumps(asdict(report), indent=1)
+    assert report.breaches(BUSY_STALL_S) == [], json.dumps(vars(report), indent=1)
     assert sum(report.statuses.values()) >= NUM_REQUESTS
     assert server.search(PROBLEMS[0]["prompt"], 4)["choices"][0]["text"]
