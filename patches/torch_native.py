@@ -25,7 +25,7 @@ PASS = "_ets_forward_pass"  # of a backend, of which each model has its own
 NUM_EXTEND, NUM_DECODE = 10, 8  # tensors that the backend passes by position; the last is encoder_lens
 
 
-def extend(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def extend(original: Callable[..., torch.Tensor], backend: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`_run_sdpa_forward_extend`: ours for plain causal decoders, else the stock code."""
     if not (kwargs.get("causal") and is_plain(args, kwargs, NUM_EXTEND)):
         return original(backend, *args, **kwargs)
@@ -33,7 +33,7 @@ def extend(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any
     return attend(backend, tensors, rows, kv_lengths, new_lengths.tolist(), kwargs)
 
 
-def decode(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def decode(original: Callable[..., torch.Tensor], backend: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`_run_sdpa_forward_decode`: ours for plain decoders, else the stock code."""
     if not is_plain(args, kwargs, NUM_DECODE):
         return original(backend, *args, **kwargs)

@@ -433,7 +433,6 @@ class SearchCoordinator:
         limit = live.search.config.deadline_s
         if limit is None or live.has_ended or time.monotonic() - live.started_s < limit:
             return
-        live.awaited = None
         if not live.search.trajectories():
             self._keep_unfinished_steps(live)
         self.apply(live, live.search.stop("deadline"))

@@ -103,7 +103,7 @@ def read_json(model_path: str, name: str) -> dict[str, object]:
     """A JSON file of a checkpoint in a folder or on the Hub; empty if it has none."""
     path: str | None = str(Path(model_path) / name)
     if not Path(model_path).is_dir():
-        from transformers.utils import cached_file  # heavy, and not needed for folders
+        from transformers.utils.hub import cached_file  # heavy, and not needed for folders
 
         path = cached_file(model_path, name, _raise_exceptions_for_missing_entries=False)
     if path is None or not Path(path).exists():

@@ -93,7 +93,8 @@ def head_scores(
     for layer in layers[:-1]:
         states = layer(states.to(layer.weight.dtype) if isinstance(layer, torch.nn.Linear) else states)
     last, at = layers[-1], torch.arange(len(states))
-    return step_score(states, at, last.weight, last.bias, activation=spec.activation, index=spec.label)
+    scores: torch.Tensor = step_score(states, at, last.weight, last.bias, activation=spec.activation, index=spec.label)
+    return scores
 
 
 def rows_scores(
@@ -103,7 +104,10 @@ def rows_scores(
 ) -> torch.Tensor:  # float32[S]
     """The first token's share among the given ones at each last token; no other logit is computed."""
     rows = torch.stack([weight[token] for token in spec.token_ids])
-    return step_score(states, torch.arange(len(states)), rows, None, activation=spec.activation, index=0)
+    scores: torch.Tensor = step_score(
+        states, torch.arange(len(states)), rows, None, activation=spec.activation, index=0
+    )
+    return scores
 
 
 def embed_steps(
@@ -112,4 +116,5 @@ def embed_steps(
 ) -> torch.Tensor:  # float32[S, H], unit norm
     """One embedding a step: the mean of its last hidden states."""
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(hidden.device)
-    return step_pool(hidden, offsets)
+    embeddings: torch.Tensor = step_pool(hidden, offsets)
+    return embeddings

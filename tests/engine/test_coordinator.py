@@ -330,6 +330,30 @@ def test_a_child_aborted_for_want_of_memory_says_so() -> None:
     world.run()
     figures = world.answer()["search"]
     assert figures["warnings"] == [f"1 of {figures['nodes_made']} steps failed: Out of memory"]
+    world.assert_balanced()
+
+
+def test_a_parent_gives_up_its_path_in_the_prm_though_one_of_its_children_failed() -> None:
+    world = World()
+    world.ask(algorithm="rebase")
+    live = world.live()
+    ticks = world.ticks()
+    while not any(node.depth == 2 for node in live.search.tree.nodes):
+        next(ticks)
+    world.scheduler.holds_back = lambda _child: True
+    next(ticks)  # the second level waits
+    world.scheduler.holds_back = lambda _child: False
+    (first, *_) = [req for req in world.scheduler.waiting_queue if isinstance(req, ChildReq)]
+    world.scheduler.abort_request(AbortReq(rid=first.rid))
+    while not any(node.depth == 3 for node in live.search.tree.nodes):
+        next(ticks)
+    parents = [node_id for node_id, branch in live.branches.items() if node_id and branch.num_open_children == 0]
+    above = [live.branches[node_id] for node_id in parents if live.search.tree.nodes[node_id].depth == 1]
+    assert any(branch.num_unscored_children == 0 for branch in above)
+    assert [branch for branch in above if id(branch.prm) in world.prm.locked] == []
+    for _ in ticks:
+        pass
+    world.assert_balanced()
 
 
 def test_a_prompt_that_is_aborted_fails_the_search() -> None:
