@@ -25,7 +25,7 @@ def completion(search: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 # What is sent, and what the sentence names.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "text nested 5000 deep": (native("[" * 5000), "nested"),
+    "text nested 5000 deep": (native("[" * 5000), "must be a JSON object"),
     "text with 400 digits": (native(f'{{"width": 4, "kv_cost_weight": {10**400}}}'), "kv_cost_weight"),
     "pattern of 500 groups": (native({"search_width": 4, "answer_pattern": "(" * 500}), "answer_pattern"),
     "completion, pattern of 500 groups": (completion({"answer_pattern": "(" * 500}), "answer_pattern"),
