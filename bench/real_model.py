@@ -84,10 +84,10 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens:
         response = client.chat.completions.create(
             **body, temperature=1.0, extra_body={"search_width": setting.width, "search": search}
         )
-        found = dict(response.metadata["search"])  # type: ignore[attr-defined]
-        nodes = found["tree"]["nodes"]
+        figures = dict(response.metadata["search"])  # type: ignore[attr-defined]
+        nodes = figures["tree"]["nodes"]
         seen = redundancy(nodes)
-        cost = {name: found[name] for name in FROM_SEARCH} | {"fallbacks": found["solver"]["fallbacks"]}
+        cost = {name: figures[name] for name in FROM_SEARCH} | {"fallbacks": figures["solver"]["fallbacks"]}
         cost |= {"leaves": seen.leaves, "distinct_texts": seen.distinct_texts, "clusters": seen.clusters}
         cost["step_tokens"] = sum(len(node["token_ids"]) for node in nodes) / len(nodes)
         answer = extract_answer(response.choices[0].message.content or "", ANSWERS)

@@ -181,8 +181,8 @@ def _equal_cost_table(summaries: Sequence[dict[str, Any]], cost: str) -> str:
     cells = []
     for policy, points in sorted(by_policy.items()):
         costs, accuracies = np.array(sorted(points)).T
-        found = [
+        interpolated = [
             np.interp(np.log(budgets[width]), np.log(costs), accuracies, np.nan, np.nan) for width in sorted(budgets)
         ]
-        cells.append([policy, *("" if np.isnan(one) else f"{one:.3f}" for one in found)])
+        cells.append([policy, *("" if np.isnan(one) else f"{one:.3f}" for one in interpolated)])
     return rows.markdown(header, [line for line in cells if any(line[1:])])

@@ -128,9 +128,9 @@ class Systems:
 
         def solve(prompt: str) -> Outcome:
             answer = post({**body, "prompt": prompt, "search_width": job.width, "search": search})
-            found = answer["metadata"]["search"]
-            figures = {"prm_tokens": found["prm_tokens"], "levels": found["levels"]}
-            figures["pressure_releases"] = found["kv_pressure_releases"]
+            search_figures = answer["metadata"]["search"]
+            figures = {"prm_tokens": search_figures["prm_tokens"], "levels": search_figures["levels"]}
+            figures["pressure_releases"] = search_figures["kv_pressure_releases"]
             text = answer["choices"][0]["text"]
             return Outcome(extract_answer(text, PATTERN), answer["usage"]["completion_tokens"], figures)
 
@@ -151,8 +151,8 @@ class Systems:
 
         def solve(prompt: str) -> Outcome:
             answer = post({**body, "prompt": prompt})
-            found = [extract_answer(choice["text"], PATTERN) for choice in answer["choices"]]
-            votes = [text for text in found if text is not None]
+            answers = [extract_answer(choice["text"], PATTERN) for choice in answer["choices"]]
+            votes = [text for text in answers if text is not None]
             best = statistics.mode(votes) if votes else None
             return Outcome(best, answer["usage"]["completion_tokens"], {})
 

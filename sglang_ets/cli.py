@@ -20,15 +20,15 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    main_parser = argparse.ArgumentParser(
         prog="sglang-ets",
         description="PRM-guided tree search inside the SGLang scheduler.",
         epilog="Flags without a command start the server: sglang-ets --model-path M is sglang-ets serve --model-path M.",
     )
-    commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = main_parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, what) in COMMANDS.items():
         commands.add_parser(name, help=what, add_help=False)
-    return found
+    return main_parser
 
 
 def serve(flags: Sequence[str]) -> None:

@@ -163,8 +163,10 @@ def prm_marker(model_path: Path) -> str | None:
     Raises:
         ValueError: the PRM is not one that a stock server can score by log-probabilities.
     """
-    told = json.loads((model_path / "prm_config.json").read_text(encoding="utf-8"))
-    if told.get("format") != "likelihood":
-        raise ValueError(f"the client scores PRMs of format likelihood, got {told.get('format')!r}; choose another PRM")
-    marker = told.get("score_after")
+    prm_config = json.loads((model_path / "prm_config.json").read_text(encoding="utf-8"))
+    if prm_config.get("format") != "likelihood":
+        raise ValueError(
+            f"the client scores PRMs of format likelihood, got {prm_config.get('format')!r}; choose another PRM"
+        )
+    marker = prm_config.get("score_after")
     return None if marker is None else str(marker)

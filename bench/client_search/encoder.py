@@ -22,8 +22,12 @@ def find_encoder(given: str | None) -> Path | None:
         for folder in (Path(place), Path(place) / PACKAGE / "model") if place else ():
             if (folder / "config.json").exists():
                 return folder
-    found = importlib.util.find_spec(PACKAGE)
-    return Path(found.submodule_search_locations[0]) / "model" if found and found.submodule_search_locations else None
+    package = importlib.util.find_spec(PACKAGE)
+    return (
+        Path(package.submodule_search_locations[0]) / "model"
+        if package and package.submodule_search_locations
+        else None
+    )
 
 
 class SentenceEncoder:

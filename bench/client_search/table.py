@@ -17,15 +17,15 @@ PARTS = ("generate", "score", "encode", "select", "other")
 
 def rounds_of(done: Sequence[Row]) -> dict[Setting, list[dict[str, Row]]]:
     """Rounds that all three systems have done, by setting: system -> row. A client is compared with every number of servers."""
-    found: dict[Setting, dict[int, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    by_setting: dict[Setting, dict[int, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     every = {row.get("replicas", 1) for row in done if row["system"] != "client"}
     for row in done:
         for count in every if row["system"] == "client" else {row.get("replicas", 1)}:
             setting = (row["width"], row["algorithm"], row["in_flight"], row.get("client_engine", "stock"), count)
-            found[setting][row["round"]][row["system"]] = row
+            by_setting[setting][row["round"]][row["system"]] = row
     complete = {
         setting: [systems for _, systems in sorted(by_round.items()) if len(systems) == 3]
-        for setting, by_round in sorted(found.items())
+        for setting, by_round in sorted(by_setting.items())
     }
     return {setting: kept for setting, kept in complete.items() if kept}
 
@@ -91,8 +91,8 @@ def _parts(settings: dict[Setting, list[dict[str, Row]]]) -> str:
 
 def _ratios(ours: Sequence[Row], theirs: Sequence[Row], value: Callable[[Row], float], percent: bool = False) -> str:
     """Median of the ratios within rounds, with the least and the greatest."""
-    found = [value(a) / value(b) for a, b in zip(ours, theirs, strict=True)]
-    middle, low, high = statistics.median(found), min(found), max(found)
+    ratios = [value(a) / value(b) for a, b in zip(ours, theirs, strict=True)]
+    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
     if percent:
         return f"{100 * middle:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
     return f"{middle:.2f}x ({low:.2f} to {high:.2f})"

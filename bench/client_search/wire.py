@@ -103,10 +103,12 @@ def _score(answer: Mapping[str, Any], scoring: Scoring) -> float:
     # Entries are [log-probability, token id, text]; the last ones belong to the step, and the very first is null. The ids
     # are not compared: sglang reports the last id of a vocabulary as 0.
     num_step = len(scoring.token_ids) - scoring.start
-    found = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][-num_step:]]
-    counted = found[scoring.first - scoring.start :]
-    if len(found) != num_step or None in counted:
-        raise RuntimeError(f"the PRM's server gave {found} for a step of {num_step} tokens, expected a number for each")
+    log_probs = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][-num_step:]]
+    counted = log_probs[scoring.first - scoring.start :]
+    if len(log_probs) != num_step or None in counted:
+        raise RuntimeError(
+            f"the PRM's server gave {log_probs} for a step of {num_step} tokens, expected a number for each"
+        )
     return math.exp(math.fsum(counted))
 
 

@@ -94,13 +94,13 @@ def levels(trees: Iterator[Tree], meaning_of: Callable[[str], str]) -> Iterator[
                 yield Steps(tree, texts, tuple(map(meaning_of, texts)), embeddings)
 
 
-def normalised(found: Sequence[Steps], how: str) -> list[Embeddings]:
+def normalised(tree_levels: Sequence[Steps], how: str) -> list[Embeddings]:
     """Every level's embeddings under one normalisation; "on all" uses the statistics of all levels.
 
     "The search so far" is the levels of the same tree up to this one, as served. "Other prompts" are trees of the other parity:
     a mean that was measured before.
     """
-    sets = [level.embeddings for level in found]
+    sets = [level.embeddings for level in tree_levels]
     everything = np.concatenate(sets)
     if how == "raw":
         return sets
@@ -108,29 +108,32 @@ def normalised(found: Sequence[Steps], how: str) -> list[Embeddings]:
         return [one - one.mean(0) for one in sets]
     if how == "centred on the search so far":
         centers: dict[int, RunningCenter] = defaultdict(RunningCenter)
-        return [centers[level.tree].centered(level.embeddings) for level in found]
+        return [centers[level.tree].centered(level.embeddings) for level in tree_levels]
     if how == "centred on other prompts":
-        means = [np.concatenate([s.embeddings for s in found if s.tree % 2 == parity]).mean(0) for parity in (0, 1)]
-        return [level.embeddings - means[1 - level.tree % 2] for level in found]
+        means = [
+            np.concatenate([s.embeddings for s in tree_levels if s.tree % 2 == parity]).mean(0) for parity in (0, 1)
+        ]
+        return [level.embeddings - means[1 - level.tree % 2] for level in tree_levels]
     scale = np.maximum(everything.std(0), MIN_STD) if how == "standardised on all" else 1.0
     return [((one - everything.mean(0)) / scale).astype(np.float32) for one in sets]
 
 
-def figures(found: Sequence[Steps], sets: Sequence[Embeddings]) -> dict[str, float]:
+def figures(tree_levels: Sequence[Steps], sets: Sequence[Embeddings]) -> dict[str, float]:
     """AUC over pairs of different texts, and clusters at the cut that finds as many as there are meanings."""
     distances, same = [], []
-    for level, embeddings in zip(found, sets, strict=True):
+    for level, embeddings in zip(tree_levels, sets, strict=True):
         between = cosine_distances(embeddings)
         for a in range(len(level.texts)):
             for b in range(a):
                 if level.texts[a] != level.texts[b]:
                     distances.append(float(between[a, b]))
                     same.append(level.meanings[a] == level.meanings[b])
-    meanings = float(np.mean([len(set(level.meanings)) for level in found]))
+    meanings = float(np.mean([len(set(level.meanings)) for level in tree_levels]))
     counts = [np.mean([cluster_labels(one, cut).max() + 1 for one in sets]) for cut in CUTS]
     cut = float(CUTS[int(np.argmin(np.abs(np.array(counts) - meanings)))])
     purities = [
-        purity_of(cluster_labels(one, cut).tolist(), level.meanings) for level, one in zip(found, sets, strict=True)
+        purity_of(cluster_labels(one, cut).tolist(), level.meanings)
+        for level, one in zip(tree_levels, sets, strict=True)
     ]
     values, is_same = np.array(distances), np.array(same)
     return {
@@ -138,8 +141,8 @@ def figures(found: Sequence[Steps], sets: Sequence[Embeddings]) -> dict[str, flo
         "pairs_same": int(is_same.sum()), "pairs_other": int((~is_same).sum()),
         "median_same": float(np.median(values[is_same])), "median_other": float(np.median(values[~is_same])),
         "meanings": meanings, "cut_of_equal_number": cut, "purity": float(np.mean(purities)),
-        "suggested_cut": suggest_cut(values), "levels": len(found),
-        "leaves": float(np.mean([len(level.texts) for level in found])),
+        "suggested_cut": suggest_cut(values), "levels": len(tree_levels),
+        "leaves": float(np.mean([len(level.texts) for level in tree_levels])),
     }  # fmt: skip
 
 
@@ -170,12 +173,12 @@ def main() -> None:
         args.problems = 2
     out = rows.out_of(args, "cluster_variants")
     if args.model == "embedded":
-        found = list(levels(embedded_trees(args.problems, args.seed), meaning))
+        tree_levels = list(levels(embedded_trees(args.problems, args.seed), meaning))
     else:
-        found = list(levels(smollm2_trees(args.problems, args.data, args.seed), symbols))
+        tree_levels = list(levels(smollm2_trees(args.problems, args.data, args.seed), symbols))
     for how in NORMALISATIONS:
         row = {"model": args.model, "layer": -1, "pooling": "mean", "normalisation": how, "problems": args.problems}
-        rows.append(out, {**row, "seed": args.seed, **figures(found, normalised(found, how))})
+        rows.append(out, {**row, "seed": args.seed, **figures(tree_levels, normalised(tree_levels, how))})
     rows.publish(out, table(list(rows.read(out))))
 
 

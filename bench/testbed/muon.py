@@ -50,9 +50,9 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """float32[K, m, n], each with all singular values near 1, from float32[K, m, n]."""
     is_tall = matrices.shape[1] > matrices.shape[2]
-    found = matrices.mT if is_tall else matrices
-    found = found / found.norm(dim=(1, 2), keepdim=True).clamp_min(_LEAST_NORM)
+    wide = matrices.mT if is_tall else matrices
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(_LEAST_NORM)
     for _ in range(_NUM_ITERATIONS):
-        gram = found @ found.mT
-        found = _A * found + (_B * gram + _C * gram @ gram) @ found
-    return found.mT if is_tall else found
+        gram = wide @ wide.mT
+        wide = _A * wide + (_B * gram + _C * gram @ gram) @ wide
+    return wide.mT if is_tall else wide

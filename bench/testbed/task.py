@@ -170,12 +170,12 @@ def problems(split: Split, seed: int = 0, num_integers: int = NUM_INTEGERS) -> I
 
 def distinct_problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
     """The first `count` problems of `problems`, repetitions left out."""
-    found: dict[str, Problem] = {}
+    by_expression: dict[str, Problem] = {}
     for problem in problems(split, seed):
-        if len(found) == count:
+        if len(by_expression) == count:
             break
-        found.setdefault(problem.expression, problem)
-    return list(found.values())
+        by_expression.setdefault(problem.expression, problem)
+    return list(by_expression.values())
 
 
 def solve(problem: Problem, rng: random.Random) -> list[str]:

@@ -49,7 +49,7 @@ def choose_format(model_path: str, wanted: str, tokenizer: Tokenizer) -> PrmForm
         SystemExit: the name is unknown, nothing tells the format, or the tokenizer lacks a token that it needs.
     """
     own = read_json(model_path, CONFIG_FILE)
-    name = _told(model_path, own) if wanted == AUTO else wanted
+    name = _recognised(model_path, own) if wanted == AUTO else wanted
     if name not in NAMES:
         raise SystemExit(
             f"--prm-format must be one of {', '.join((AUTO, *NAMES))}, got {wanted!r}, and {model_path} does not tell "
@@ -58,7 +58,7 @@ def choose_format(model_path: str, wanted: str, tokenizer: Tokenizer) -> PrmForm
     return _build(name, own, tokenizer)
 
 
-def _told(model_path: str, own: dict[str, object]) -> str | None:
+def _recognised(model_path: str, own: dict[str, object]) -> str | None:
     if "format" in own:
         return str(own["format"])
     architecture = str((read_json(model_path, "config.json").get("architectures") or [""])[0])  # type: ignore[index]

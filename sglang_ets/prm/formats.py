@@ -122,8 +122,8 @@ def encode_start(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 def piece_id(tokenizer: Tokenizer, word: str) -> int:
     """The token of a word behind a space: SentencePiece's own piece for it, else the last token of its encoding."""
-    found = tokenizer.get_vocab().get("\u2581" + word)
-    return int(found) if found is not None else encode(tokenizer, " " + word)[-1]
+    piece = tokenizer.get_vocab().get("\u2581" + word)
+    return int(piece) if piece is not None else encode(tokenizer, " " + word)[-1]
 
 
 def single_token(tokenizer: Tokenizer, text: str, why: str) -> int:

@@ -54,15 +54,15 @@ def _with_head(name: str, trunk: type, head: Callable[[Any], torch.nn.Module], p
     return type(name, (trunk,), {"__init__": __init__, "load_weights": load_weights, "__module__": __name__})
 
 
-def _fill(head: torch.nn.Module, found: dict[str, torch.Tensor], prefix: str) -> None:
+def _fill(head: torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:
     """Copy the head's weights. A bias that the checkpoint leaves out is zero.
 
     Raises:
         ValueError: a weight is missing, or one is there that the head has no place for.
     """
     places = head.state_dict()
-    missing = [prefix + key for key in places if key not in found and not key.endswith("bias")]
-    unknown = [prefix + key for key in found if key not in places]
+    missing = [prefix + key for key in places if key not in weights and not key.endswith("bias")]
+    unknown = [prefix + key for key in weights if key not in places]
     if missing or unknown:
         raise ValueError(
             f"the PRM's head must have exactly {sorted(prefix + key for key in places)}, missing {missing}, unknown "
@@ -70,7 +70,7 @@ def _fill(head: torch.nn.Module, found: dict[str, torch.Tensor], prefix: str) ->
         )
     with torch.no_grad():
         for key, place in places.items():
-            place.copy_(found[key]) if key in found else place.zero_()
+            place.copy_(weights[key]) if key in weights else place.zero_()
 
 
 _TRUNKS = {

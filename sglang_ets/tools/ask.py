@@ -167,10 +167,10 @@ def answers_table(watched: Watched) -> Table:
     table.add_column("last line", overflow="ellipsis", no_wrap=True)
     for index in sorted(watched.choices):
         choice = watched.choices[index]
-        found = choice.get("search") or {}
+        result = choice.get("search") or {}
         lines = choice["text"].strip().splitlines() or [""]
-        numbers = [_number(found.get(name)) for name in ("score", "votes")]
-        answer = "-" if found.get("answer") is None else str(found["answer"])
+        numbers = [_number(result.get(name)) for name in ("score", "votes")]
+        answer = "-" if result.get("answer") is None else str(result["answer"])
         # As Text: what a model writes in brackets is no markup.
         cells = [str(index + 1), answer, *numbers, str(choice["finish_reason"]), lines[-1]]
         table.add_row(*(Text(cell) for cell in cells))
@@ -245,27 +245,31 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    found = _Parser(prog="sglang-ets ask", description="Solve one problem on a running server.")
-    found.add_argument(
+    flags_parser = _Parser(prog="sglang-ets ask", description="Solve one problem on a running server.")
+    flags_parser.add_argument(
         "question",
         help="the problem; the embedded models get the newline that ends it; - reads it from standard input",
     )
-    found.add_argument("--width", type=int, default=DEFAULT_WIDTH, help="trajectories to grow (default 16)")
-    found.add_argument("--base-url", default=DEFAULT_URL, help=f"of the server (default {DEFAULT_URL})")
-    found.add_argument("--algorithm", choices=get_args(Algorithm), help="default: the server's --search")
-    found.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the search")
-    found.add_argument("--chat", action="store_true", help="send it as a chat message, not as a plain prompt")
-    found.add_argument("--n", type=int, help=f"ranked answers (default {MOST_ANSWERS}, or the width if it is less)")
-    found.add_argument("--max-tokens", type=int, help="tokens of one trajectory; default: the server's")
-    found.add_argument("--temperature", type=float, default=1.0)
-    found.add_argument("--seed", type=int)
-    found.add_argument("--model", default="default")
-    found.add_argument("--api-key", default="none", help="if the server asks for one")
-    found.add_argument("--timeout", type=float, default=600.0, help="seconds without a chunk before giving up")
-    found.add_argument(
+    flags_parser.add_argument("--width", type=int, default=DEFAULT_WIDTH, help="trajectories to grow (default 16)")
+    flags_parser.add_argument("--base-url", default=DEFAULT_URL, help=f"of the server (default {DEFAULT_URL})")
+    flags_parser.add_argument("--algorithm", choices=get_args(Algorithm), help="default: the server's --search")
+    flags_parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the search"
+    )
+    flags_parser.add_argument("--chat", action="store_true", help="send it as a chat message, not as a plain prompt")
+    flags_parser.add_argument(
+        "--n", type=int, help=f"ranked answers (default {MOST_ANSWERS}, or the width if it is less)"
+    )
+    flags_parser.add_argument("--max-tokens", type=int, help="tokens of one trajectory; default: the server's")
+    flags_parser.add_argument("--temperature", type=float, default=1.0)
+    flags_parser.add_argument("--seed", type=int)
+    flags_parser.add_argument("--model", default="default")
+    flags_parser.add_argument("--api-key", default="none", help="if the server asks for one")
+    flags_parser.add_argument("--timeout", type=float, default=600.0, help="seconds without a chunk before giving up")
+    flags_parser.add_argument(
         "--tree", type=Path, metavar="OUT.json", help="save the answer with its tree for `sglang-ets view`"
     )
-    return found
+    return flags_parser
 
 
 def question_of(args: argparse.Namespace) -> Question:

@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     leaves = np.mean([len(texts) for texts, _ in levels])
     texts_mean = np.mean([len(set(texts)) for texts, _ in levels])
     for candidate in sorted({0.1, 0.2, 0.3, 0.4, 0.6, cut}):
-        found = np.mean([cluster_labels(embeddings, candidate).max() + 1 for _, embeddings in levels])
-        print(f"  {candidate:7.4f}  {found:6.2f} clusters of {leaves:.2f} leaves, {texts_mean:.2f} texts")
+        clusters_mean = np.mean([cluster_labels(embeddings, candidate).max() + 1 for _, embeddings in levels])
+        print(f"  {candidate:7.4f}  {clusters_mean:6.2f} clusters of {leaves:.2f} leaves, {texts_mean:.2f} texts")
 
 
 if __name__ == "__main__":
