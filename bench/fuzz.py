@@ -29,6 +29,7 @@ from bench.traffic import OrdinaryTraffic, locks_when_idle, memory_mb
 
 CLIENTS = 4
 ANSWER_LIMIT_S = 120.0
+LIMITS = httpx.Limits(keepalive_expiry=1.0)  # the server closes idle connections after 5 s
 STALL_LIMIT_S = 2.0
 GROWTH_LIMIT_MB = 300  # caches of the interpreter and the allocator fill up; a leak of one large request would pass it
 FAULTS = ("search failed: no trajectory was completed",)  # documented in docs/limits.md
@@ -65,7 +66,7 @@ def fuzz(url: str, num_requests: int, seed: int) -> FuzzReport:
     """Send the requests of this seed and watch the server."""
     report = FuzzReport(seed)
     rng = random.Random(seed)
-    with httpx.Client(base_url=url, timeout=ANSWER_LIMIT_S) as client:
+    with httpx.Client(base_url=url, timeout=ANSWER_LIMIT_S, limits=LIMITS) as client:
         _send_all(client, [hostile_request(rng) for _ in range(num_requests // 20 + 1)], FuzzReport(seed))  # warm-up
         before = sum(memory_mb(url).values())
         with OrdinaryTraffic(url) as ordinary:

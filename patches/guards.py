@@ -24,9 +24,10 @@ def need_radix_cache(result: None, server_args: Any) -> None:
 
 
 def bound_samples(request: Any) -> None:
-    from sglang_ets.api.native import check_samples
+    from sglang_ets.api import native
 
-    check_samples(request)
+    native.check_grammars(request)
+    native.check_samples(request)
 
 
 def refuse_prompt(manager: Any, obj: Any, input_ids: Any) -> None:

@@ -11,7 +11,24 @@ from sglang_ets.wire import STOP_ID
 
 MAX_SAMPLES = 8192  # of one request, prompts times n: sglang makes as many requests at once, on the event loop
 MAX_N = 1024
+MAX_GRAMMAR_CHARS = {"regex": 10_000, "ebnf": 100_000, "json_schema": 1_000_000}
 IDLE_WAIT_S = 2.0
+
+
+def check_grammars(request: GenerateReqInput) -> None:
+    """Refuse grammars that take minutes to compile, and embeddings without a vector, which sglang looks into unasked.
+
+    Raises:
+        ValueError: one of both.
+    """
+    if isinstance(request.input_embeds, list) and not (request.input_embeds and request.input_embeds[0]):
+        raise wrong("input_embeds", "lists of vectors", request.input_embeds, "leave it out")
+    params = request.sampling_params
+    for own in params if isinstance(params, list) else [params]:
+        for name, most in MAX_GRAMMAR_CHARS.items():
+            text = own.get(name) if isinstance(own, dict) else None
+            if isinstance(text, str) and len(text) > most:
+                raise wrong(name, f"text of at most {most} characters", text, "send a shorter one")
 
 
 def check_samples(request: GenerateReqInput) -> None:

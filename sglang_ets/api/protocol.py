@@ -88,7 +88,12 @@ class ChatCompletionRequest(openai_protocol.ChatCompletionRequest):  # type: ign
     @model_validator(mode="before")
     @classmethod
     def _merge_extra_body(cls, data: Any) -> Any:
-        return merged_extra_body(data)
+        """sglang looks into `response_format` before anything has seen that it is an object."""
+        data = merged_extra_body(data)
+        given = data.get("response_format") if isinstance(data, dict) else None
+        if given is not None and not isinstance(given, (dict, BaseModel)):
+            raise ValueError(f"response_format must be an object, got {shown(given)}; leave it out")
+        return data
 
 
 # Fields that a search cannot honour: a request that sets one to something else than these values is refused.

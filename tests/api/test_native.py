@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 
-from sglang_ets.api.native import MAX_N, MAX_SAMPLES, check_prompt, check_release, check_samples, end_searches
+from sglang_ets.api.native import (
+    MAX_GRAMMAR_CHARS,
+    MAX_N,
+    MAX_SAMPLES,
+    check_grammars,
+    check_prompt,
+    check_release,
+    check_samples,
+    end_searches,
+)
 from sglang_ets.wire import STOP_ID
 
 VOCABULARY = 10
@@ -35,6 +44,25 @@ class Manager:
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         self.sent.append(obj)
+
+
+@pytest.mark.parametrize("name", MAX_GRAMMAR_CHARS)
+@pytest.mark.parametrize("is_list", [False, True])
+def test_a_grammar_has_a_bounded_length(name: str, is_list: bool) -> None:
+    def request(length: int) -> GenerateReqInput:
+        params = {name: "x" * length}
+        return GenerateReqInput(text="1=", sampling_params=[{}, params] if is_list else params)
+
+    check_grammars(request(MAX_GRAMMAR_CHARS[name]))
+    with pytest.raises(ValueError, match=f"^{name} must be text of at most {MAX_GRAMMAR_CHARS[name]} characters, got "):
+        check_grammars(request(MAX_GRAMMAR_CHARS[name] + 1))
+
+
+@pytest.mark.parametrize("embeds", [[], [[]]])
+def test_embeddings_hold_a_vector(embeds: list[Any]) -> None:
+    check_grammars(GenerateReqInput(input_embeds=[[0.5]]))
+    with pytest.raises(ValueError, match="^input_embeds must be lists of vectors, got "):
+        check_grammars(GenerateReqInput(input_embeds=embeds))
 
 
 @pytest.mark.parametrize("params", [None, {}, {"n": None}, {"n": 1}, {"n": MAX_N}, [{"n": 2}], []])

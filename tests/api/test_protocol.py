@@ -513,3 +513,9 @@ def test_a_prm_is_asked_about_the_last_user_message_or_the_whole_prompt() -> Non
         sampling = SimpleNamespace(custom_params=custom)
         req = SimpleNamespace(sampling_params=sampling, tokenizer=tokenizer, origin_input_ids=[1, 2])
         assert prompt_text(req) == expected
+
+
+@pytest.mark.parametrize("given", ["json", 1, [], 0.5])
+def test_a_response_format_that_is_no_object_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="response_format must be an object, got"):
+        protocol.ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "x"}], response_format=given)
