@@ -61,7 +61,7 @@ def test_a_grammar_has_a_bounded_length(name: str, is_list: bool) -> None:
 @pytest.mark.parametrize("embeds", [[], [[]]])
 def test_embeddings_hold_a_vector(embeds: list[Any]) -> None:
     check_grammars(GenerateReqInput(input_embeds=[[0.5]]))
-    with pytest.raises(ValueError, match="^input_embeds must be lists of vectors, got "):
+    with pytest.raises(ValueError, match=r"^input_embeds must be lists of vectors, got "):
         check_grammars(GenerateReqInput(input_embeds=embeds))
 
 
