@@ -27,6 +27,7 @@ def bound_samples(request: Any) -> None:
     from sglang_ets.api import native
 
     native.check_grammars(request)
+    native.check_integers(request)
     native.check_samples(request)
 
 

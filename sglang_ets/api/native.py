@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
@@ -12,6 +13,8 @@ from sglang_ets.wire import STOP_ID
 MAX_SAMPLES = 8192  # of one request, prompts times n: sglang makes as many requests at once, on the event loop
 MAX_N = 1024
 MAX_GRAMMAR_CHARS = {"regex": 10_000, "ebnf": 100_000, "json_schema": 1_000_000}
+MAX_INTEGER, MAX_SEED = 2**31 - 1, 2**63 - 1
+SEEDS = ("sampling_seed", "seed")
 IDLE_WAIT_S = 2.0
 
 
@@ -29,6 +32,28 @@ def check_grammars(request: GenerateReqInput) -> None:
             text = own.get(name) if isinstance(own, dict) else None
             if isinstance(text, str) and len(text) > most:
                 raise wrong(name, f"text of at most {most} characters", text, "send a shorter one")
+
+
+def check_integers(request: GenerateReqInput) -> None:
+    """Refuse integers that the scheduler's tensors cannot hold.
+
+    Raises:
+        ValueError: a sampling parameter, or one inside it, is such an integer.
+    """
+    params = request.sampling_params
+    for own in params if isinstance(params, list) else [params]:
+        for name, value in own.items() if isinstance(own, dict) else ():
+            most = MAX_SEED if name in SEEDS else MAX_INTEGER
+            if name != "custom_params" and any(abs(number) > most for number in _integers(value)):
+                raise wrong(name, f"integers from -{most} to {most}", value, "choose smaller ones")
+
+
+def _integers(value: object) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _integers(item)
 
 
 def check_samples(request: GenerateReqInput) -> None:

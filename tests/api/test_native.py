@@ -14,6 +14,7 @@ from sglang_ets.api.native import (
     MAX_N,
     MAX_SAMPLES,
     check_grammars,
+    check_integers,
     check_prompt,
     check_release,
     check_samples,
@@ -56,6 +57,18 @@ def test_a_grammar_has_a_bounded_length(name: str, is_list: bool) -> None:
     check_grammars(request(MAX_GRAMMAR_CHARS[name]))
     with pytest.raises(ValueError, match=f"^{name} must be text of at most {MAX_GRAMMAR_CHARS[name]} characters, got "):
         check_grammars(request(MAX_GRAMMAR_CHARS[name] + 1))
+
+
+@pytest.mark.parametrize(
+    "params", [{"top_k": 2**31}, {"top_k": -(2**63)}, {"stop_token_ids": [1, 10**30]}, {"sampling_seed": 2**63}]
+)
+def test_integers_fit_into_tensors(params: dict[str, Any]) -> None:
+    check_integers(GenerateReqInput(text="1=", sampling_params={"top_k": 2**31 - 1, "sampling_seed": 2**63 - 1}))
+    check_integers(GenerateReqInput(text="1=", sampling_params={"custom_params": {"ets": {"seed": 2**62}}}))
+    (name,) = params
+    for sent in (params, [{}, params]):
+        with pytest.raises(ValueError, match=rf"^{name} must be integers from -\d+ to \d+, got "):
+            check_integers(GenerateReqInput(text="1=", sampling_params=sent))
 
 
 @pytest.mark.parametrize("embeds", [[], [[]]])
