@@ -31,6 +31,13 @@ def bound_samples(request: Any) -> None:
     native.check_samples(request)
 
 
+def refuse_unreadable(original: Callable[..., Any], scheduler: Any, recv_req: Any, **kwargs: Any) -> Any:
+    try:
+        return original(scheduler, recv_req, **kwargs)
+    except Exception as error:  # of one request that a client has sent: the same boundary as the coordinator's `guard`
+        return scheduler.ets.refuse(recv_req, error)
+
+
 def refuse_prompt(manager: Any, obj: Any, input_ids: Any) -> None:
     from sglang_ets.api.native import check_prompt
 
@@ -85,6 +92,17 @@ PATCHES: tuple[Patch, ...] = (
             Use("sglang.srt.arg_groups.fields.exec_.ExecKernel", ("attention_backend",)),
             Use("sglang.srt.arg_groups.fields.exec_.ExecDeterministic", ("enable_deterministic_inference",)),
         ),
+    ),
+    Patch(
+        target=f"{MANAGERS}.scheduler.Scheduler.handle_generate_request",
+        kind="around",
+        hook=f"{HERE}:refuse_unreadable",
+        parameters=("self", "recv_req", "mm_input_error"),
+        tested=("a520490e64d495a3",),
+        why="a request that the scheduler cannot read is refused, and does not end the server",
+        upstream=NOT_REPORTED,
+        remove_when="sglang refuses what it cannot read",
+        uses=uses.REFUSAL,
     ),
     Patch(
         target=f"{MANAGERS}.io_struct.GenerateReqInput.normalize_batch_and_arguments",

@@ -104,6 +104,12 @@ ABORT = (
     Use(f"{SCHEDULER}.abort_request", ("recv_req",)),
 )
 
+# engine/coordinator.py: how a request is refused that sglang could not read
+REFUSAL = (
+    Use(f"{SRT}.managers.io_struct.AbortReq", ("rid", "finished_reason")),
+    Use(f"{SCHEDULER}.send_abort_output", ("abort_req", "req")),
+)
+
 # engine/startup.py, engine/metrics.py and prm/: a second model in the process
 PRM_START = (
     Use(SCHEDULER, ("server_args", "tp_worker", "tokenizer", "nccl_port", "metrics_collector_context")),

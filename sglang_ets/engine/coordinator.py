@@ -142,6 +142,16 @@ class SearchCoordinator:
             "try again later, or raise --search-max-waiting"
         )
 
+    def refuse(self, recv_req: Any, error: Exception) -> None:
+        """Answer a request, ordinary or not, that sglang could not even read; nothing of it is in the engine."""
+        logger.error("request %s could not be read", recv_req.rid, exc_info=error)
+        reason = {
+            "type": "abort",
+            "message": f"the request could not be read ({type(error).__name__}: {error}); check the types of its fields",
+            "status_code": HTTPStatus.BAD_REQUEST.value,
+        }
+        self.scheduler.send_abort_output(AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req)
+
     # ---- events from the engine ----
 
     def after_batch(self, batch: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -693,3 +694,16 @@ def test_metrics_are_counted_once_for_each_event() -> None:
     assert counts[0] == (1, 0)
     assert counts[-1] == (0, 0)
     assert max(held for _, held in counts) > len("Q: 1+1?\n")
+
+
+def test_a_request_that_sglang_could_not_read_is_refused_by_its_id() -> None:
+    world = World()
+    sent: list[Any] = []
+    world.scheduler.send_abort_output = lambda abort, req: sent.append((abort, req))
+    recv_req = SimpleNamespace(rid="strange")
+    world.ets.refuse(recv_req, TypeError("can only concatenate str"))
+    ((abort, req),) = sent
+    assert (abort.rid, req) == ("strange", recv_req)
+    assert abort.finished_reason["status_code"] == 400
+    assert "TypeError: can only concatenate str" in abort.finished_reason["message"]
+    world.assert_balanced()
