@@ -88,7 +88,9 @@ class ChatCompletionRequest(openai_protocol.ChatCompletionRequest):  # type: ign
     @model_validator(mode="before")
     @classmethod
     def _merge_extra_body(cls, data: Any) -> Any:
-        """sglang looks into `response_format` before anything has seen that it is an object."""
+        """sglang looks into the body and `response_format` before anything has seen that they are objects."""
+        if not isinstance(data, (dict, BaseModel)):
+            raise ValueError(f"the body must be a JSON object, got {shown(data)}; see docs/api.md")
         data = merged_extra_body(data)
         given = data.get("response_format") if isinstance(data, dict) else None
         if given is not None and not isinstance(given, (dict, BaseModel)):

@@ -515,6 +515,12 @@ def test_a_prm_is_asked_about_the_last_user_message_or_the_whole_prompt() -> Non
         assert prompt_text(req) == expected
 
 
+@pytest.mark.parametrize("body", [None, [], "text", 1])
+def test_a_chat_that_is_no_object_is_refused(body: Any) -> None:
+    with pytest.raises(ValueError, match="the body must be a JSON object, got"):
+        protocol.ChatCompletionRequest.model_validate(body)
+
+
 @pytest.mark.parametrize("given", ["json", 1, [], 0.5])
 def test_a_response_format_that_is_no_object_is_refused(given: Any) -> None:
     with pytest.raises(ValueError, match="response_format must be an object, got"):

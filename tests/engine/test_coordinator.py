@@ -696,7 +696,7 @@ def test_metrics_are_counted_once_for_each_event() -> None:
     assert max(held for _, held in counts) > len("Q: 1+1?\n")
 
 
-def test_a_request_that_sglang_could_not_read_is_refused_by_its_id() -> None:
+def test_a_request_that_sglang_raises_over_is_refused_by_its_id() -> None:
     world = World()
     sent: list[Any] = []
     world.scheduler.send_abort_output = lambda abort, req: sent.append((abort, req))
