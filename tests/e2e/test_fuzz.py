@@ -1,4 +1,4 @@
-"""Hostile and generated requests against the shared server: see bench/fuzz.py. `make fuzz` takes other seeds and more of them."""
+"""Hostile and generated requests against the shared server: see bench/fuzz.py. `make fuzz` takes other seeds, and more."""
 
 from __future__ import annotations
 
