@@ -108,7 +108,7 @@ def _send_generated(url: str, client: httpx.Client, count: int, report: FuzzRepo
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     for path in PATHS:
-        bodies = _examples(schema[path]["POST"].as_strategy(), max(1, count // len(PATHS)), report.seed)
+        bodies = _examples(schema[path]["POST"].as_strategy(), -(-count // len(PATHS)), report.seed)
         _send_all(client, [HostileRequest(path, _encoded(body)) for body in bodies], report)
 
 

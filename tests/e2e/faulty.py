@@ -220,12 +220,12 @@ class Faults:
 
     # ---- selection runs ----
 
-    def decide(self, original: Callable[..., Any], live: Any, policy: Any, ends: Any) -> Any:
+    def decide(self, original: Callable[..., Any], live: Any, *args: Any) -> Any:
         injection = Injection.of(live.rid)
         if injection.phase == "select" and self._arrive(live.id):
             self._phases.hold(injection.rid)
         self._here.fault = injection.fault
-        return original(live, policy, ends)
+        return original(live, *args)
 
     def solve(self, original: Callable[..., Any], *args: Any) -> Any:
         from sglang_ets.core.ilp import SolverFailure
