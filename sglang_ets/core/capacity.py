@@ -129,9 +129,6 @@ class SearchQueue:
         for queue in (self._running, self._suspended, self._waiting):
             queue.pop(search_id, None)
 
-    def is_running(self, search_id: str) -> bool:
-        return search_id in self._running
-
     @property
     def running(self) -> list[str]:
         """In order: the first one goes first for everything."""

@@ -179,8 +179,7 @@ class SearchCoordinator:
 
     def _feed(self) -> None:
         """Let searches start, or go on, as the pools allow, and their steps enter the engine behind ordinary requests."""
-        for search_id in self._queue.start():
-            self.searches[search_id].has_started = True
+        self._queue.start()
         for child in self._steps.feed(self._queue.running):
             child.time_stats.set_wait_queue_entry_time()
             child.arrival_processed_tokens = self.scheduler.processed_tokens_counter

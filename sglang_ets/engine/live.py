@@ -64,7 +64,6 @@ class LiveSearch:
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
-    has_started: bool = False  # it has left the queue of searches once
     is_answered: bool = False
     end_reason: str = ""  # why it has ended, which is before it is answered; empty while it grows
     final_text: str = ""  # what every answer that is still possible begins with
