@@ -7,6 +7,7 @@ Hooks before and after receive the arguments of the method, hooks around receive
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sglang_ets.patches import uses
@@ -15,6 +16,7 @@ from sglang_ets.patches.record import Patch
 from sglang_ets.wire import RESULT_KEY
 
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+SAMPLER = "sglang.srt.layers.sampler.Sampler.forward"
 STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 
 
@@ -35,9 +37,10 @@ def admit_search(original: Callable[..., Any], scheduler: Any, req: Any, is_retr
     return original(scheduler, req, is_retracted)
 
 
-def before_plan(scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+def plan_with_forks(original: Callable[..., Any], scheduler: Any, running_batch: Any, last_batch: Any) -> Any:
     if scheduler.ets.searches:
-        scheduler.ets.before_batch()
+        running_batch = scheduler.ets.before_batch(running_batch)
+    return original(scheduler, running_batch=running_batch, last_batch=last_batch)
 
 
 def after_plan(plan: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
@@ -46,10 +49,24 @@ def after_plan(plan: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
     return plan
 
 
-def after_batch(result: Any, scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> Any:
+def after_batch(result: Any, scheduler: Any, batch: Any, batch_result: Any) -> Any:
     if scheduler.ets.searches:
-        scheduler.ets.after_batch(batch)
+        scheduler.ets.after_batch(batch, batch_result)
     return result
+
+
+def run_strands(original: Callable[..., Any], scheduler: Any, batch: Any, pp_proxy_tensors: Any = None) -> Any:
+    from sglang_ets.engine.strands import run_batch
+
+    run = partial(original, scheduler, batch, pp_proxy_tensors)
+    return run_batch(run, batch.reqs) if scheduler.ets.searches else run()
+
+
+def draw_for_members(original: Callable[..., Any], sampler: Any, *args: Any, **kwargs: Any) -> Any:
+    from sglang_ets.engine.strands import take_awaited
+
+    draw = take_awaited()
+    return draw.sample(original, sampler, *args, **kwargs) if draw else original(sampler, *args, **kwargs)
 
 
 def before_abort(scheduler: Any, recv_req: Any) -> None:
@@ -123,14 +140,14 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         target=f"{SCHEDULER}.get_next_batch_to_run",
-        kind="before",
-        hook=f"{HERE}:before_plan",
-        parameters=("self",),
+        kind="around",
+        hook=f"{HERE}:plan_with_forks",
+        parameters=("self", "running_batch", "last_batch"),
         tested=("a3f44f962b24c1c4",),
-        why="finished selections expand before the tick is planned",
+        why="finished selections expand before the tick is planned, and their children start in the running batch",
         upstream=UPSTREAM,
         remove_when=GOES_WHEN,
-        uses=uses.ANSWER,
+        uses=(*uses.ANSWER, *uses.FORK),
     ),
     Patch(
         target=f"{SCHEDULER}.get_next_batch_to_run",
@@ -144,10 +161,35 @@ PATCHES: tuple[Patch, ...] = (
         uses=uses.TICK,
     ),
     Patch(
+        target=f"{SCHEDULER}.run_batch",
+        kind="around",
+        hook=f"{HERE}:run_strands",
+        parameters=("self", "batch", "pp_proxy_tensors"),
+        tested=("4733119a3bd07522",),
+        why="what the further members of a strand draw goes along with the result of the batch",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.STRAND,
+    ),
+    Patch(
+        target=SAMPLER,
+        kind="around",
+        hook=f"{HERE}:draw_for_members",
+        parameters=(
+            *("self", "logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs"),
+            *("positions", "logprob_logits"),
+        ),
+        tested=("23487f00b39b442f",),
+        why="nodes of a search that share a row of the batch each draw their own token from its logits",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.STRAND,
+    ),
+    Patch(
         target=f"{SCHEDULER}.process_batch_result",
         kind="after",
         hook=f"{HERE}:after_batch",
-        parameters=("self", "batch"),
+        parameters=("self", "batch", "result"),
         tested=("3dffbb24ecfc01a4",),
         why="a finished child becomes an event of its search",
         upstream=UPSTREAM,

@@ -88,6 +88,87 @@ CHILD = (
     Use(f"{BATCH}.FINISHED_MATCHED_REGEX", ("matched",)),
 )
 
+# engine/forks.py: children that start in the running batch
+FORK = (
+    Use(
+        SCHEDULER,
+        (
+            *("running_batch", "last_batch", "waiting_queue", "tree_cache", "token_to_kv_pool_allocator", "page_size"),
+            *("req_to_token_pool", "future_map", "model_config", "enable_overlap", "spec_algorithm"),
+            *("max_running_requests", "new_token_ratio_tracker", "enable_hierarchical_cache", "enable_hisparse"),
+        ),
+    ),
+    Use(f"{RADIX}.path_device_indices", ("node",)),
+    Use(f"{RADIX}.lock", ("node_id",)),
+    Use(f"{SRT}.mem_cache.unified_cache.components.ComponentType", ("FULL",)),
+    Use(f"{SRT}.mem_cache.memory_pool.ReqToTokenPool.alloc", ("reqs",)),
+    Use(f"{SRT}.mem_cache.memory_pool.ReqToTokenPool.write", ("indices", "values")),
+    Use(f"{SRT}.mem_cache.memory_pool.ReqToTokenPool.available_size"),
+    Use(
+        f"{BATCH}.ReqKvInfo",
+        ("req_pool_idx", "cache_protected_len", "cache_inserted_len", "kv_committed_len", "kv_allocated_len"),
+    ),
+    Use(f"{BATCH}.Req", ("kv", "lock", "last_node", "prefix_len", "extend_end", "cached_tokens", "output_ids")),
+    Use(f"{BATCH}.Req.refresh_fill_ids"),
+    Use(f"{BATCH}.Req._stop_match_tail_len", ("new_accepted_len",)),
+    Use(
+        f"{BATCH}.ScheduleBatch.init_new",
+        (
+            *("reqs", "req_to_token_pool", "token_to_kv_pool_allocator", "tree_cache", "model_config"),
+            *("enable_overlap", "spec_algorithm"),
+        ),
+    ),
+    Use(
+        f"{BATCH}.ScheduleBatch",
+        (
+            *("reqs", "is_empty", "batch_is_full", "forward_mode", "req_pool_indices", "req_pool_indices_cpu"),
+            *("seq_lens", "seq_lens_cpu", "orig_seq_lens", "multimodal_inputs", "sampling_info"),
+        ),
+    ),
+    Use(f"{BATCH}.ScheduleBatch.filter_batch"),
+    Use(f"{BATCH}.ScheduleBatch.merge_batch", ("other",)),
+    Use(f"{SRT}.managers.overlap_utils.FutureMap.stash", ("future_indices", "payload")),
+    Use(f"{SRT}.managers.overlap_utils.RelayPayload", ("bonus_tokens",)),
+    Use(f"{SRT}.model_executor.forward_batch_info.ForwardMode", ("DECODE",)),
+    Use(f"{SRT}.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", ("batch", "vocab_size")),
+    Use(
+        f"{SRT}.observability.req_time_stats.SchedulerReqTimeStats",
+        ("set_forward_entry_time", "set_prefill_finished_time"),
+    ),
+    Use(
+        f"{SRT}.sampling.sampling_params.SamplingParams",
+        ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens"),
+    ),
+)
+
+# engine/strands.py: nodes that share a row of the batch
+STRAND = (
+    Use(SCHEDULER, ("tp_worker", "tree_cache")),
+    Use(f"{SRT}.model_executor.model_runner.ModelRunner", ("sampler",)),
+    Use(f"{RUNTIME}.get_exec"),
+    Use(f"{SRT}.layers.sampler.Sampler"),
+    Use(f"{SRT}.layers.logits_processor.LogitsProcessorOutput", ("next_token_logits",)),
+    Use(
+        f"{SRT}.sampling.sampling_batch_info.SamplingBatchInfo",
+        (
+            *("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed", "grammars", "grammar_mask", "rids_int"),
+            *("bootstrap_room_ids_int", "penalizer_orchestrator", "acc_additive_penalties", "acc_scaling_penalties"),
+            *("has_custom_logit_processor", "custom_params", "custom_logit_processor", "return_sampling_masks"),
+            *("return_sampling_support_logprobs", "sampling_mask_batch_indices", "sampling_mask_top_ks", "logit_bias"),
+            "sampling_support_logprobs_capture_indices",
+        ),
+    ),
+    Use(f"{SRT}.managers.utils.GenerationBatchResult", ("delay_sample_func",)),
+    Use(f"{BATCH}.ScheduleBatch", ("reqs", "forward_mode", "extend_lens")),
+    Use(f"{BATCH}.Req", ("seqlen", "origin_input_ids", "output_ids", "extra_key", "cache_salt", "last_node")),
+    Use(f"{BATCH}.Req.refresh_fill_ids"),
+    Use(f"{BATCH}.Req.update_finish_state", ("new_accepted_len",)),
+    Use(f"{RADIX}.checkpoint", ("req", "up_to")),
+    Use(f"{RADIX}.match_prefix", ("params",)),
+    Use(f"{SRT}.mem_cache.base_prefix_cache.MatchPrefixParams", ("key",)),
+    Use(f"{SRT}.mem_cache.radix_cache.RadixKey.__init__", ("token_ids", "extra_key", "cache_salt")),
+)
+
 # engine/coordinator.py and engine/pressure.py: what a tick looks like
 TICK = (
     Use(

@@ -96,6 +96,16 @@ SERVER_FLAGS = (
         "How much dearer KV is for ets and ets_kv at a full pool: the weight grows up to 1 + this times. With it a seed "
         "fixes no tree, because traffic decides too.",
     ),
+    Flag(
+        "search-forks",
+        "forks",
+        str,
+        "shared",
+        "How a step starts: decode, from the cached tokens before it; shared, likewise, and steps that are equal so far are "
+        "one row of the batch; extend, with a prefill of one token. On pages of more than one token, or a cache with more "
+        "than KV, it is extend.",
+        ("shared", "decode", "extend"),
+    ),
     Flag("search-trace", "trace", bool, False, "Show searches, running and just ended, as live pages under /search."),
     ALLOW_UNTESTED,
 )

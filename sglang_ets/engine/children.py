@@ -22,6 +22,8 @@ from sglang.srt.managers.schedule_batch import (
     Req,
 )
 
+from sglang_ets.kv import Hold
+
 SEED_RANGE = 2**61 - 1
 NAN_STOP = "NaN happened"  # what sglang reports as the matched stop string when the logits are not finite
 
@@ -47,13 +49,55 @@ class ChildSpec:
     def child_id(self, node_id: int) -> str:
         return f"{self.search_id}{node_id}"
 
+    def member(self, node_id: int, place: tuple[int, ...]) -> Member:
+        """The node at `place` (see `SearchTree.place`), as one that draws."""
+        return Member(node_id, child_seed(self.seed, self.parent.origin_input_ids, place))
+
+
+@dataclass(frozen=True)
+class Member:
+    """One node of those for whose step a request stands."""
+
+    node_id: int
+    seed: int  # of its draws
+
 
 class ChildReq(Req):
-    """The request that samples one step (or, with `node_id` 0, only brings the prompt into the cache)."""
+    """The request that samples a step (or, with `node_id` 0, only brings the prompt into the cache).
+
+    It stands for one node, or for several whose tokens have been equal so far: see `strands`.
+    """
 
     any_made: ClassVar[bool] = False  # false until this process runs its first search
     spec: ChildSpec
-    node_id: int
+    members: tuple[Member, ...]
+    num_seen: int = 0  # of its output ids, after the last batch
+    source: Hold | None = None  # the path that it continues, if it may share its slots; held by whoever made the child
+    num_given: int = 0  # of its output ids, that stand before the step: the first input of a fork
+
+    @property
+    def node_id(self) -> int:
+        """The first of its nodes, which it never loses."""
+        return self.members[0].node_id
+
+    @property
+    def node_ids(self) -> tuple[int, ...]:
+        return tuple(member.node_id for member in self.members)
+
+    @property
+    def step_ids(self) -> tuple[int, ...]:
+        """What of the step is generated, with its delimiter once it has ended."""
+        return tuple(self.output_ids_through_stop[self.num_given :])
+
+    @property
+    def given_ids(self) -> array[int]:
+        """The prompt and the steps before this one."""
+        return array("q", [*self.origin_input_ids, *self.output_ids[: self.num_given]])
+
+    def _stop_match_tail_len(self, new_accepted_len: int) -> int:
+        """sglang looks for stop strings in so many of the last tokens: in none from before the step."""
+        num_last: int = super()._stop_match_tail_len(new_accepted_len)
+        return min(num_last, len(self.output_ids) - self.num_given)
 
 
 @dataclass(frozen=True)
@@ -66,15 +110,44 @@ class StepEnd:
 
 
 def make_child(
-    spec: ChildSpec, node_id: int, place: tuple[int, ...], token_ids: Sequence[int], max_new_tokens: int
+    spec: ChildSpec,
+    members: Sequence[Member],
+    token_ids: Sequence[int],
+    max_new_tokens: int,
+    source: Hold | None = None,
 ) -> ChildReq:
-    """A request that continues `prompt + token_ids` by one step, that of the node at `place`. It is not queued yet."""
+    """A request that continues `prompt + token_ids` by one step, that of each member. It is not queued yet.
+
+    With a `source`, the path of these tokens, its last input stands among its outputs, as in a request that decodes.
+    """
+    given = spec.parent.origin_input_ids + array("q", token_ids)
+    num_given = int(source is not None and len(given) > 1)
+    params = _step_params(spec, members[0].seed, max_new_tokens + num_given)
+    child = _request(spec, members, given[: len(given) - num_given], params)
+    if num_given:
+        child.source, child.num_given = source, num_given
+        child.output_ids.extend(given[-num_given:])
+    child.num_seen = num_given
+    return child
+
+
+def make_parted(child: ChildReq, members: Sequence[Member], token: int, source: Hold) -> ChildReq:
+    """A request for members that drew `token` where the others of `child` drew its last one; `source`: the path before it."""
+    params = copy.copy(child.sampling_params)
+    params.sampling_seed = members[0].seed
+    parted = _request(child.spec, members, child.origin_input_ids, params)
+    parted.output_ids.extend([*child.output_ids[:-1], token])
+    parted.source, parted.num_given, parted.num_seen = source, child.num_given, len(parted.output_ids)
+    return parted
+
+
+def _request(spec: ChildSpec, members: Sequence[Member], input_ids: array[int], params: Any) -> ChildReq:
     parent = spec.parent
     child = ChildReq(
-        spec.child_id(node_id),
+        spec.child_id(members[0].node_id),
         "",
-        parent.origin_input_ids + array("q", token_ids),
-        _step_params(spec, place, max_new_tokens),
+        input_ids,
+        params,
         eos_token_ids=parent.eos_token_ids,
         vocab_size=parent.vocab_size,
         priority=parent.priority,
@@ -85,18 +158,18 @@ def make_child(
     child.tokenizer = parent.tokenizer
     child.logprob_start_len = -1
     child.spec = spec
-    child.node_id = node_id
+    child.members = tuple(members)
     ChildReq.any_made = True
     return child
 
 
-def _step_params(spec: ChildSpec, place: tuple[int, ...], max_new_tokens: int) -> Any:
+def _step_params(spec: ChildSpec, seed: int, max_new_tokens: int) -> Any:
     """The client's sampling parameters with the step delimiters as stops beside the client's own."""
     params = copy.copy(spec.parent.sampling_params)
     params.custom_params = None
     params.n = 1
     params.max_new_tokens = max_new_tokens
-    params.sampling_seed = child_seed(spec.seed, spec.parent.origin_input_ids, place)
+    params.sampling_seed = seed
     if max_new_tokens == 0:
         return params
     strings = [d for d in spec.step_delimiter if isinstance(d, str)]
@@ -106,6 +179,13 @@ def _step_params(spec: ChildSpec, place: tuple[int, ...], max_new_tokens: int) -
     params.stop_str_max_len = max([params.stop_str_max_len, *lengths])
     params.stop_token_ids = (params.stop_token_ids or set()) | token_ids or None
     return params
+
+
+def counts_outputs(params: Any) -> bool:
+    """Whether what a request draws depends on how many of its tokens are outputs, so that no input may stand among them."""
+    return bool(
+        params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0 or params.min_new_tokens
+    )
 
 
 def child_seed(seed: int, prompt_ids: array[int], place: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
 from importlib.metadata import version
@@ -29,9 +30,18 @@ from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Pr
 from sglang_ets.core.selection import Selection, SelectionPolicy
 from sglang_ets.core.tree import StepFinish
 from sglang_ets.engine.admission import asks_for_search, carried_config, prompt_text, refusal
-from sglang_ets.engine.children import ChildReq, ChildSpec, children_in_engine, make_child, new_search_id, step_end
+from sglang_ets.engine.children import (
+    ChildReq,
+    ChildSpec,
+    children_in_engine,
+    counts_outputs,
+    make_child,
+    new_search_id,
+    step_end,
+)
 from sglang_ets.engine.figures import default_settings, finished_line, lost_level, result_of, state_of
-from sglang_ets.engine.live import ROOT, Branch, LiveSearch
+from sglang_ets.engine.forks import Forks, can_fork
+from sglang_ets.engine.live import ROOT, Branch, ForkMode, LiveSearch
 from sglang_ets.engine.locks import SearchLocks
 from sglang_ets.engine.metrics import make_metrics
 from sglang_ets.engine.pressure import GiveUp, PressureValve, Release, Suspend
@@ -39,6 +49,7 @@ from sglang_ets.engine.progress import answerable, progress_report, shared_text
 from sglang_ets.engine.scoring import Outcome, StepScoring
 from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
+from sglang_ets.engine.strands import DRAW_KEY, Draw, Strands, can_share, tokens_computed
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmEngine, PrmError
@@ -91,7 +102,23 @@ class SearchCoordinator:
     @cached_property
     def _steps(self) -> StepQueue:
         rows = rows_for_children(self.scheduler.max_running_requests, self._settings["max_running_steps"])
-        return StepQueue(self.scheduler, rows)
+        return StepQueue(self.scheduler, rows, self._forks)
+
+    @cached_property
+    def _forks(self) -> Forks:
+        return Forks(self.scheduler)
+
+    @cached_property
+    def _strands(self) -> Strands:
+        return Strands(self.scheduler, self.ledger)
+
+    @cached_property
+    def _fork_mode(self) -> ForkMode:
+        """How steps of searches start on this server."""
+        asked: ForkMode = self._settings["forks"]
+        if asked == "extend" or not can_fork(self.scheduler):
+            return "extend"
+        return "shared" if asked == "shared" and can_share(self.scheduler) else "decode"
 
     # ---- admission ----
 
@@ -111,6 +138,7 @@ class SearchCoordinator:
             return True
         spec = ChildSpec(new_search_id(), req, config.seed, config.step_delimiter)
         live = LiveSearch(spec, Search(config, len(req.origin_input_ids)))
+        live.forks = "extend" if counts_outputs(req.sampling_params) else self._fork_mode
         with self.guard(live):
             self._begin(live)
         return True
@@ -134,7 +162,7 @@ class SearchCoordinator:
         self.searches[live.id] = live
         self._metrics.sync(len(self.searches), self.ledger)
         # One request brings the prompt into the cache; otherwise every child of the first level would compute it.
-        self._queue_child(live, ROOT, (), 0)
+        self._queue_child(live, [ROOT], (), 0)
 
     def _full(self) -> str:
         return (
@@ -154,25 +182,32 @@ class SearchCoordinator:
 
     # ---- events from the engine ----
 
-    def after_batch(self, batch: Any) -> None:
+    def after_batch(self, batch: Any, result: Any = None) -> None:
         """Children of this batch that finished become events; complete levels are scored and selected."""
-        done: list[tuple[LiveSearch, ChildReq, Hold | None]] = []
-        for req in batch.reqs:
-            if isinstance(req, ChildReq) and req.finished():
+        draw = getattr(result, DRAW_KEY, None)
+        done: list[_Done] = []
+        for row, req in enumerate(batch.reqs):
+            if not isinstance(req, ChildReq):
+                continue
+            if req.finished():
                 self._steps.left(req.rid)
-                live = self._search_of(req)
-                if live is not None:
-                    with self.guard(live):
-                        done.append((live, req, self._take(live, req)))
+            live = self._search_of(req)
+            if live is not None:
+                live.tokens_computed += tokens_computed(batch, row) if req.node_id != ROOT else 0
+                with self.guard(live):
+                    done += self._after_token(live, req, draw)
         # All are held before the first of them may end its search, which frees what nobody holds.
-        for live, child, hold in done:
-            with self.guard(live):
-                self._child_done(live, child, hold)
+        for one in done:
+            with self.guard(one.live):
+                self._child_done(one)
         self._score_due()
         self._forget_drained()
 
-    def before_batch(self) -> None:
-        """Once per tick: take in finished selections and answers, and end searches whose time is up."""
+    def before_batch(self, running_batch: Any) -> Any:
+        """Once per tick: take in finished selections and answers, and end searches whose time is up.
+
+        Returns the running batch with the children that start in it.
+        """
         self._wait_if_idle()
         for live in list(self.searches.values()):
             with self.guard(live):
@@ -180,14 +215,20 @@ class SearchCoordinator:
                 self._check_deadline(live)
         self._score_due()
         self._forget_drained()
-        self._feed()
+        return self._feed(running_batch)
 
-    def _feed(self) -> None:
+    def _feed(self, running_batch: Any) -> Any:
         """Let searches start, or go on, as the pools allow, and their steps enter the engine behind ordinary requests."""
         self._queue.start()
-        for child in self._steps.feed(self._queue.running):
+        entered = self._steps.feed(self._queue.running)
+        for child in (*entered.forks, *entered.queued):
             child.time_stats.set_wait_queue_entry_time()
             child.arrival_processed_tokens = self.scheduler.processed_tokens_counter
+        if entered.forks:
+            running_batch = self._forks.join(entered.forks, running_batch)
+        for child in (*entered.forks, *entered.queued):
+            self._locks.start_from(self.searches[child.spec.search_id], child.rid)
+        return running_batch
 
     def after_plan(self, plan: Any) -> None:
         """Break a standstill as the pressure valve decides."""
@@ -222,7 +263,7 @@ class SearchCoordinator:
             # A step that is aborted for want of memory has been taken out of the batch, and carries the reason.
             reason = "aborted while it waited" if req.to_finish is None else req.to_finish.message
             with self.guard(live):
-                self._child_failed(live, req.node_id, reason)
+                self._members_failed(live, req, reason)
         return True
 
     def before_abort(self, recv_req: AbortReq) -> None:
@@ -259,21 +300,47 @@ class SearchCoordinator:
         live = self.searches.get(child.spec.search_id)
         return live if live is not None and child.rid in live.children else None
 
-    def _take(self, live: LiveSearch, child: ChildReq) -> Hold | None:
-        """A child has left the engine: lock the KV that it leaves behind, unless it has failed."""
-        live.children.remove(child.rid)
-        return None if step_end(child).kind == "failed" else self.ledger.hold(live.id, child.last_node)
+    def _after_token(self, live: LiveSearch, child: ChildReq, draw: Draw | None) -> list[_Done]:
+        """A child may have got a token: its strand parts. Returns the children that have ended with it, each held."""
+        has_token, child.num_seen = len(child.output_ids) > child.num_seen, len(child.output_ids)
+        is_failed = child.finished() and step_end(child).kind == "failed"
+        if child.finished():
+            live.children.remove(child.rid)
+        if live.has_ended:
+            return []
+        done = []
+        if has_token and draw is not None and not is_failed and len(child.members) > 1:
+            done = self._part(live, child, draw)
+        if child.finished():
+            num_holds = 0 if is_failed else len(child.members)
+            done.append(_Done(live, child, [self.ledger.hold(live.id, child.last_node) for _ in range(num_holds)]))
+        return done
 
-    def _child_done(self, live: LiveSearch, child: ChildReq, hold: Hold | None) -> None:
-        end = step_end(child)
-        if end.kind == "failed" or hold is None:
-            self._child_failed(live, child.node_id, end.reason)
+    def _part(self, live: LiveSearch, child: ChildReq, draw: Draw) -> list[_Done]:
+        """Members that drew another token leave the strand; those whose own token has ended their step are done."""
+        parted = self._strands.part(live.id, child, draw.drawn(child))
+        live.parted |= {one.rid: one.source for one in parted if one.source is not None}
+        going_on = [one for one in parted if not one.finished()]
+        live.children.update(one.rid for one in going_on)
+        self._steps.add_first(live.id, going_on)
+        done = []
+        for one in parted:
+            if one.finished():
+                num_holds = 0 if step_end(one).kind == "failed" else len(one.members)
+                done.append(_Done(live, one, [self.ledger.hold(live.id, one.last_node) for _ in range(num_holds)]))
+                self._locks.start_from(live, one.rid)
+        return done
+
+    def _child_done(self, one: _Done) -> None:
+        live, child, end = one.live, one.child, step_end(one.child)
+        if end.kind == "failed":
+            self._members_failed(live, child, end.reason)
         elif live.has_ended:
-            self.ledger.drop([hold], live.prompt_tokens)
+            self.ledger.drop(one.holds, live.prompt_tokens)
         elif child.node_id == ROOT:
-            self._prompt_ready(live, hold)
+            self._prompt_ready(live, one.holds[0])
         else:
-            self._step_ready(live, child, hold, end.kind, end.stop_text)
+            self._steps_ready(live, child, one.holds, end.kind, end.stop_text)
 
     def _prompt_ready(self, live: LiveSearch, hold: Hold) -> None:
         branch = live.branches[ROOT] = Branch(hold)
@@ -281,17 +348,25 @@ class SearchCoordinator:
         live.prm_tokens += len(branch.prm.token_ids)
         self.apply(live, live.search.start())
 
-    def _step_ready(
-        self, live: LiveSearch, child: ChildReq, hold: Hold, finish: StepFinish, stop_text: str | None
+    def _steps_ready(
+        self, live: LiveSearch, child: ChildReq, holds: Sequence[Hold], finish: StepFinish, stop_text: str | None
     ) -> None:
-        node_id = child.node_id
-        branch = live.branches[node_id] = Branch(hold)
-        step_ids = tuple(child.output_ids_through_stop)
-        step = _step_text(live, node_id, step_ids, is_last=live.is_last_step(node_id, len(step_ids), finish))
-        branch.num_pending_tokens = step.num_pending_tokens
+        """All nodes of a child have the same step, and the same text before it."""
+        step_ids, first = child.step_ids, child.node_id
+        for node_id, hold in zip(child.node_ids, holds, strict=True):
+            live.branches[node_id] = Branch(hold)
+        step = _step_text(live, first, step_ids, is_last=live.is_last_step(first, len(step_ids), finish))
         text = step.text.split(stop_text, 1)[0] if stop_text else step.text
-        self._locks.child_ended(live, live.parent_id(node_id))
-        self.apply(live, live.search.on_step(node_id, step_ids, text, finish))
+        actions: list[Action] = []
+        for node_id in child.node_ids:
+            live.branches[node_id].num_pending_tokens = step.num_pending_tokens
+            self._locks.child_ended(live, live.parent_id(node_id))
+            actions += live.search.on_step(node_id, step_ids, text, finish)
+        self.apply(live, actions)
+
+    def _members_failed(self, live: LiveSearch, child: ChildReq, reason: str) -> None:
+        for node_id in child.node_ids:
+            self._child_failed(live, node_id, reason)
 
     def _child_failed(self, live: LiveSearch, node_id: int, reason: str) -> None:
         if live.has_ended:
@@ -339,13 +414,13 @@ class SearchCoordinator:
     # ---- actions of a search ----
 
     def apply(self, live: LiveSearch, actions: Sequence[Action]) -> None:
-        """Carry out what the search wants, until one of its actions ends it."""
+        """Carry out what the search wants, until one of its actions ends it; steps that begin together, together."""
+        if not live.is_answered:
+            self._expand(live, [action for action in actions if isinstance(action, Expand)])
         for action in actions:
             if live.is_answered:
                 return
             match action:
-                case Expand():
-                    self._expand(live, action)
                 case Score():
                     self._scoring.add(live, action.node_id)
                 case Measure():
@@ -359,19 +434,31 @@ class SearchCoordinator:
                 case Finish():
                     self._finish(live, action.reason)
 
-    def _expand(self, live: LiveSearch, action: Expand) -> None:
-        branch = live.branches[action.parent_id]
-        branch.is_tip = False
-        branch.num_open_children += len(action.node_ids)
-        branch.num_unscored_children += len(action.node_ids)
+    def _expand(self, live: LiveSearch, actions: Sequence[Expand]) -> None:
+        """Queue a child for each new node, or for all that continue the same tokens."""
         tree = live.search.tree
-        token_ids = tree.trajectory_token_ids(tree.nodes[action.parent_id])
-        for node_id in action.node_ids:
-            self._queue_child(live, node_id, token_ids, action.max_new_tokens)
+        begun: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        rooms: dict[tuple[int, ...], int] = {}
+        for action in actions:
+            branch = live.branches[action.parent_id]
+            branch.is_tip = False
+            branch.num_open_children += len(action.node_ids)
+            branch.num_unscored_children += len(action.node_ids)
+            token_ids = tree.trajectory_token_ids(tree.nodes[action.parent_id])
+            rooms[token_ids] = action.max_new_tokens
+            for node_id in action.node_ids:
+                begun.setdefault((token_ids, 0 if live.forks == "shared" else node_id), []).append(node_id)
+        for (token_ids, _), node_ids in begun.items():
+            self._queue_child(live, node_ids, token_ids, rooms[token_ids])
 
-    def _queue_child(self, live: LiveSearch, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
-        tree = live.search.tree
-        child = make_child(live.spec, node_id, tree.place(tree.nodes[node_id]), token_ids, max_new_tokens)
+    def _queue_child(
+        self, live: LiveSearch, node_ids: Sequence[int], token_ids: Sequence[int], max_new_tokens: int
+    ) -> None:
+        tree, source = live.search.tree, None
+        members = [live.spec.member(node_id, tree.place(tree.nodes[node_id])) for node_id in node_ids]
+        if node_ids[0] != ROOT and live.forks != "extend":
+            source = live.branches[live.parent_id(node_ids[0])].hold
+        child = make_child(live.spec, members, token_ids, max_new_tokens, source)
         live.children.add(child.rid)
         self._steps.add(live.id, child)
 
@@ -453,11 +540,13 @@ class SearchCoordinator:
 
     def _keep_unfinished_steps(self, live: LiveSearch) -> None:
         """No step was finished in time: what the children have generated so far is all that there is to answer with."""
-        for child in children_in_engine(self.scheduler, live.children):
-            step_ids = tuple(child.output_ids_through_stop)
-            if child.node_id != ROOT and step_ids:
-                step = _step_text(live, child.node_id, step_ids, is_last=True)
-                live.search.on_step(child.node_id, step_ids, step.text, "length")  # no action: the search stops now
+        inside = children_in_engine(self.scheduler, live.children)
+        begun = {node_id: child for child in (*self._steps.pending(live.id), *inside) for node_id in child.node_ids}
+        for node_id, child in sorted(begun.items()):
+            step_ids = child.step_ids
+            if node_id != ROOT and step_ids:
+                step = _step_text(live, node_id, step_ids, is_last=True)
+                live.search.on_step(node_id, step_ids, step.text, "length")  # no action: the search stops now
 
     def _release(self, live: LiveSearch, tokens: int) -> None:
         """Give up locks on the policy model's KV, which is computed again when it is needed, until `tokens` can be evicted."""
@@ -526,6 +615,7 @@ class SearchCoordinator:
 
     def _abort_children(self, live: LiveSearch) -> None:
         live.children.difference_update(child.rid for child in self._steps.discard(live.id))
+        self._locks.drop_parted(live)
         if live.children:
             self.scheduler.abort_request(AbortReq(rid=live.id))
 
@@ -571,6 +661,15 @@ class SearchCoordinator:
             "kv_freed_at_once_tokens": self.ledger.freed_tokens,
             "prm": self.prm.stats(),
         }
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A child that has ended, and a hold on what it left for each of its nodes; none if it failed."""
+
+    live: LiveSearch
+    child: ChildReq
+    holds: list[Hold]
 
 
 def _step_text(live: LiveSearch, node_id: int, step_ids: tuple[int, ...], *, is_last: bool) -> StepText:

@@ -94,6 +94,8 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
         "kv_pressure_releases": live.num_pressure_releases,
         "prm_pressure_releases": live.num_prm_releases,
         "prm_tokens": live.prm_tokens,
+        "tokens_computed": live.tokens_computed,
+        "forks": live.forks,
         "solver": _solver_figures(live),
         "seconds": time.monotonic() - live.started_s,
         "warnings": warnings_of(live),

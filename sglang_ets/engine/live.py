@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sglang_ets.prm.engine import PrmPath
 
 ROOT = 0  # node id of the prompt
+# How steps start: with nodes of equal tokens in one row of the batch, each in a row of its own, or with a prefill each.
+ForkMode = Literal["shared", "decode", "extend"]
 
 
 @dataclass
@@ -60,6 +62,9 @@ class LiveSearch:
     search: Search
     branches: dict[int, Branch] = field(default_factory=dict)
     children: set[str] = field(default_factory=set)  # ids of the internal requests in the engine
+    forks: ForkMode = "extend"
+    parted: dict[str, Hold] = field(default_factory=dict)  # what children that left a strand start from, by their ids
+    tokens_computed: int = 0  # by the policy model for steps; the prompt aside
     awaited: tuple[Literal["select", "answer"], Future[Any]] | None = None
     # Of all holds when the last level was complete.
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
@@ -154,17 +159,18 @@ class LiveSearch:
 
     def holds(self) -> list[Hold]:
         """Locks of the trajectories that may still grow, in the order of their nodes."""
-        return [b.hold for _, b in sorted(self.branches.items()) if b.hold is not None and b.hold.locked]
+        held = [branch.hold for _, branch in sorted(self.branches.items())]
+        return [hold for hold in (*held, *self.parted.values()) if hold is not None and hold.locked]
 
     def holds_by_promise(self) -> list[Hold]:
-        """The same with the least promising trajectory first, by its last score, and the prompt last."""
+        """The same with the least promising trajectory first, by its last score; last the prompt, and steps that parted."""
         nodes = self.search.tree.nodes
 
         def promise(item: tuple[int, Branch]) -> tuple[bool, float, int]:
             return item[0] == ROOT, nodes[item[0]].score or 0.0, item[0]
 
-        ordered = sorted(self.branches.items(), key=promise)
-        return [branch.hold for _, branch in ordered if branch.hold is not None and branch.hold.locked]
+        ordered = [branch.hold for _, branch in sorted(self.branches.items(), key=promise)]
+        return [hold for hold in (*ordered, *self.parted.values()) if hold is not None and hold.locked]
 
     def decide(self, policy: SelectionPolicy, leaf_ids: Sequence[int], config: SearchConfig) -> Selection:
         """Decide the level of these leaves by these settings.

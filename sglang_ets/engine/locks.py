@@ -40,8 +40,20 @@ class SearchLocks:
         self._ledger.drop((branch.hold for branch in branches if branch.hold is not None), live.prompt_tokens)
         self._prm.drop([branch.prm for branch in branches if branch.prm is not None])
 
+    def start_from(self, live: LiveSearch, child_id: str) -> None:
+        """A child is in the engine, which locks what it needs: what it started from is held no longer for it."""
+        hold = live.parted.pop(child_id, None)
+        if hold is not None:
+            self._ledger.release(hold)
+
+    def drop_parted(self, live: LiveSearch) -> None:
+        """No child starts any more."""
+        self._ledger.drop(live.parted.values(), live.prompt_tokens)
+        live.parted.clear()
+
     def drop_all(self, live: LiveSearch) -> None:
         """The search has ended: nothing of it stays locked; its prompt stays cached for the next request."""
+        self.drop_parted(live)
         self.drop(live, [node_id for node_id in sorted(live.branches) if node_id != ROOT])
         root = live.branches.get(ROOT)
         if root is not None:

@@ -1,14 +1,17 @@
 """Children of searches on their way into the engine: ordinary requests go first, then the searches in their order.
 
 sglang's own waiting queue is first come, first served. A search of width 1,024 would stand before whoever comes next, so its
-children wait here and enter sglang's queue only as far as rows are left for them.
+children wait here and enter the engine only as far as rows are left for them.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from sglang_ets.engine.forks import Forks
 
 ORDINARY_SHARE = 8  # one of so many rows of the engine is kept for ordinary requests
 ORDINARY = -1  # goes before every search
@@ -20,12 +23,21 @@ def rows_for_children(max_running_requests: int, max_running_steps: int | None) 
     return most if max_running_steps is None else min(most, max_running_steps)
 
 
+@dataclass(frozen=True)
+class Entered:
+    """Children that enter the engine in one tick."""
+
+    forks: list[Any]  # they start in the running batch
+    queued: list[Any]  # they stand in sglang's waiting queue
+
+
 class StepQueue:
     """Owned by the coordinator; scheduler thread only. Changes the order of the scheduler's waiting queue."""
 
-    def __init__(self, scheduler: Any, max_inside: int) -> None:
+    def __init__(self, scheduler: Any, max_inside: int, forks: Forks) -> None:
         self._scheduler = scheduler  # it replaces its waiting queue by a new list in every plan
         self._max_inside = max_inside
+        self._forks = forks
         self._pending: dict[str, deque[Any]] = {}
         self._inside: dict[str, str] = {}  # id of a child in the engine -> its search
 
@@ -33,20 +45,31 @@ class StepQueue:
         """A child of this search wants to run."""
         self._pending.setdefault(owner, deque()).append(child)
 
+    def add_first(self, owner: str, children: Sequence[Any]) -> None:
+        """Children of this search that have begun elsewhere want to go on."""
+        self._pending.setdefault(owner, deque()).extendleft(reversed(children))
+
     def left(self, child_id: str) -> None:
         """The child has left the engine: finished, or aborted while it waited there. Idempotent."""
         self._inside.pop(child_id, None)
 
-    def feed(self, order: Sequence[str]) -> list[Any]:
-        """Let children of these searches enter sglang's queue, the first search's first. Returns those that entered."""
-        entered = []
+    def feed(self, order: Sequence[str]) -> Entered:
+        """Let children of these searches enter the engine, the first search's first.
+
+        A child that cannot start in the running batch enters sglang's queue, whose rules count for it from there.
+        """
+        entered = Entered([], [])
+        room = self._forks.room() if any(self._pending.get(owner) for owner in order) else None
         for owner in order:
             pending = self._pending.get(owner)
             while pending and len(self._inside) < self._max_inside:
                 child = pending.popleft()
                 self._inside[child.rid] = owner
-                self._scheduler.waiting_queue.append(child)
-                entered.append(child)
+                if room is not None and self._forks.admits(child, room):
+                    entered.forks.append(child)
+                else:
+                    self._scheduler.waiting_queue.append(child)
+                    entered.queued.append(child)
         if self._inside and len(self._scheduler.waiting_queue) > 1:
             place = {owner: index for index, owner in enumerate(order)}
             self._scheduler.waiting_queue.sort(key=lambda req: self._place(req.rid, place))
@@ -72,9 +95,9 @@ class StepQueue:
         """Forget the search's children that are not in the engine. Returns them."""
         return list(self._pending.pop(owner, ()))
 
-    def num_pending(self, owner: str) -> int:
+    def pending(self, owner: str) -> list[Any]:
         """Children of this search that are not in the engine."""
-        return len(self._pending.get(owner, ()))
+        return list(self._pending.get(owner, ()))
 
     @property
     def num_inside(self) -> int:

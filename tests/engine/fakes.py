@@ -6,6 +6,7 @@ their places; what its children generate comes from a script. `ScriptedPrm` scor
 
 from __future__ import annotations
 
+import copy
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -15,26 +16,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import (
-    FINISH_ABORT,
-    FINISH_LENGTH,
-    FINISH_MATCHED_STR,
-    FINISH_MATCHED_TOKEN,
-    Req,
-)
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_ets.core.selection import SelectionPolicy, make_policies
-from sglang_ets.engine.children import ChildReq, without_children
+from sglang_ets.engine.children import ChildReq, Member, without_children
 from sglang_ets.engine.coordinator import SearchCoordinator
+from sglang_ets.engine.forks import ForkRoom, Forks
+from sglang_ets.engine.strands import DRAW_KEY, Draw
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
 from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
@@ -43,11 +43,14 @@ EOS = 256
 VOCAB = 257
 EMBEDDING_DIM = 8
 SETTINGS: dict[str, Any] = {"max_width": 256, "algorithm": "rebase", "step_delimiter": DELIMITER, "max_steps": 6}
-SETTINGS |= {"max_running": None, "max_waiting": 8, "max_running_steps": None, "kv_pressure": 0.0}
+SETTINGS |= {"max_running": None, "max_waiting": 8, "max_running_steps": None, "kv_pressure": 0.0, "forks": "decode"}
 
 
 class ByteTokenizer:
     """A token is a byte of UTF-8; EOS has no text."""
+
+    eos_token_id = EOS
+    additional_stop_token_ids = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -64,9 +67,14 @@ def tokens(text: str, *, ends: bool = False) -> list[int]:
 Script = Callable[[ChildReq], Sequence[int]]  # a child -> all tokens that it would generate without a limit
 
 
+def given(req: Any) -> Sequence[int]:
+    """What a request continues: the prompt, and the steps before a child's."""
+    return req.given_ids if isinstance(req, ChildReq | DrawnFor) else req.origin_input_ids
+
+
 def three_steps(child: ChildReq) -> Sequence[int]:
     """Steps `a=N`, and at the third an answer: a different number for each seed."""
-    depth = bytes(child.origin_input_ids).count(DELIMITER.encode())
+    depth = bytes(given(child)).count(DELIMITER.encode())
     number = (child.sampling_params.sampling_seed or 0) % 10
     return tokens(f"the answer is {number}", ends=True) if depth == 3 else tokens(f"a={number}{DELIMITER}")
 
@@ -74,9 +82,17 @@ def three_steps(child: ChildReq) -> Sequence[int]:
 class FakeBatch:
     def __init__(self, reqs: list[Any] | None = None) -> None:
         self.reqs = reqs or []
+        self.batch_is_full = False
+        self.forward_mode = ForwardMode.DECODE
 
     def is_empty(self) -> bool:
         return not self.reqs
+
+    def filter_batch(self) -> None:
+        self.reqs = [req for req in self.reqs if not req.finished()]
+
+    def merge_batch(self, other: FakeBatch) -> None:
+        self.reqs = self.reqs + other.reqs
 
 
 @dataclass
@@ -111,7 +127,8 @@ class FakeScheduler:
     """Queue, KV pool, radix cache and output of a scheduler. `tick` is one round of its loop."""
 
     def __init__(self, script: Script = three_steps, pool_tokens: int = 20_000, tokens_per_tick: int = 10_000) -> None:
-        rows = ReqToTokenPool(size=8, max_context_len=256, device="cpu", enable_memory_saver=False)
+        rows = ReqToTokenPool(size=300, max_context_len=512, device="cpu", enable_memory_saver=False)
+        self.req_to_token_pool = rows
         self.pool_tokens = self.max_total_num_tokens = pool_tokens
         self.token_to_kv_pool_allocator = TokenToKVPoolAllocator(pool_tokens, torch.float32, "cpu", None, False)
         self.tree_cache = UnifiedRadixCache(
@@ -125,6 +142,12 @@ class FakeScheduler:
             )
         )
         self.page_size = 1
+        self.enable_hierarchical_cache = self.enable_hisparse = False
+        self.spec_algorithm = SpeculativeAlgorithm.NONE
+        self.model_config = SimpleNamespace(is_encoder_decoder=False)
+        self.new_token_ratio_tracker = SimpleNamespace(current=1.0)
+        self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(sampler=object.__new__(Sampler)))
+        self.prefilled: list[str] = []  # ids of requests, one for each time they were prefilled
         self.max_running_requests = 1024
         self.script = script
         self.tokens_per_tick = tokens_per_tick
@@ -139,6 +162,10 @@ class FakeScheduler:
         self.released: list[str] = []  # ids of requests that were refused for their priority
         self.aborted: list[str] = []  # ids whose abort went to the tokenizer manager
         self.caches_last_token = False  # as the overlap schedule does, which sees the end of a step one tick late
+        self.overlaps = False
+        self.num_computed = 0  # tokens drawn by rows of the batch
+        self._in_flight: Launched | None = None
+        self._retracted: list[Any] = []  # since the last plan
         self.holds_back: Callable[[ChildReq], bool] = lambda child: False  # children that are not let out of the queue
         self.ets: SearchCoordinator
 
@@ -165,6 +192,18 @@ class FakeScheduler:
         if self.ets.searches:
             self.ets.after_abort()
 
+    def retract(self, req: Any) -> Any:
+        """As sglang does for want of memory: what the request computed is gone, and it waits with the tokens that it has."""
+        self.running_batch.reqs = [other for other in self.running_batch.reqs if other is not req]
+        self.release(req)
+        req.reset_for_retract()
+        self._retracted.append(req)
+        return req
+
+    def release(self, req: Any) -> None:
+        """What the request computed is gone."""
+        release_kv_cache(req, self.tree_cache, checkpoint=False)
+
     # ---- the loop ----
 
     def add(self, req: Any) -> None:
@@ -173,25 +212,84 @@ class FakeScheduler:
             self.waiting_queue.append(req)
 
     def tick(self) -> None:
-        """Plan, run and report one batch, with our hooks where `patches/scheduler.py` puts them."""
+        """Plan, run and report one batch, with our hooks where `patches/scheduler.py` puts them.
+
+        With `overlaps` the batch before is reported while this one runs, as sglang's overlap schedule does.
+        """
         if self.ets.searches:
-            self.ets.before_batch()
+            self.running_batch = self.ets.before_batch(self.running_batch)
         batch = self._plan()
         plan = SimpleNamespace(batch_to_run=batch, running_batch=self.running_batch)
         if self.ets.searches:
             self.ets.after_plan(plan)
-        if batch is None:
-            return
-        for req in batch.reqs:
-            self._run(req)
-        self.running_batch = FakeBatch([req for req in batch.reqs if not req.finished()])
+        self.waiting_queue += self._retracted
+        self._retracted = []
+        launched = None if batch is None else self._launch(batch)
+        due, self._in_flight = (self._in_flight, launched) if self.overlaps else (launched, None)
+        if due is not None:
+            self._report(due)
         self.last_batch = batch
+
+    def _launch(self, batch: FakeBatch) -> Launched:
+        """Draw the next tokens of every request from its script, and take the slots that computing them needs."""
+        draw, others = Draw.of(batch.reqs), list[int]()
+        tokens = [self._forward(req, others) for req in batch.reqs]
+        result = SimpleNamespace()
+        if draw is not None:
+            draw.tokens = torch.tensor(others)
+            setattr(result, DRAW_KEY, draw)
+        return Launched(FakeBatch(list(batch.reqs)), tokens, result)
+
+    def _forward(self, req: Any, others: list[int]) -> list[int]:
+        members = getattr(req, "members", (None,))
+        num_given = getattr(req, "num_given", 0)
+        begun = len(req.output_ids) - num_given + self._is_in_flight(req)
+        count = 1 if self.overlaps or len(members) > 1 else self.tokens_per_tick
+        wanted = self._wanted(req)[begun : begun + count]
+        for place in range(len(wanted)):
+            self._compute(req, len(req.origin_input_ids) + num_given + begun + place)
+        for member in members[1:]:
+            others += [*self._wanted(DrawnFor(req, member))[begun : begun + 1], *[0]][:1]
+        self.num_computed += len(wanted)
+        return wanted
+
+    def _is_in_flight(self, req: Any) -> bool:
+        return self._in_flight is not None and any(other is req for other in self._in_flight.batch.reqs)
+
+    def _wanted(self, req: Any) -> list[int]:
+        limit = req.sampling_params.max_new_tokens - getattr(req, "num_given", 0)
+        return list(self.script(req))[:limit] if limit else []
+
+    def _report(self, launched: Launched) -> None:
+        batch = launched.batch
+        for req, tokens in zip(batch.reqs, launched.tokens, strict=True):
+            if not (req.finished() or req.is_retracted):
+                self._extend(req, tokens)
+        self.running_batch.filter_batch()
         self.output_streamer.stream_output([req for req in batch.reqs if req.finished()], False)
         if self.ets.searches:
-            self.ets.after_batch(batch)
+            self.ets.after_batch(batch, launched.result)
+
+    def _extend(self, req: Any, tokens: Sequence[int]) -> None:
+        """The request gets these tokens, and may end with one of them."""
+        if req.to_finish is not None:
+            req.finished_reason, req.to_finish = req.to_finish, None
+        for token in tokens:
+            if req.finished():
+                break
+            req.output_ids.append(token)
+            req.update_finish_state()
+        if not req.finished() and len(req.output_ids) - getattr(req, "num_given", 0) >= len(self._wanted(req)):
+            req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))  # the script is at its end
+            req.finished_len = len(req.output_ids)
+        if req.finished():
+            if self.caches_last_token and req.output_ids:
+                self._compute(req, req.seqlen)
+            release_kv_cache(req, self.tree_cache, checkpoint=True)
 
     def _plan(self) -> FakeBatch | None:
         """Waiting requests join as long as the pool has room for all that they may compute."""
+        self.running_batch.filter_batch()
         reserved = sum(self._need(req) for req in self.running_batch.reqs)
         joining: list[Any] = []
         for req in list(self.waiting_queue):
@@ -200,9 +298,15 @@ class FakeScheduler:
                 continue
             reserved += need
             self.waiting_queue.remove(req)
+            self._prefill(req)
             joining.append(req)
-        self.running_batch = FakeBatch([*self.running_batch.reqs, *joining])
+        running = [req for req in self.running_batch.reqs if not self._ends_in_flight(req)]
+        self.running_batch = FakeBatch([*running, *joining])
         return self.running_batch if self.running_batch.reqs else None
+
+    def _ends_in_flight(self, req: Any) -> bool:
+        """The batch that runs brings its last token, as its length says."""
+        return self._is_in_flight(req) and bool(req.next_output_finishes_by_length())
 
     def _need(self, req: Any) -> int:
         return len(req.origin_input_ids) + int(req.sampling_params.max_new_tokens)
@@ -210,37 +314,67 @@ class FakeScheduler:
     def _free(self) -> int:
         return int(self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size())
 
-    def _run(self, req: Any) -> None:
-        if req.to_finish is not None:
-            req.finished_reason, req.to_finish = req.to_finish, None
-            return
-        limit = req.sampling_params.max_new_tokens
-        wanted = list(self.script(req))[:limit] if limit else []
-        begun = len(req.output_ids)
-        req.output_ids.extend(wanted[begun : begun + self.tokens_per_tick])
-        if len(req.output_ids) == len(wanted):
-            req.finished_reason = self._finish_reason(req, wanted, limit)
-            req.finished_len = len(wanted)
-            self._keep_kv(req)
+    def _prefill(self, req: Any) -> None:
+        """A row over what is cached of the request and new slots for the rest, as before an extend."""
+        self.prefilled.append(req.rid)
+        req.is_retracted = False
+        req.init_next_round_input(self.tree_cache)
+        req.lock = self.tree_cache.lock(req.last_node)
+        self.req_to_token_pool.alloc([req])
+        size = req.extend_end = len(req.full_untruncated_fill_ids)
+        cached = self.tree_cache.path_device_indices(req.last_node)[: req.prefix_len]
+        slots = torch.cat([cached, self._slots(size - req.prefix_len)])
+        self.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, size)), slots.to(torch.int32))
+        req.kv.cache_protected_len = req.kv.cache_inserted_len = req.prefix_len
+        req.kv.kv_committed_len = req.kv.kv_allocated_len = size
 
-    def _finish_reason(self, req: Any, wanted: Sequence[int], limit: int) -> Any:
-        if wanted and wanted[-1] == EOS:
-            return FINISH_MATCHED_TOKEN(matched=EOS)
-        text = bytes(wanted).decode("utf-8", "replace")
-        for stop in req.sampling_params.stop_strs or []:
-            if stop in text:
-                return FINISH_MATCHED_STR(matched=stop)
-        return FINISH_LENGTH(length=limit)
-
-    def _keep_kv(self, req: Any) -> None:
-        """Put the KV of all tokens into the cache, as a rule but the last sampled one."""
-        ids = [*req.origin_input_ids, *(req.output_ids if self.caches_last_token else req.output_ids[:-1])]
-        key = RadixKey(array("q", ids))
-        short = len(ids) - self.token_to_kv_pool_allocator.available_size()
+    def _slots(self, count: int) -> torch.Tensor:
+        """New slots, for which what nobody locks may have to go."""
+        short = count - self.token_to_kv_pool_allocator.available_size()
         if short > 0:
             self.tree_cache.evict(EvictParams(num_tokens=int(short)))
-        self.tree_cache.insert(InsertParams(key=key, value=self.token_to_kv_pool_allocator.alloc(len(ids))))
-        req.last_node = int(self.tree_cache.match_prefix(MatchPrefixParams(key=key)).last_device_node)
+        slots = self.token_to_kv_pool_allocator.alloc(count)
+        assert slots is not None, f"the pool has no {count} slots left"
+        return slots
+
+    def _compute(self, req: Any, size: int) -> None:
+        """A slot for the last of the request's first `size` tokens, unless its prefill computed it."""
+        kv = req.kv
+        if kv.kv_allocated_len < size:
+            self.req_to_token_pool.write((kv.req_pool_idx, kv.kv_allocated_len), self._slots(1).to(torch.int32))
+            kv.kv_committed_len = kv.kv_allocated_len = kv.kv_allocated_len + 1
+
+
+class DrawnFor:
+    """A strand as its script sees it when a further member draws."""
+
+    def __init__(self, child: ChildReq, member: Member) -> None:
+        self._child = child
+        self.node_id = member.node_id
+        self.sampling_params = copy.copy(child.sampling_params)
+        self.sampling_params.sampling_seed = member.seed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._child, name)
+
+
+@dataclass
+class Launched:
+    """A batch that runs, with what it draws."""
+
+    batch: FakeBatch
+    tokens: list[list[int]]
+    result: Any
+
+
+class FakeForks(Forks):
+    """The real rows and locks of forks; a batch is a list. What is held back enters the queue, to be held back there."""
+
+    def admits(self, child: ChildReq, room: ForkRoom) -> bool:
+        return not self._scheduler.holds_back(child) and super().admits(child, room)
+
+    def _decode_batch(self, children: Sequence[ChildReq]) -> FakeBatch:
+        return FakeBatch(list(children))
 
 
 @dataclass(eq=False)
@@ -322,6 +456,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, self.policies)  # type: ignore[arg-type]
+        self.scheduler.ets._forks = FakeForks(self.scheduler)
 
     @property
     def ets(self) -> SearchCoordinator:
@@ -379,6 +514,7 @@ class World:
         assert scheduler.tree_cache.protected_size() == 0
         free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
         assert free == scheduler.pool_tokens
+        assert scheduler.req_to_token_pool.available_size() == scheduler.req_to_token_pool.size
 
 
 def request(

@@ -10,14 +10,14 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang_ets.core.capacity import Need
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.engine.children import ChildReq
-from tests.engine.fakes import FakeScheduler, World, request, tokens
+from tests.engine.fakes import FakeScheduler, World, given, request, tokens
 
 LONG_STEP = "0123456789abcdef"
 
 
 def long_steps(child: ChildReq) -> list[int]:
     """Four steps that share nothing between siblings."""
-    depth = bytes(child.origin_input_ids).count(b"\n")
+    depth = bytes(given(child)).count(b"\n")
     return tokens(f"{child.node_id:04d}{LONG_STEP}\n", ends=depth == 4)
 
 
@@ -101,7 +101,7 @@ def test_a_search_of_higher_priority_starts_before_those_that_wait() -> None:
 
 
 def test_a_wrong_estimate_makes_the_youngest_give_way_and_go_on_later() -> None:
-    world = crowded(260)
+    world = crowded(290)
     world.ets._estimates.observe(SearchConfig(algorithm="rebase", width=4), Need(8, 8), Need(9, 9))  # far too small
     ask(world, "a")
     ask(world, "b")
@@ -138,7 +138,7 @@ def test_an_ordinary_request_goes_before_steps_that_wait() -> None:
     world.scheduler.tick()
     ordinary = request("ordinary", "x", search=False)
     world.scheduler.add(ordinary)
-    world.ets.before_batch()
+    world.ets.before_batch(world.scheduler.running_batch)
     waiting = world.scheduler.waiting_queue
     assert waiting[0] is ordinary
     assert len(waiting) == 3, "no more steps are in the engine than the flag says"

@@ -14,6 +14,16 @@ class FakeReq:
     rid: str
 
 
+class NoForks:
+    """Every child goes through sglang's queue."""
+
+    def room(self) -> None:
+        return None
+
+    def admits(self, _child: FakeReq, _room: None) -> bool:
+        return False
+
+
 @dataclass
 class FakeScheduler:
     waiting_queue: list[FakeReq]
@@ -32,12 +42,12 @@ def ids(waiting: list[FakeReq]) -> list[str]:
 
 def test_the_first_search_goes_first_and_rows_limit_all() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(FakeScheduler(waiting), 3)
+    queue = StepQueue(FakeScheduler(waiting), 3, NoForks())
     filled(queue, "b", 2)
     filled(queue, "a", 2)
     queue.feed(["a", "b"])
     assert ids(waiting) == ["a0", "a1", "b0"]
-    assert (queue.num_inside, queue.num_pending("b")) == (3, 1)
+    assert (queue.num_inside, len(queue.pending("b"))) == (3, 1)
     queue.left("a0")
     queue.left("a0")
     waiting.pop(0)
@@ -47,7 +57,7 @@ def test_the_first_search_goes_first_and_rows_limit_all() -> None:
 
 def test_an_ordinary_request_goes_before_children_that_wait() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(FakeScheduler(waiting), 8)
+    queue = StepQueue(FakeScheduler(waiting), 8, NoForks())
     filled(queue, "a", 2)
     queue.feed(["a"])
     waiting.append(FakeReq("ordinary"))
@@ -57,7 +67,7 @@ def test_an_ordinary_request_goes_before_children_that_wait() -> None:
 
 def test_an_older_search_goes_before_children_of_a_younger_one_that_wait_already() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(FakeScheduler(waiting), 8)
+    queue = StepQueue(FakeScheduler(waiting), 8, NoForks())
     filled(queue, "young", 2)
     queue.feed(["old", "young"])
     filled(queue, "old", 1)
@@ -67,7 +77,7 @@ def test_an_older_search_goes_before_children_of_a_younger_one_that_wait_already
 
 def test_a_suspended_search_takes_back_what_waits_and_keeps_its_order() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(FakeScheduler(waiting), 3)
+    queue = StepQueue(FakeScheduler(waiting), 3, NoForks())
     filled(queue, "a", 4)
     queue.feed(["a"])
     running = waiting.pop(0)
@@ -84,7 +94,7 @@ def test_a_suspended_search_takes_back_what_waits_and_keeps_its_order() -> None:
 
 def test_an_ended_search_forgets_what_has_not_entered() -> None:
     waiting: list[FakeReq] = []
-    queue = StepQueue(FakeScheduler(waiting), 1)
+    queue = StepQueue(FakeScheduler(waiting), 1, NoForks())
     children = filled(queue, "a", 3)
     queue.feed(["a"])
     assert queue.discard("a") == children[1:]

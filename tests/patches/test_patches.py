@@ -114,7 +114,7 @@ def test_all_broken_contracts_are_listed_before_anything_is_patched(monkeypatch:
 
 def test_a_hook_before_or_after_states_the_first_parameters() -> None:
     batch = next(patch for patch in PATCHES if patch.hook.endswith(":after_batch"))
-    assert batch.parameters == ("self", "batch")
+    assert batch.parameters == ("self", "batch", "result")
     verify([batch])
     with pytest.raises(PatchDrift, match=re.escape("expected first of all (self, result)")):
         verify([replaced(batch, parameters=("self", "result"))])

@@ -1,0 +1,226 @@
+"""Shared decoding: trees are those of a row per node, whatever happens to a strand, and no token is computed twice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import pytest
+from sglang.srt.managers.io_struct import AbortReq
+
+from sglang_ets.core.config import Algorithm
+from sglang_ets.engine.children import ChildReq
+from sglang_ets.wire import PROGRESS_KEY
+from tests.engine.fakes import DELIMITER, VOCAB, FakeScheduler, World, given, tokens
+
+ALGORITHMS = get_args(Algorithm)
+MODES = ("shared", "decode", "extend")
+
+
+def steps_of_two_letters(child: Any) -> Sequence[int]:
+    """A step is drawn letter by letter from the child's seed: siblings agree for a while and part, or end together."""
+    rng = random.Random(child.sampling_params.sampling_seed)
+    letters = []
+    while True:
+        letter = rng.choice("aaab")
+        letters.append(letter)
+        if len(letters) >= 2 and rng.random() < 0.3:
+            is_end = rng.random() < 0.2
+            return tokens("".join(letters), ends=True) if is_end else tokens("".join(letters) + DELIMITER)
+        if len(letters) == 12:
+            return tokens("".join(letters))
+
+
+def world_of(mode: str, script: Any = steps_of_two_letters, pool_tokens: int = 20_000, **traits: Any) -> World:
+    scheduler = FakeScheduler(script, pool_tokens=pool_tokens, tokens_per_tick=1)
+    scheduler.server_args._ets["forks"] = mode
+    for name, value in traits.items():
+        setattr(scheduler, name, value)
+    return World(scheduler)
+
+
+def asked(world: World, width: int = 8, **fields: Any) -> World:
+    wanted = {"algorithm": "ets", "return_tree": True, "n": width, "max_step_tokens": 12, "seed": 3, **fields}
+    world.ask(search_width=width, **wanted)
+    return world
+
+
+def grown(world: World, while_running: Callable[[World], None] = lambda _world: None, **fields: Any) -> World:
+    for _ in asked(world, **fields).ticks():
+        while_running(world)
+    world.assert_balanced()
+    return world
+
+
+def tree_of(world: World) -> Any:
+    return world.answer()["tree"]
+
+
+def num_distinct_prefixes(tree: Any) -> int:
+    """Distinct token prefixes of the trajectories of a returned tree, the prompt aside."""
+    paths: dict[int, tuple[int, ...]] = {0: ()}
+    prefixes: set[tuple[int, ...]] = set()
+    for node in tree["nodes"]:
+        before = paths[node["parent"]]
+        paths[node["id"]] = path = (*before, *node["token_ids"])
+        prefixes |= {path[:end] for end in range(len(before) + 1, len(path) + 1)}
+    return len(prefixes)
+
+
+@pytest.mark.parametrize("width", [4, 16, 64])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_trees_are_those_of_a_row_per_node(algorithm: str, width: int) -> None:
+    trees = {mode: tree_of(grown(world_of(mode), width=width, algorithm=algorithm)) for mode in MODES}
+    assert trees["shared"] == trees["decode"] == trees["extend"]
+    assert max(node["depth"] for node in trees["shared"]["nodes"]) > 1
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_token_is_computed_twice(algorithm: str, overlaps: bool) -> None:
+    world = grown(world_of("shared", overlaps=overlaps), width=16, algorithm=algorithm)
+    figures, usage = world.answer()["search"], world.answer()["usage"]
+    distinct = num_distinct_prefixes(tree_of(world))
+    assert figures["tokens_computed"] <= 1.05 * distinct < usage["completion_tokens"]
+    assert figures["forks"] == "shared"
+    assert len(world.scheduler.prefilled) == 1
+    alone = grown(world_of("decode", overlaps=overlaps), width=16, algorithm=algorithm)
+    assert tree_of(alone) == tree_of(world)
+    assert alone.answer()["search"]["tokens_computed"] >= usage["completion_tokens"]
+
+
+def test_steps_that_end_together_are_one_step_in_one_call_of_the_prm() -> None:
+    world = grown(
+        world_of("shared", lambda child: tokens("same\n") if len(given(child)) < 12 else tokens("x", ends=True))
+    )
+    nodes = tree_of(world)["nodes"]
+    assert len({node["score"] for node in nodes if node["depth"] == 1}) == 1
+    assert world.prm.batches[0] == ["same\n"] * 8
+    assert world.answer()["search"]["tokens_computed"] == len("same\n") + len("x") + 1
+
+
+def every(num: int, act: Callable[[World], None]) -> Callable[[World], None]:
+    count = [0]
+
+    def when_due(world: World) -> None:
+        count[0] += 1
+        if count[0] % num == 0:
+            act(world)
+
+    return when_due
+
+
+def retract_one(world: World) -> None:
+    running = [req for req in world.scheduler.running_batch.reqs if isinstance(req, ChildReq) and not req.finished()]
+    if running:
+        world.scheduler.retract(running[-1])
+
+
+def release_all(world: World) -> None:
+    for live in world.ets.searches.values():
+        world.ets._release(live, 10**6)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("act", [retract_one, release_all])
+@pytest.mark.parametrize("algorithm", ["ets", "best_of_n", "dvts"])
+def test_a_tree_is_the_same_though_memory_runs_short(
+    algorithm: str, act: Callable[[World], None], overlaps: bool
+) -> None:
+    calm = grown(world_of("decode"), algorithm=algorithm)
+    for num in (5, 7) if overlaps else (2, 3, 7):
+        world = grown(world_of("shared", overlaps=overlaps), every(num, act), algorithm=algorithm)
+        assert tree_of(world) == tree_of(calm)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("max_running_steps", [1, 3])
+def test_a_tree_is_the_same_though_few_rows_are_left(overlaps: bool, max_running_steps: int) -> None:
+    world = world_of("shared", overlaps=overlaps)
+    world.scheduler.server_args._ets["max_running_steps"] = max_running_steps
+    assert tree_of(grown(world)) == tree_of(grown(world_of("decode")))
+
+
+@pytest.mark.parametrize("pool_tokens", [250, 400])
+def test_a_small_pool_ends_balanced(pool_tokens: int) -> None:
+    for overlaps in (False, True):
+        world = grown(world_of("shared", pool_tokens=pool_tokens, overlaps=overlaps), max_new_tokens=60)
+        assert tree_of(world) == tree_of(grown(world_of("decode"), max_new_tokens=60))
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("algorithm", ["ets", "best_of_n"])
+def test_an_abort_at_any_tick_leaves_nothing(algorithm: str, overlaps: bool) -> None:
+    num_ticks = sum(1 for _ in asked(world_of("shared", overlaps=overlaps), algorithm=algorithm).ticks())
+    for tick in range(0, num_ticks - 1, 2):
+        world = asked(world_of("shared", overlaps=overlaps), algorithm=algorithm)
+        for now in world.ticks():
+            if now == tick and world.ets.searches:
+                world.scheduler.abort_request(AbortReq(rid="pa"))
+        if world.scheduler.output_streamer.responses("pa")[0].finished["type"] == "abort":  # type: ignore[index]
+            assert world.error() == "Aborted"
+        world.assert_balanced()
+
+
+def ended_by_deadline(world: World, tick: int) -> Any:
+    """What is answered if the time is up after so many ticks."""
+    for now in asked(world, deadline_s=1e4).ticks():
+        if now == tick:
+            for live in world.ets.searches.values():
+                live.started_s -= 1e5
+    world.assert_balanced()
+    (sent,) = world.scheduler.output_streamer.responses("pa")
+    assert sent.finished is not None
+    return sent.info.get("tree"), sent.finished["type"]
+
+
+def test_a_deadline_at_any_tick_answers_with_what_all_members_have() -> None:
+    for tick in range(12):
+        tree, kind = ended_by_deadline(world_of("shared"), tick)
+        assert (tree, kind) == ended_by_deadline(world_of("decode"), tick)
+        assert (kind == "length") == (tick > 0)
+        ended_by_deadline(world_of("shared", overlaps=True), tick)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_members_without_finite_logits_fail_and_the_others_go_on(overlaps: bool) -> None:
+    def script(child: Any) -> Sequence[int]:
+        drawn = steps_of_two_letters(child)
+        return [*drawn[:2], VOCAB] if child.node_id in (2, 5) else drawn
+
+    trees = []
+    for mode in MODES:
+        world = grown(world_of(mode, script, overlaps=overlaps), algorithm="rebase")
+        trees.append(tree_of(world))
+        failed = [node["id"] for node in trees[-1]["nodes"] if node["state"] == "failed"]
+        assert failed == [2, 5]
+    assert trees[0] == trees[1] == trees[2]
+
+
+def test_a_strand_that_fails_takes_its_members_along() -> None:
+    world = asked(world_of("shared"), algorithm="rebase")
+    ticks = world.ticks()
+    while not (strands := [req for req in world.scheduler.running_batch.reqs if 1 < len(req.members) < 5]):
+        next(ticks)
+    strand = strands[0]
+    members = strand.node_ids
+    world.scheduler.running_batch.reqs.remove(strand)
+    world.scheduler.release(strand)
+    strand.to_finish = None
+    assert world.ets.swallow_abort(strand)
+    for _ in ticks:
+        pass
+    world.assert_balanced()
+    failed = [node["id"] for node in tree_of(world)["nodes"] if node["state"] == "failed"]
+    assert failed == sorted(members)
+
+
+def test_streams_report_the_same_with_and_without() -> None:
+    def reported(mode: str) -> list[str]:
+        world = grown(world_of(mode), stream=True, algorithm="beam")
+        return [report[PROGRESS_KEY]["text"] for report in world.scheduler.output_streamer.reports("pa")]
+
+    texts = reported("shared")
+    assert texts
+    assert texts == reported("decode") == reported("extend")
