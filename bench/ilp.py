@@ -11,9 +11,8 @@ import argparse
 import gc
 import gzip
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from bench.embedded import client_of, held_out_problems
 from bench.levels import Case, grown_level, recorded_levels
 from bench.published_ilp import solve_published
 from bench.server import running_server
+from bench.timing import timed
 from bench.trees import grow
 from sglang_ets.core.ilp import SolverReport, objective, solve
 
@@ -33,13 +33,6 @@ DIVERSITY_WEIGHT = 1.45
 EQUAL = 1e-9
 NUM_LEVELS = (4, 8, 12)
 RECORDED = Path(__file__).parent / "data" / "trees.jsonl.gz"
-
-
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """The result and the time in milliseconds."""
-    started = time.perf_counter()
-    result = call()
-    return result, (time.perf_counter() - started) * 1e3
 
 
 def compare(cases: Iterable[Case], num_published: int, kv_weight: float) -> dict[str, Any]:
