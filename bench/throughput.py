@@ -32,13 +32,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
+
+import httpx
 
 from bench import rows
 from bench.client_search.driver import Client, prm_marker
 from bench.client_search.encoder import SentenceEncoder, find_encoder
 from bench.client_search.processes import Running, awake, running, search_flags, stock_flags
-from bench.client_search.servers import Server
+from bench.client_search.servers import connect, post
 from bench.client_search.table import tables
 from bench.embedded import MODELS, held_out_problems
 from bench.server import Places
@@ -103,16 +106,11 @@ class Systems:
 
     search: tuple[Running, ...]
     stock: tuple[Running, ...]
-    links: tuple[Server, ...]  # to the servers with the search
+    links: tuple[httpx.Client, ...]  # to the servers with the search
     client: Client
 
     def servers(self, job: Job) -> Sequence[Running]:
         return self.stock if job.system == "client" else self.search[: job.replicas]
-
-    def reconnect(self) -> None:
-        """Open new connections to all servers."""
-        for server in (*self.links, self.client.policy, self.client.prm):
-            server.reconnect()
 
     def solver(self, job: Job) -> Callable[[str], Outcome]:
         return {"in_scheduler": self._search, "client": self._client, "sampling": self._sample}[job.system](job)
@@ -122,11 +120,10 @@ class Systems:
         search = {"algorithm": config.algorithm, "max_step_tokens": config.max_step_tokens, "step_delimiter": ["\n"],
                   "answer": config.answer, "answer_pattern": PATTERN, "coverage": config.coverage}  # fmt: skip
         body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": job.seed}
-
-        post = self._dealt_out(job)
+        complete = self._dealt_out(job)
 
         def solve(prompt: str) -> Outcome:
-            answer = post({**body, "prompt": prompt, "search_width": job.width, "search": search})
+            answer = complete({**body, "prompt": prompt, "search_width": job.width, "search": search})
             search_figures = answer["metadata"]["search"]
             figures = {"prm_tokens": search_figures["prm_tokens"], "levels": search_figures["levels"]}
             figures["pressure_releases"] = search_figures["kv_pressure_releases"]
@@ -146,10 +143,10 @@ class Systems:
 
     def _sample(self, job: Job) -> Callable[[str], Outcome]:
         body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "n": job.width}
-        post = self._dealt_out(job)
+        complete = self._dealt_out(job)
 
         def solve(prompt: str) -> Outcome:
-            answer = post({**body, "prompt": prompt})
+            answer = complete({**body, "prompt": prompt})
             answers = [extract_answer(choice["text"], PATTERN) for choice in answer["choices"]]
             votes = [text for text in answers if text is not None]
             best = statistics.mode(votes) if votes else None
@@ -161,18 +158,17 @@ class Systems:
         """Posts a completion to whichever replica has a place for it."""
         places = Places(self.links[: job.replicas], job.in_flight)
 
-        def post(body: dict[str, Any]) -> dict[str, Any]:
+        def complete(body: dict[str, Any]) -> Any:
             with places.lent() as server:
-                return server.post("/v1/completions", body)
+                return post(server, "/v1/completions", body)
 
-        return post
+        return complete
 
 
 def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Solve the problems with `in_flight` at a time. Their servers are awake meanwhile, all others frozen."""
     servers = systems.servers(job)
     solve = systems.solver(job)
-    systems.reconnect()
     with awake(servers), ThreadPoolExecutor(job.in_flight) as pool:
         used = time.process_time() + sum(server.cpu_s() for server in servers)
         started = time.perf_counter()
@@ -204,9 +200,10 @@ def all_systems(args: argparse.Namespace) -> Iterator[Systems]:
     print(f"{len(flags)} servers start: a minute or two", file=sys.stderr)
     env = {patches.CPU_ATTENTION_ENV: "1"} if args.client_engine == "ours" else {}  # the search has it anyway
     with running(flags, env) as servers:
-        policy, prm, *links = [Server(server.url, max(args.in_flight)) for server in servers]
+        policy, prm, *links = [connect(server.url) for server in servers]
+        stock = [partial(post, server, "/generate") for server in (policy, prm)]
         tokenizer = AutoTokenizer.from_pretrained(MODELS / "policy")
-        client = Client(policy, prm, tokenizer, prm_marker(MODELS / "prm"), encode)
+        client = Client(*stock, tokenizer, prm_marker(MODELS / "prm"), encode)
         yield Systems(tuple(servers[2:]), tuple(servers[:2]), tuple(links), client)
 
 
