@@ -49,7 +49,7 @@ e2e-formats: install
 	$(RUN) -m pytest -q -m server $(FORMATS)
 
 # Every bench in its smoke mode: shows that they run, not what they measure. (real_model needs data and another model.)
-BENCHES := searches capacity fairness throughput ilp kernels attention studies.cluster_variants studies.selection_quality
+BENCHES := searches capacity fairness throughput ilp kernels attention studies.selection_quality
 
 bench: install
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(BENCHES:%=smoke-%)
