@@ -32,7 +32,8 @@ ANSWER_LIMIT_S = 120.0
 LIMITS = httpx.Limits(keepalive_expiry=1.0)  # the server closes idle connections after 5 s
 STALL_LIMIT_S = 2.0
 GROWTH_LIMIT_MB = 300  # caches of the interpreter and the allocator fill up; a leak of one large request would pass it
-FAULTS = ("search failed: no trajectory was completed",)  # documented in docs/limits.md
+# Documented in docs/limits.md and docs/api.md.
+FAULTS = ("search failed: no trajectory was completed", "passed before the search had any text")
 
 
 @dataclass

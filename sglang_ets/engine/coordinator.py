@@ -42,11 +42,12 @@ from sglang_ets.engine.step_text import StepText, read_step
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmEngine, PrmError
-from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
+from sglang_ets.wire import ABORTED_STATUS, CUSTOM_KEY, RESULT_KEY
 
 logger = logging.getLogger(__name__)
 
 STOPPING = "the server is stopping; send the search again when it is back, or to another one"
+ABORTED = "the search was aborted: its client went away, or /abort_request named it"
 IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a selection
 
 
@@ -227,7 +228,7 @@ class SearchCoordinator:
         """
         for live in list(self.searches.values()):
             if not live.is_answered and (recv_req.abort_all or live.rid.startswith(recv_req.rid)):
-                self._abort(live, recv_req.abort_message or "Aborted", None)
+                self._abort(live, recv_req.abort_message or ABORTED, ABORTED_STATUS)
 
     def stop(self) -> None:
         """The server has been asked to stop: it does not wait for searches, and begins none."""
@@ -236,7 +237,7 @@ class SearchCoordinator:
             if not live.is_answered:
                 self._abort(live, STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
 
-    def _abort(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+    def _abort(self, live: LiveSearch, message: str, status: int) -> None:
         with self.guard(live):
             live.end_reason = "aborted"
             self._answer_error(live, message, status)
@@ -476,7 +477,7 @@ class SearchCoordinator:
 
     def _answer(self, live: LiveSearch, answers: list[RankedAnswer]) -> None:
         if not answers:
-            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            self._end_without_text(live)
             return
         req = live.req
         live.num_prm_releases = self.prm.num_releases(live.id)
@@ -492,6 +493,16 @@ class SearchCoordinator:
             logger.warning("search %s: %s", live.rid, warning)
         self._close(live)
 
+    def _end_without_text(self, live: LiveSearch) -> None:
+        """Too little time is no fault: a client can tell the two by the status."""
+        if live.end_reason != "deadline":
+            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            return
+        passed = f"deadline_s of {live.search.config.deadline_s:g} passed"
+        message = f"{passed} before the search had any text; raise it, or send fewer requests at once"
+        self._answer_error(live, message, HTTPStatus.GATEWAY_TIMEOUT)
+        self._close(live)
+
     def fail(self, live: LiveSearch, message: str) -> None:
         """End a search with an error, unless it has its answer already; nothing of it stays behind."""
         if not live.is_answered:
@@ -499,7 +510,7 @@ class SearchCoordinator:
             self._answer_error(live, f"search failed: {message}", HTTPStatus.INTERNAL_SERVER_ERROR)
         self._close(live)
 
-    def _answer_error(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+    def _answer_error(self, live: LiveSearch, message: str, status: int) -> None:
         self._num_failed += 1
         logger.warning("search %s ended without an answer: %s", live.rid, message)
         live.req.finished_reason = FINISH_ABORT(message, status)

@@ -362,10 +362,18 @@ class World:
         return sent.info
 
     def error(self, rid: str = "pa") -> str:
-        """The message of a search that failed; it came once."""
+        """The message of a search that has no answer; it came once."""
+        return str(self._abort(rid)["message"])
+
+    def status(self, rid: str = "pa") -> int | None:
+        """The HTTP status of such a search."""
+        status: int | None = self._abort(rid)["status_code"]
+        return status
+
+    def _abort(self, rid: str) -> dict[str, Any]:
         (sent,) = self.scheduler.output_streamer.responses(rid)
         assert sent.finished is not None and sent.finished["type"] == "abort", sent
-        return str(sent.finished["message"])
+        return sent.finished
 
     def assert_balanced(self) -> None:
         """No search, no child, no lock in either cache, and no token of KV that nobody accounts for."""
