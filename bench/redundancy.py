@@ -63,8 +63,7 @@ def meaning(step: str) -> str:
 
 def tree_of(answer: Any) -> dict[str, Any]:
     """The tree in a completion that was asked for with `return_tree`."""
-    metadata: dict[str, Any] = answer.metadata
-    return metadata["tree"] if "tree" in metadata else metadata["search"]["tree"]  # type: ignore[no-any-return]
+    return answer.search["tree"]  # type: ignore[no-any-return]
 
 
 def _trajectory(node: dict[str, Any] | None, by_id: dict[int, dict[str, Any]]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """`sglang-ets view TREE.json`: one search's tree as one HTML file that needs no network.
 
-TREE.json is a whole answer to a request with `return_tree`, its `metadata.search`, or the bare tree. The page is this
+TREE.json is a whole answer to a request with `return_tree`, its `search` object, or the bare tree. The page is this
 package's `view_page.html` with its style, its script and the tree inside; all figures are made here.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from sglang_ets.api.view_tree import KvLevel, ViewNode, kv_levels, read_nodes
 
-# What of `metadata.search` the page shows, if it is there.
+# What of the figures the page shows, if it is there.
 FIGURES = ("algorithm", "width", "seed", "finish_reason", "kv_tokens_peak", "kv_tokens_mean", "seconds")
 EXIT_BAD_INPUT = 2
 # Inside <script> only these can end the element or open a comment, and JSON reads the escapes back.
@@ -113,13 +113,12 @@ def _parts(data: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(
             f"a tree is a JSON object, got {type(data).__name__}; save the answer of a request with search.return_tree"
         )
-    metadata = data.get("metadata")
-    figures = metadata.get("search") if isinstance(metadata, dict) else data
+    figures = data.get("search", data)
     figures = figures if isinstance(figures, dict) else {}
     tree = figures if "nodes" in figures else figures.get("tree")
     if not isinstance(tree, dict):
         raise ValueError(
-            "the answer must hold metadata.search.tree, got none; send the request again with search.return_tree true"
+            "the answer must hold search.tree, got none; send the request again with search.return_tree true"
         )
     return figures, tree
 

@@ -53,14 +53,14 @@ def chunk(text: str, *, index: int = 0, is_chat: bool = False, end: Any = None, 
 
 def searched(is_chat: bool) -> list[dict[str, Any]]:
     """A search of two levels with two answers, one of them with what looks like markup."""
-    told = [{"search": {"progress": {**PROGRESS, "level": level}}} for level in (1, 2)]
+    told = [{"progress": {**PROGRESS, "level": level}} for level in (1, 2)]
     return [
-        chunk("1+", is_chat=is_chat, metadata=told[0]),
-        chunk("", is_chat=is_chat, metadata=told[1]),
+        chunk("1+", is_chat=is_chat, search=told[0]),
+        chunk("", is_chat=is_chat, search=told[1]),
         chunk("2=3", is_chat=is_chat),
         chunk("", is_chat=is_chat, end=details("3", 0.9)),
         chunk("[red]4[/]", index=1, is_chat=is_chat),
-        chunk("", index=1, is_chat=is_chat, end=details(None, 0.1), metadata={"search": FIGURES}),
+        chunk("", index=1, is_chat=is_chat, end=details(None, 0.1), search=FIGURES),
         {**chunk("", is_chat=is_chat), "choices": [], "usage": USAGE},
     ]
 
