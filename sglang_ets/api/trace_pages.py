@@ -140,7 +140,7 @@ def _row(trace: Trace) -> dict[str, Any]:
         "width": figures.get("width"),
         "levels": figures.get("levels", 0),
         "state": trace.state,
-        "note": trace.note,
+        "note": trace.note or "; ".join(figures.get("warnings") or ()),
         "seconds": None if seconds is None else round(seconds, 2),
     }
 

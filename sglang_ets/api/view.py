@@ -50,6 +50,7 @@ class SearchView:
     rebase_temperature: float
     is_live: bool = False  # the search still runs, and the page follows it
     note: str = ""  # why it has no answer
+    warnings: tuple[str, ...] = ()  # what makes the answer less than it could be, a sentence each
 
 
 def read_view(data: Any, title: str, rebase_temperature: float | None = None) -> SearchView:
@@ -71,14 +72,16 @@ def read_view(data: Any, title: str, rebase_temperature: float | None = None) ->
     shown = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), (str, int, float))}
     choices = data.get("choices") if isinstance(data, dict) else None
     answers = _given_answers(choices, nodes) if isinstance(choices, list) else _complete_nodes(nodes)
-    return SearchView(title, shown, prompt_tokens, nodes, levels, answers, rebase_temperature)
+    warnings = _warnings_of(figures)
+    return SearchView(title, shown, prompt_tokens, nodes, levels, answers, rebase_temperature, warnings=warnings)
 
 
 def empty_view(data: Mapping[str, Any], title: str) -> SearchView:
     """The content of a search that has no steps yet, or never got any; `data` as `read_view` takes it."""
     figures, tree = _parts(data)
     shown = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), (str, int, float))}
-    return SearchView(title, shown, tree["prompt_tokens"], (), (), (), _temperature_of(figures))
+    warnings = _warnings_of(figures)
+    return SearchView(title, shown, tree["prompt_tokens"], (), (), (), _temperature_of(figures), warnings=warnings)
 
 
 def render(view: SearchView) -> str:
@@ -101,6 +104,11 @@ def _temperature_of(figures: Mapping[str, Any]) -> float:
     value = figures.get("rebase_temperature")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
     return float(value) if is_number else DEFAULT_TEMPERATURE  # type: ignore[arg-type]
+
+
+def _warnings_of(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    warnings = figures.get("warnings")
+    return tuple(text for text in warnings if isinstance(text, str)) if isinstance(warnings, list) else ()
 
 
 def _asset(kind: str) -> str:

@@ -212,6 +212,8 @@ def show(console: Console, client: openai.OpenAI, question: Question) -> Watched
     console.print(Text(watched.final_text.rstrip(), style="bold"), soft_wrap=True)
     console.print(answers_table(watched))
     console.print(Text(summary_line(watched)), soft_wrap=True)
+    for warning in (watched.figures or {}).get("warnings") or ():
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     return watched
 
 

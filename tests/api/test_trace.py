@@ -286,6 +286,10 @@ def test_the_list_is_json_or_a_page_and_hostile_text_stays_text() -> None:
         (hostile_id, "running", 0),
         ("a", "complete", 6),
     ]
+    trace = store.get(hostile_id)
+    assert trace is not None
+    trace.figures["warnings"] = ["2 of 8 steps failed", HOSTILE]
+    assert client.get("/search").json()["searches"][0]["note"] == f"2 of 8 steps failed; {HOSTILE}"
     page = client.get("/search", headers={"accept": "text/html,*/*"})
     assert page.headers["content-type"].startswith("text/html")
     assert "<script" not in page.text and "&lt;/script&gt;" in page.text

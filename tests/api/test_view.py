@@ -127,6 +127,19 @@ def test_nothing_is_invented_where_it_is_not_known() -> None:
     assert {(level.held_tokens, level.rebase_tokens) for level in read_view(tree, "").levels} == {(None, None)}
 
 
+def test_warnings_stand_on_the_page_and_no_text_of_them_is_markup() -> None:
+    answer = real()
+    assert read_view(answer, "").warnings == ()
+    answer["search"]["warnings"] = [HOSTILE, "2 of 8 steps failed: no memory", 5]
+    found = read_view(answer, "")
+    assert found.warnings == (HOSTILE, "2 of 8 steps failed: no memory")
+    page = render(found)
+    assert embedded(page)["warnings"] == [HOSTILE, "2 of 8 steps failed: no memory"]
+    assert page.count("</script>") == 2
+    answer["search"]["warnings"] = "none"
+    assert read_view(answer, "").warnings == ()
+
+
 # ---- hostile and bad input ----
 
 HOSTILE = "</script><script>document.title='broken out'</script><!--<script> \u2028\ud83d & /*DATA*/ \x00"
@@ -311,6 +324,17 @@ def test_chromium_selects_what_the_address_names_and_shows_the_whole_text(tmp_pa
     while at["parent"]:
         assert at["text"].strip() in steps
         at = nodes[at["parent"]]
+
+
+@needs_chromium
+def test_chromium_shows_warnings(tmp_path: Path) -> None:
+    answer = real()
+    answer["search"]["warnings"] = ["2 of 8 steps failed: <b>no memory</b>"]
+    page = tmp_path / "tree.html"
+    page.write_text(render(read_view(answer, "tree")))
+    dom, console = browse(page)
+    assert console == ""
+    assert '<ul id="warnings"><li>Warning: 2 of 8 steps failed: &lt;b&gt;no memory&lt;/b&gt;</li></ul>' in dom
 
 
 @needs_chromium

@@ -154,6 +154,16 @@ def test_command_prints_levels_answers_and_saves_a_tree(tmp_path: Path, capsys: 
     assert [(answer.answer, answer.node) for answer in found.answers] == [("3", 1), ("-", None)]
 
 
+@pytest.mark.parametrize("warnings", [[], ["2 of 8 steps failed: [red]no memory[/]", "the deadline passed"]])
+def test_what_makes_the_answer_less_is_shown(warnings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    chunks = searched(False)
+    chunks[-2]["search"] = {**FIGURES, "warnings": warnings}
+    with serving(chunks) as (_, url):
+        ask.main(["1+2=", "--base-url", url])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert lines == [f"warning: {text}" for text in warnings]
+
+
 @pytest.mark.parametrize(
     ("model", "given", "sent"),
     [
