@@ -45,7 +45,7 @@ def solve(
     if answer.status_code != 200:
         return {"is_right": False, "failed": answer.text[:200], "peak": 0, "releases": 0}
     plain = answer.json()
-    figures = plain["metadata"]["search"]
+    figures = plain["search"]
     return {
         "is_right": plain["choices"][0]["search"]["answer"] == str(problem["answer"]),
         "failed": "",

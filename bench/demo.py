@@ -54,7 +54,7 @@ def solve(client: openai.OpenAI, problem: dict[str, Any], policy: str, width: in
         seed=0,
         extra_body={"search_width": width, "search": {"algorithm": policy}},
     )
-    search: dict[str, Any] = response.metadata["search"]  # type: ignore[attr-defined]
+    search: dict[str, Any] = response.search  # type: ignore[attr-defined]
     return Solved(
         problem["prompt"],
         str(problem["answer"]),

@@ -85,7 +85,7 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens:
         response = client.chat.completions.create(
             **body, temperature=1.0, extra_body={"search_width": setting.width, "search": search}
         )
-        figures = dict(response.metadata["search"])  # type: ignore[attr-defined]
+        figures = dict(response.search)  # type: ignore[attr-defined]
         nodes = figures["tree"]["nodes"]
         seen = redundancy(nodes)
         cost = {name: figures[name] for name in FROM_SEARCH} | {"fallbacks": figures["solver"]["fallbacks"]}

@@ -159,7 +159,7 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, seed: int) 
     if setting.search:
         extra = {"search_width": setting.width, "search": {**setting.search, "return_tree": True}}
         response = client.completions.create(**body, temperature=1.0, extra_body=extra)
-        search: dict[str, Any] = response.metadata["search"]  # type: ignore[attr-defined]
+        search: dict[str, Any] = response.search  # type: ignore[attr-defined]
         answer = _answer(response.choices[0].text)
         cost = {key: search[key] for key in FROM_SEARCH} | {key: search["solver"][key] for key in FROM_SOLVER}
         cost |= asdict(redundancy(search["tree"]["nodes"]))

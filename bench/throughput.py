@@ -124,7 +124,7 @@ class Systems:
 
         def solve(prompt: str) -> Outcome:
             answer = complete({**body, "prompt": prompt, "search_width": job.width, "search": search})
-            search_figures = answer["metadata"]["search"]
+            search_figures = answer["search"]
             figures = {"prm_tokens": search_figures["prm_tokens"], "levels": search_figures["levels"]}
             figures["pressure_releases"] = search_figures["kv_pressure_releases"]
             text = answer["choices"][0]["text"]

@@ -22,7 +22,7 @@ def grow(client: openai.OpenAI, prompt: str, width: int, search: Mapping[str, An
     """The nodes of one search."""
     extra = {"search_width": width, "search": {**search, "return_tree": True}}
     answer = client.completions.create(model="default", prompt=prompt, extra_body=extra, **fields)
-    return list(answer.metadata["search"]["tree"]["nodes"])  # type: ignore[attr-defined]
+    return list(answer.search["tree"]["nodes"])  # type: ignore[attr-defined]
 
 
 def rebase_trees(prompts: Sequence[str], width: int, **fields: Any) -> Iterator[list[Node]]:
