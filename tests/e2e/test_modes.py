@@ -1,4 +1,4 @@
-"""Searches in other modes of the engine: large pages, chunked and mixed prefill, retraction, the overlap schedule; and a key."""
+"""Searches in other modes of the engine: large pages, chunked and mixed prefill, retraction, overlap; and a key."""
 
 from __future__ import annotations
 

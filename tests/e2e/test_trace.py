@@ -7,14 +7,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tests.api.test_view import embedded
-from tests.e2e.serving import PROBLEMS, Server, serving
+from tests.e2e.serving import PROBLEMS, Server
 
 pytestmark = pytest.mark.server
 
@@ -82,7 +81,9 @@ def test_a_body_has_the_shape_of_an_unoverlapped_one(overlapped: Server, server:
     assert shapes[0] == shapes[1]
 
 
-def test_unknown_searches_and_a_server_without_the_flag_answer_in_one_sentence(overlapped: Server, server: Server) -> None:
+def test_unknown_searches_and_a_server_without_the_flag_answer_in_one_sentence(
+    overlapped: Server, server: Server
+) -> None:
     for path in ("/search/none", "/search/none/events"):
         status, message = status_of(overlapped, path)
         assert status == 404 and "'none'" in message
