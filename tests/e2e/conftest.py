@@ -29,8 +29,8 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def overlapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The overlap schedule, pages of searches, and a key. By sglang's own launcher: ours leaves the overlap out on a CPU."""
-    flags = ["--search-trace", "--api-key", KEY]
+    """The overlap schedule, metrics, pages of searches, and a key. By sglang's own launcher: on a CPU ours has no overlap."""
+    flags = ["--search-trace", "--enable-metrics", "--api-key", KEY]
     flags += [flag for flag in chosen_flags(flags, has_cuda=False) if flag != "--disable-overlap-schedule"]
     env = {"PYTHONPATH": cpu_shim.FOLDER, "SGLANG_USE_CPU_ENGINE": "1"}
     log = tmp_path_factory.mktemp("overlapped") / "log.txt"
