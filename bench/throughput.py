@@ -15,9 +15,8 @@ the problems of A, and of C, so that all three systems use both cores.
 The servers that are not measured are frozen, so that they take no core from the one that is. Still, everything that one
 system consists of (for B two schedulers, the encoder and the solver) shares the cores of this machine, and so does whatever
 else runs on it: next to problems per second stand CPU seconds per problem, which depend less on that. The KV pools of all
-servers have the same size. `--client-engine ours` (the default) gives the two servers of B the attention of
-`kernels/paged_attention.py`, which the search brings along on a CPU, so that the engines are equal and only the architectures
-differ; `stock` leaves them as sglang has them.
+servers have the same size. The two servers of B get the attention of `kernels/paged_attention.py`, which the search brings
+along on a CPU, so that the engines are equal and only the architectures differ.
 
 One round of one system is a row of `--out` (JSONL); a run that was interrupted goes on where it stopped.
 """
@@ -66,7 +65,6 @@ class Job:
     round: int
     seed: int
     pool_tokens: int = POOL_TOKENS
-    client_engine: str = "ours"
     replicas: int = 1  # of the server with the search; the client has one of each of its two
 
     @property
@@ -198,8 +196,7 @@ def all_systems(args: argparse.Namespace) -> Iterator[Systems]:
     flags = [stock_flags(model, args.pool_tokens) for model in ("policy", "prm")]
     flags += [search_flags(args.pool_tokens)] * max(args.replicas)
     print(f"{len(flags)} servers start: a minute or two", file=sys.stderr)
-    env = {patches.CPU_ATTENTION_ENV: "1"} if args.client_engine == "ours" else {}  # the search has it anyway
-    with running(flags, env) as servers:
+    with running(flags, {patches.CPU_ATTENTION_ENV: "1"}) as servers:  # the search has it anyway
         policy, prm, *links = [connect(server.url) for server in servers]
         stock = [partial(post, server, "/generate") for server in (policy, prm)]
         tokenizer = AutoTokenizer.from_pretrained(MODELS / "policy")
@@ -210,7 +207,7 @@ def all_systems(args: argparse.Namespace) -> Iterator[Systems]:
 def jobs(args: argparse.Namespace) -> list[Job]:
     """Rounds on the outside and the systems in turn on the inside, so that an interrupted run compares equal rounds."""
     return [
-        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, args.client_engine, replicas)
+        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, replicas)
         for number in range(args.rounds)
         for width, in_flight in zip(args.widths, args.in_flight, strict=True)
         for algorithm in args.algorithms
@@ -239,7 +236,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--replicas", type=int, nargs="+", default=[1], help="servers with the search, one setting each"
     )
-    parser.add_argument("--client-engine", choices=["ours", "stock"], default="ours")
     parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2; see bench/client_search/encoder.py")
     parser.add_argument("--seed", type=int, default=0)
     rows.add_arguments(parser, "one round of 2 problems at width 8")
