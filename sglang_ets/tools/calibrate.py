@@ -103,12 +103,12 @@ def ask(url: str, prompt: str, width: int, max_tokens: int) -> list[dict[str, An
     )
     try:
         with urllib.request.urlopen(request, timeout=600) as response:
-            metadata = json.load(response)["metadata"]
+            search = json.load(response)["search"]
     except urllib.error.HTTPError as error:
         raise SystemExit(f"the server at {url} refused the search: {error.read().decode(errors='replace')}") from error
     except urllib.error.URLError as error:
         raise SystemExit(f"no server answers at {url} ({error.reason}); start one with --search ets") from error
-    return list(metadata["search"]["tree"]["nodes"])
+    return list(search["tree"]["nodes"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
