@@ -169,7 +169,7 @@ class SoakClients:
 
     def _note_warnings(self, answer: dict[str, Any]) -> None:
         with self._lock:
-            for warning in answer["metadata"]["search"].get("warnings", ()):
+            for warning in answer["search"].get("warnings", ()):
                 self._report.warnings[re.sub(r"[\d.]+", "#", warning)] += 1
 
 

@@ -257,10 +257,10 @@ def usage_of(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def metadata_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """`metadata` of a response: the figures of the search, and its tree if the client asked for it."""
+def figures_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """`search` of a response: the figures of the search, and its tree if the client asked for it."""
     tree = {"tree": result["tree"]} if result.get("tree") is not None else {}
-    return {"search": {**result["search"], **tree}}
+    return {**result["search"], **tree}
 
 
 def finish_reason_of(answer: Mapping[str, Any]) -> Literal["stop", "length"]:
@@ -307,7 +307,7 @@ def response_body(request: Any, rid: str, result: Mapping[str, Any]) -> dict[str
         **head_of(request, rid, "chat.completion" if is_chat else "text_completion"),
         "choices": choices,
         "usage": usage_of(result),
-        "metadata": metadata_of(result),
+        "search": figures_of(result),  # not in `metadata`, which the official client takes for texts
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from sglang_ets.api.protocol import details_of, error_body, error_kind, finish_reason_of, head_of, metadata_of, usage_of
+from sglang_ets.api.protocol import details_of, error_body, error_kind, figures_of, finish_reason_of, head_of, usage_of
 from sglang_ets.wire import PROGRESS_KEY, RESULT_KEY
 
 DONE = "data: [DONE]\n\n"
@@ -70,7 +70,7 @@ class _Writer:
         text = progress["text"][len(self._sent) :]
         self._sent, self._level = progress["text"], progress["level"]
         choice = {"index": 0, **self._text(0, text), "finish_reason": None}
-        return self._event([choice], metadata={"search": {PROGRESS_KEY: figures}})
+        return self._event([choice], search={PROGRESS_KEY: figures})
 
     def result(self, result: Mapping[str, Any]) -> Iterator[str]:
         last = len(result["results"]) - 1
@@ -79,7 +79,7 @@ class _Writer:
             choice = {"index": index, **self._text(index, answer["text"][len(sent) :]), "finish_reason": None}
             yield self._event([choice])
             end = {"finish_reason": finish_reason_of(answer), "search": details_of(answer)}
-            figures = {"metadata": metadata_of(result)} if index == last else {}
+            figures = {"search": figures_of(result)} if index == last else {}
             yield self._event([{"index": index, **self._text(index, ""), **end}], **figures)
         options = self._request.stream_options
         if options is not None and options.include_usage:

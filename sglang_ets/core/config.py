@@ -164,7 +164,7 @@ class SearchConfig:
     deadline_s: float | None = setting(
         None, "answer with the best so far after this long", low=1e-3, high=1e6, unit="seconds"
     )
-    return_tree: bool = setting(False, "return the whole tree in the metadata")
+    return_tree: bool = setting(False, "return the whole tree in the figures")
     return_embeddings: bool = setting(False, "with the tree, the embedding of each step")
     seed: int = setting(0, "seed of the search", low=0, high=2**63 - 1, is_outer=True, default_text="a fresh one")
 

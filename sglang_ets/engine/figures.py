@@ -56,7 +56,7 @@ def changes_of(live: LiveSearch, changes: TreeChanges) -> dict[str, Any]:
 
 
 def figures_of(live: LiveSearch) -> dict[str, Any]:
-    """`metadata.search` of a response without the tree, or how far it is while the search runs."""
+    """`search` of an answer without the tree, or how far it is while the search runs."""
     nodes = [node for node in live.search.tree.nodes if node.id != ROOT]
     config = live.search.config
     held = [sample.held_tokens for sample in live.kv] or [0]

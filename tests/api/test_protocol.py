@@ -320,8 +320,8 @@ def test_body_holds_ranked_choices_usage_and_figures(make: Any) -> None:
     assert body["choices"][0]["search"] == {"score": 0.5, "step_scores": [0.7, 0.5], "answer": "3", "votes": 2.0}
     assert (body["usage"]["completion_tokens"], body["usage"]["total_tokens"]) == (90, 100)
     assert body["usage"]["completion_tokens_details"]["answer_tokens"] == 4
-    assert body["metadata"] == {"search": RESULT["search"]}
-    assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["metadata"]["search"]["tree"] == {"nodes": []}
+    assert body["search"] == RESULT["search"]
+    assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["search"]["tree"] == {"nodes": []}
 
 
 class Serving(OpenAIServingBase):
@@ -521,7 +521,7 @@ def test_the_official_client_writes_answers_out_without_a_warning() -> None:
         whole = answering(200, response_body(completion(), "id", RESULT)).completions.create(model="m", prompt="p")
         turn = answering(200, response_body(chat(), "id", RESULT)).chat.completions.create(model="m", messages=[])
         for done in (whole, turn):
-            assert done.to_dict()["metadata"] == {"search": RESULT["search"]}
+            assert done.to_dict()["search"] == RESULT["search"]
             assert json.loads(done.to_json())["choices"][0]["search"]["score"] == 0.5
             assert "kv_tokens_peak" in repr(done)
 

@@ -62,7 +62,7 @@ def test_a_stream_joins_to_the_answer(make: Any, with_usage: bool, early: list[s
         assert [choice["finish_reason"] for choice in mine[:-1]] == [None] * (len(mine) - 1)
         assert mine[-1]["finish_reason"] == ("stop" if index == 0 else "length")
         assert make is completion or mine[0]["delta"]["role"] == "assistant"
-    shown = [chunk["metadata"]["search"] for chunk in chunks if "metadata" in chunk]
+    shown = [chunk["search"] for chunk in chunks if "search" in chunk]
     levels = [{"progress": {**FIGURES, "level": level}} for level in range(1, len(early) + 1)]
     assert shown == [*levels, RESULT["search"]]
 

@@ -6,11 +6,12 @@ import json
 import random
 import time
 
+import httpx
 import pytest
 
 from bench import capacity, fairness, soak
-from bench.fuzz import FuzzReport
-from bench.hostile import PATHS, hostile_request
+from bench.fuzz import FAULTS, FuzzReport, outcome_of
+from bench.hostile import PATHS, HostileRequest, hostile_request
 from bench.soak import SoakReport, after_warm_up, slopes
 
 
@@ -50,6 +51,48 @@ def test_each_rule_of_a_fuzz_can_be_broken(broken: dict[str, object], said: str)
     assert FuzzReport(seed=0).breaches() == []
     (breach,) = FuzzReport(seed=0, **broken).breaches()  # type: ignore[arg-type]
     assert said in breach
+
+
+GRAMMAR = "Grammar accept_token failed: Tokens not accepted: 0\nAccepted tokens: [29, 34]\nKey string: null"
+UNFINISHED = "search failed: no trajectory was completed (deadline)"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message", "name"),
+    [
+        ({"regex": "null"}, 500, GRAMMAR, "a grammar that no token of the model fits"),
+        ({"sampling_params": {"ebnf": "x"}}, 500, GRAMMAR, "a grammar that no token of the model fits"),
+        ({"prompt": "x"}, 500, GRAMMAR, None),
+        ({"regex": "null"}, 503, GRAMMAR, None),
+        ({"regex": "null"}, 500, "Grammar accept_token failed", None),
+        ({"search_width": 4}, 500, UNFINISHED, "a search without an answer"),
+        ({"sampling_params": {"custom_params": {}}}, 500, UNFINISHED, "a search without an answer"),
+        ({"search_width": 4}, 500, f"{UNFINISHED} and more", None),
+        ({"regex": "null"}, 500, UNFINISHED, None),
+        ([], 500, UNFINISHED, None),
+    ],
+)
+def test_a_documented_fault_is_known_by_field_and_message(
+    body: object, status: int, message: str, name: str | None
+) -> None:
+    request = HostileRequest("/generate", json.dumps(body).encode())
+    assert next((key for key, fault in FAULTS.items() if fault.explains(request, status, message)), None) == name
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "outcome"),
+    [
+        (200, '{"choices": []}', (200, '{"choices": []}')),
+        (200, "[1]", (200, "[1]")),
+        (500, "Internal Server Error", (500, "Internal Server Error")),
+        (500, '{"object": "error", "message": "no", "code": 7}', (500, "no")),
+        (400, '{"error": {"message": "no", "code": 7}}', (400, "no")),
+        (200, 'data: {"id": 1}\n\ndata: {"error": {"message": "no", "code": 500}}\n\ndata: [DONE]\n', (500, "no")),
+        (200, 'data: {"error": {"message": "no", "code": null}}\n', (200, "no")),
+    ],
+)
+def test_an_error_event_is_the_outcome_of_its_stream(status: int, text: str, outcome: tuple[int, str]) -> None:
+    assert outcome_of(httpx.Response(status, text=text)) == outcome
 
 
 @pytest.mark.parametrize(

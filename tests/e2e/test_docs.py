@@ -55,7 +55,7 @@ def test_it_does_what_its_page_says(command: Command, server: Server, tmp_path: 
             answer = json.loads(out)
             assert len(answer["choices"]) == 2
             assert answer["choices"][0]["text"].endswith("The answer is 139")
-            search = answer["metadata"]["search"]
+            search = answer["search"]
             assert (search["width"], search["algorithm"], search["kv_cost_weight"]) == (16, "ets", 2.0)
             assert (search["warnings"], search["kv_cost_weight_max"]) == ([], None)
         case ["import", "openai"]:

@@ -267,13 +267,13 @@ def assert_served_as_before(server: Server) -> None:
     status, answer = server.post("/v1/completions", {"model": "default", "prompt": PROMPT, "max_tokens": 4})
     assert status == 200, answer
     answered = server.search(PROMPT, 2, max_tokens=48, search={"max_steps": 1})
-    assert answered["metadata"]["search"]["warnings"] == []
+    assert answered["search"]["warnings"] == []
 
 
 def assert_says_so(fault: Fault, outcome: Outcome, answer: str) -> None:
     body = json.loads(answer)
     if outcome.status == 200:
-        warnings = body["metadata"]["search"]["warnings"]
+        warnings = body["search"]["warnings"]
         assert [fault.sentence in warning for warning in warnings] == [True] * (outcome in (WARNED, CUT_SHORT)), (
             warnings
         )

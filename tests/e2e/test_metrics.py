@@ -34,7 +34,7 @@ def test_metrics_of_real_searches(tmp_path: Path) -> None:
         server.wait_until_no_search()
         time.sleep(0.5)
         seen = samples(server)
-        figures = [answer["metadata"]["search"] for answer in answers]
+        figures = [answer["search"] for answer in answers]
         assert seen[f"{PREFIX}searches_total"] == len(answers)
         assert seen[f"{PREFIX}searches_running"] == 0
         assert seen[f"{PREFIX}kv_held_tokens"] == 0

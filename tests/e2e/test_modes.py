@@ -59,7 +59,7 @@ def assert_every_policy_answers(server: Server) -> None:
         }
         answers = {algorithm: search.result() for algorithm, search in searches.items()}
     for algorithm, answer in answers.items():
-        figures = answer["metadata"]["search"]
+        figures = answer["search"]
         assert (figures["algorithm"], figures["nodes_failed"]) == (algorithm, 0)
         assert figures["levels"] >= 2
         assert answer["choices"][0]["text"]

@@ -66,7 +66,7 @@ def test_wide_searches_in_a_pool_too_small_for_their_locks_all_answer(crowded: S
         assert not all(search.done() for search in searches), "ordinary requests were to meet searches"
         answers = [search.result() for search in searches]
     assert max(waits_s) < WAIT_LIMIT_S
-    figures = [answer["metadata"]["search"] for answer in answers]
+    figures = [answer["search"] for answer in answers]
     assert all(answer["choices"][0]["text"] for answer in answers)
     assert [figure["nodes_failed"] for figure in figures] == [0] * 4
     assert sum(figure["kv_pressure_releases"] for figure in figures) > 0
@@ -82,7 +82,7 @@ def test_what_can_never_fit_is_refused_and_the_server_goes_on(crowded: Server) -
 
 def test_a_search_wider_than_the_prms_pool_answers(strict: Server) -> None:
     answer = strict.search(PROBLEMS[0]["prompt"], 8, seed=1, search={"algorithm": "best_of_n"})
-    assert answer["metadata"]["search"]["nodes_failed"] == 0
+    assert answer["search"]["nodes_failed"] == 0
     assert_nothing_held(strict)
 
 

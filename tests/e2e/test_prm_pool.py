@@ -24,7 +24,7 @@ def search(server: Server, prompt: str, width: int, algorithm: str, **fields: An
 
 
 def failed_steps(answer: Any) -> int:
-    return int(answer["metadata"]["search"]["nodes_failed"])
+    return int(answer["search"]["nodes_failed"])
 
 
 def assert_sound(server: Server) -> dict[str, Any]:

@@ -19,7 +19,7 @@ PROMPT = PROBLEMS[0]["prompt"]
 def tree(server: Server, **fields: Any) -> list[tuple[Any, ...]]:
     """Every node with its text and what became of it."""
     search = {"algorithm": "ets", "return_tree": True}
-    nodes = server.search(PROMPT, 8, search=search, **fields)["metadata"]["search"]["tree"]["nodes"]
+    nodes = server.search(PROMPT, 8, search=search, **fields)["search"]["tree"]["nodes"]
     return [
         tuple(node[key] for key in ("id", "parent", "token_ids", "state", "allocation", "cluster")) for node in nodes
     ]
@@ -40,7 +40,7 @@ def test_the_same_seed_grows_the_same_tree_also_beside_other_traffic(server: Ser
 
 
 def test_a_request_without_a_seed_gets_a_fresh_one_and_tells_it(server: Server) -> None:
-    first, second = (server.search(PROMPT, 4)["metadata"]["search"]["seed"] for _ in range(2))
+    first, second = (server.search(PROMPT, 4)["search"]["seed"] for _ in range(2))
     assert first != second
 
 

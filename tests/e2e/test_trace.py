@@ -63,7 +63,7 @@ def test_a_running_search_is_followed_level_by_level_to_its_answer(traced: Serve
             text = response.read().decode()
         told = watcher.result(LIMIT_S)
     chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] if stream else []
-    search = (chunks[-1] if stream else json.loads(text))["metadata"]["search"]
+    search = (chunks[-1] if stream else json.loads(text))["search"]
     assert "trace" not in text
     assert search["rebase_temperature"] == 0.5
     assert [view["is_live"] for view in told] == [True] * (len(told) - 1) + [False]
@@ -90,7 +90,7 @@ def test_a_body_has_the_shape_of_an_untraced_one(traced: Server, server: Server)
     shapes = []
     for one in (traced, server):
         answer = one.search(PROBLEMS[0]["prompt"], 4, n=2)
-        shapes.append((set(answer), set(answer["choices"][0]), set(answer["usage"]), set(answer["metadata"]["search"])))
+        shapes.append((set(answer), set(answer["choices"][0]), set(answer["usage"]), set(answer["search"])))
     assert shapes[0] == shapes[1]
 
 

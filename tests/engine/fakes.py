@@ -36,6 +36,7 @@ from sglang_ets.core.selection import SelectionPolicy, make_policies
 from sglang_ets.engine.children import ChildReq, without_children
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
+from sglang_ets.prm.ranks import ONE_RANK, Ranks
 from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
 DELIMITER = "\n"
@@ -318,9 +319,10 @@ class World:
     scheduler: FakeScheduler = field(default_factory=FakeScheduler)
     prm: ScriptedPrm = field(default_factory=ScriptedPrm)
     policies: dict[Any, SelectionPolicy] = field(default_factory=lambda: dict(make_policies()))
+    ranks: Ranks = ONE_RANK
 
     def __post_init__(self) -> None:
-        self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, self.policies)  # type: ignore[arg-type]
+        self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, self.policies, self.ranks)  # type: ignore[arg-type]
 
     @property
     def ets(self) -> SearchCoordinator:
