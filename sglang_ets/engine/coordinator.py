@@ -453,7 +453,7 @@ class SearchCoordinator:
 
     def _keep_unfinished_steps(self, live: LiveSearch) -> None:
         """No step was finished in time: what the children have generated so far is all that there is to answer with."""
-        for child in children_in_engine(self.scheduler, live.children):
+        for child in (*children_in_engine(self.scheduler, live.children), *self._steps.pending(live.id)):
             step_ids = tuple(child.output_ids_through_stop)
             if child.node_id != ROOT and step_ids:
                 step = _step_text(live, child.node_id, step_ids, is_last=True)

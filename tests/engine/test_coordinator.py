@@ -24,7 +24,7 @@ from sglang_ets.engine.pressure import HOPELESS_TICKS
 from sglang_ets.kv import RadixLedger
 from sglang_ets.prm.engine import PrmError
 from sglang_ets.wire import PROGRESS_KEY, QUESTION_KEY, TRACE_KEY, TRACE_PARAM
-from tests.engine.fakes import EOS, FakeScheduler, ScriptedPrm, World, request, three_steps, tokens
+from tests.engine.fakes import EOS, FakeBatch, FakeScheduler, ScriptedPrm, World, request, three_steps, tokens
 
 ALGORITHMS = get_args(Algorithm)
 WIDTH = 4
@@ -606,6 +606,20 @@ def test_a_deadline_at_any_time_answers(algorithm: str, num_ticks: int) -> None:
     result = world.answer()
     assert result["results"][0]["text"]
     assert result["search"]["finish_reason"] == "deadline"
+    world.assert_balanced()
+
+
+def test_a_deadline_of_a_search_that_was_suspended_in_its_first_level_answers_with_what_it_had() -> None:
+    world = World(FakeScheduler(lambda child: tokens("a long way to go"), tokens_per_tick=1))
+    world.ask(deadline_s=1e4)
+    for _ in range(7):  # one for the prompt, six tokens
+        world.scheduler.tick()
+    world.scheduler.waiting_queue += world.scheduler.running_batch.reqs  # sglang retracts the steps
+    world.scheduler.running_batch = world.scheduler.last_batch = FakeBatch()
+    assert world.ets._steps.withdraw(world.live().id) == WIDTH
+    pass_deadline(world.live())
+    world.run()
+    assert world.answer()["results"][0]["text"] == "a long"
     world.assert_balanced()
 
 
