@@ -34,7 +34,7 @@ lint: install
 	$(PY) -m ruff format --check .
 
 types: install
-	$(PY) -m mypy
+	$(PY) .ci/types.py
 
 unit: install
 	$(RUN) -m pytest -q -m "not server"

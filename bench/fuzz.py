@@ -60,6 +60,11 @@ FAULTS = {
     "a search without an answer": Fault(
         500, ("search_width", "custom_params"), r"search failed: no trajectory was completed \(\w+\)"
     ),
+    "a deadline before any text": Fault(
+        504,
+        ("search_width", "custom_params"),
+        r"deadline_s of [\d.e+-]+ passed before the search had any text; raise it, or send fewer requests at once",
+    ),
 }
 
 

@@ -25,7 +25,6 @@ One round of one system is a row of `--out` (JSONL); a run that was interrupted 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -38,15 +37,15 @@ from typing import Any
 from bench import rows
 from bench.client_search.driver import Client, prm_marker
 from bench.client_search.encoder import SentenceEncoder, find_encoder
-from bench.client_search.processes import MODELS, Running, awake, running, search_flags, stock_flags
+from bench.client_search.processes import Running, awake, running, search_flags, stock_flags
 from bench.client_search.servers import Server
 from bench.client_search.table import tables
+from bench.embedded import MODELS, held_out_problems
 from bench.server import Places
 from sglang_ets import patches
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.patterns import extract_answer
 
-PROBLEMS = MODELS / "problems.jsonl"
 SYSTEMS = ("in_scheduler", "client", "sampling")
 POOL_TOKENS = 20_000
 MAX_TOKENS, MAX_STEP_TOKENS = 512, 64
@@ -265,7 +264,7 @@ def main() -> None:
 
     args = parsed()
     out = rows.out_of(args, "throughput")
-    problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
+    problems = held_out_problems()
     known = {tuple(row.get(field.name, field.default) for field in fields(Job)) for row in rows.read(out)}
     todo = [job for job in jobs(args) if job.key not in known]
     if todo:

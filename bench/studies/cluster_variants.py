@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from bench import rows
 from bench.datasets import load
 from bench.redundancy import meaning, purity_of
-from bench.studies.trees import rebase_trees
 from bench.testbed.likelihood import area_under_curve
 from bench.testbed.task import distinct_problems
+from bench.trees import rebase_trees
 from sglang_ets.core.clusters import RunningCenter, cluster_labels, cosine_distances
 from sglang_ets.tools.calibrate import suggest_cut
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
@@ -16,6 +17,7 @@ from sglang.srt.entrypoints.openai import protocol as openai_protocol
 
 from sglang_ets.core.config import MAX_WIDTH, MIN_WIDTH, SearchConfig, check_width
 from sglang_ets.core.settings import is_unicode, settings_of, shown, wrong
+from sglang_ets.wire import ABORTED_STATUS
 
 
 def options_model(settings_class: type) -> type[BaseModel]:
@@ -275,6 +277,19 @@ def error_body(message: str, kind: str, status: int) -> dict[str, Any]:
     """The JSON body of a refusal, on one line: OpenAI's shape, and beside it sglang's, for those who read that."""
     error = {"message": " ".join(message.split()), "type": kind, "param": None, "code": status}
     return {"object": "error", **error, "error": error}
+
+
+_KINDS: Mapping[int, str] = {
+    HTTPStatus.TOO_MANY_REQUESTS: "ServerBusy",
+    ABORTED_STATUS: "SearchAborted",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServerStopping",
+    HTTPStatus.GATEWAY_TIMEOUT: "DeadlinePassed",
+}
+
+
+def error_kind(status: int) -> str:
+    """`type` in the error of a search that was admitted and has no answer."""
+    return _KINDS.get(status, "SearchFailed")
 
 
 def response_body(request: Any, rid: str, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
+from http import HTTPStatus
 from typing import Any
 
-from sglang_ets.api.protocol import details_of, error_body, figures_of, finish_reason_of, head_of, usage_of
+from sglang_ets.api.protocol import details_of, error_body, error_kind, figures_of, finish_reason_of, head_of, usage_of
 from sglang_ets.wire import PROGRESS_KEY, RESULT_KEY
 
 DONE = "data: [DONE]\n\n"
@@ -32,7 +33,7 @@ async def stream_chunks(
         following = await anext(rest, None)
         reason = (following or {"meta_info": {}})["meta_info"].get("finish_reason")
         if following is None or (reason and reason.get("type") == "abort"):
-            yield writer.error((reason or {}).get("message") or "the scheduler returned no result")
+            yield writer.error(reason or {})
             yield DONE
             return
         answered = following
@@ -84,8 +85,10 @@ class _Writer:
         if options is not None and options.include_usage:
             yield self._event([], usage=usage_of(result))
 
-    def error(self, message: str) -> str:
-        error = error_body(message, "SearchFailed", 500)["error"]
+    def error(self, reason: Mapping[str, Any]) -> str:
+        status = reason.get("status_code") or HTTPStatus.INTERNAL_SERVER_ERROR
+        message = reason.get("message") or "the scheduler returned no result"
+        error = error_body(message, error_kind(status), status)["error"]
         return f"data: {json.dumps({'error': error}, ensure_ascii=False)}\n\n"
 
     def _text(self, index: int, text: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class LiveSearch:
     search: Search
     branches: dict[int, Branch] = field(default_factory=dict)
     children: set[str] = field(default_factory=set)  # ids of the internal requests in the engine
-    awaited: tuple[Literal["select", "answer"], Future[Any]] | None = None
+    awaited: tuple[Literal["select", "answer"], Future[Any] | None] | None = None  # no future: on the first rank
     # Of all holds when the last level was complete.
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
@@ -119,6 +119,11 @@ class LiveSearch:
     def has_ended(self) -> bool:
         """It grows no further: it has its answer or error, or waits for its answers to be ranked."""
         return self.is_answered or self.end_reason != ""
+
+    @property
+    def deadline_s(self) -> float | None:
+        """After how long it must be answered with what it has; None: nothing waits for a clock."""
+        return None if self.has_ended else self.search.config.deadline_s
 
     @property
     def is_over(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Literal
 
 from sglang_ets.core.selection import Selection
@@ -183,10 +184,13 @@ def failure_of(node: Node) -> str:
 
 
 def outcome_of(live: LiveSearch) -> str:
-    """complete, deadline or kv_budget for an answer; aborted, refused or failed for an error."""
+    """complete, deadline or kv_budget for an answer; aborted, expired, refused or failed for an error."""
     reason = live.req.finished_reason
-    if reason is None or reason.to_json()["type"] != "abort":
+    end = {} if reason is None else reason.to_json()
+    if end.get("type") != "abort":
         return live.end_reason
     if live.end_reason == "aborted":
         return "aborted"
+    if end.get("status_code") == HTTPStatus.GATEWAY_TIMEOUT:
+        return "expired"
     return "failed" if live.end_reason else "refused"

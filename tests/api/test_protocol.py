@@ -432,6 +432,31 @@ def test_errors_have_a_status_and_one_sentence(outcome: Any, fields: dict[str, A
     assert (body["object"], body["error"]["code"], body["error"]["param"]) == ("error", status, None)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "kind", "headers"),
+    [
+        (429, "ServerBusy", {"retry-after": "5"}),
+        (499, "SearchAborted", {}),
+        (500, "SearchFailed", {}),
+        (503, "ServerStopping", {}),
+        (504, "DeadlinePassed", {"x-should-retry": "false"}),
+    ],
+)
+def test_a_client_can_tell_why_there_is_no_answer(
+    status: int, kind: str, headers: dict[str, str], stream: bool
+) -> None:
+    outcome: Any = HTTPException(status, "why")
+    if stream:
+        outcome = {"finish_reason": {"type": "abort", "message": "why", "status_code": status}}
+    response, _ = post(outcome, stream=stream)
+    error = json.loads(response.body)["error"]
+    message = "search failed: why" if status == 500 and stream else "why"
+    assert (response.status_code, error["code"], error["type"], error["message"]) == (status, status, kind, message)
+    given = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+    assert given == headers
+
+
 def test_an_error_holds_any_text() -> None:
     response, _ = post(ValueError("half \ud800 of a character"))
     assert json.loads(response.body)["error"]["message"] == "half \ud800 of a character"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import httpx
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from bench import capacity, fairness, soak
 from bench.fuzz import FAULTS, FuzzReport, outcome_of
 from bench.hostile import PATHS, HostileRequest, hostile_request
-from bench.soak import SoakReport, slopes
+from bench.soak import SoakReport, after_warm_up, slopes
 
 
 def test_a_seed_names_the_hostile_requests() -> None:
@@ -110,24 +111,40 @@ def test_each_rule_of_a_soak_can_be_broken(broken: dict[str, object], said: str)
 
 
 def test_a_soak_is_one_line_of_a_table() -> None:
-    row = {**vars(SoakReport(minutes=3, seed=0)), "num_errors": 0, "slopes_mb_per_min": {"sched": 0.25}, "ordinary": 9}
+    row = {**vars(SoakReport(minutes=3, seed=0)), "num_errors": 0, "ordinary": 9}
+    row |= {"slopes_mb_per_min": {"sglang::sched": 0.25}, "memory_mb": {"sglang::sched": [900.0, 901.2]}}
     row["outcomes"] = {
         "search 200": 5,
         "search 429": 1,
-        "search 400": 1,
+        "search 504": 1,
         "left 200": 2,
         "hostile 400": 7,
         "hostile 200": 1,
     }
     line = soak.table([row]).splitlines()[-1]
     assert [cell.strip() for cell in line.split("|")][1:8] == ["3", "5", "2", "2", "8", "0", "9"]
-    assert "sched +0.2" in line
+    assert "| sched 900 to 901 | sched +0.2 |" in line
 
 
 def test_memory_slopes_leave_the_warm_up_out() -> None:
     samples = [(60.0 * minute, {"a": 100.0 + 10 * minute, "b": 500.0 if minute < 2 else 50.0}) for minute in range(9)]
-    assert slopes(samples) == pytest.approx({"a": 10.0, "b": 0.0}, abs=1e-6)
+    assert slopes(after_warm_up(samples)) == pytest.approx({"a": 10.0, "b": 0.0}, abs=1e-6)
     assert slopes(samples[:2]) == {}
+
+
+def test_only_a_deadline_makes_a_late_search_the_clients_own_doing() -> None:
+    assert soak.is_expected({"search": {"deadline_s": 1.0}}, 504)
+    assert [soak.is_expected({"search": {}}, status) for status in (200, 429, 504, 500, 400)] == [True, True] + [
+        False
+    ] * 3
+
+
+def test_requests_without_an_answer_are_errors_and_end_no_client() -> None:
+    report = SoakReport(minutes=0, seed=0)
+    clients = soak.SoakClients("http://127.0.0.1:1", report, time.monotonic() + 1.0)
+    clients.run()
+    assert {"search unanswered", "left unanswered", "hostile unanswered"} == set(report.outcomes)
+    assert len(report.errors) == report.outcomes.total()
 
 
 def capacity_row(policy: str, in_flight: int, rate: float, round_: int = 0) -> dict[str, object]:

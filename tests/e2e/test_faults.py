@@ -51,7 +51,8 @@ ANSWERED = Outcome("answered", 200, "complete")
 WARNED = Outcome("answered with a warning", 200, "complete")
 CUT_SHORT = Outcome("answered with a warning", 200, "deadline")
 FAILED = Outcome("error 500", 500, "failed")
-ABORTED = Outcome("error 500", 500, "aborted")
+ABORTED = Outcome("error 499", 499, "aborted")
+EXPIRED = Outcome("error 504", 504, "expired")
 STOPPED = Outcome("error 503", 503, "aborted")
 GONE = Outcome("ended", None, "aborted")
 
@@ -156,11 +157,11 @@ FAULTS: tuple[Fault, ...] = (
         act=hang_up,
         request={"stream": True},
     ),
-    Fault("abort", "`/abort_request` with the id of the search", everywhere(ABORTED), "Aborted", abort),
+    Fault("abort", "`/abort_request` with the id of the search", everywhere(ABORTED), "/abort_request named it", abort),
     Fault(
         "deadline",
         "`deadline_s` passes",
-        {**everywhere(CUT_SHORT), "begin": FAILED, "rank": ANSWERED},
+        {**everywhere(CUT_SHORT), "begin": EXPIRED, "rank": ANSWERED},
         "deadline",
         search={"deadline_s": 100},
     ),

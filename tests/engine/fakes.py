@@ -36,6 +36,7 @@ from sglang_ets.core.selection import SelectionPolicy, make_policies
 from sglang_ets.engine.children import ChildReq, without_children
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
+from sglang_ets.prm.ranks import ONE_RANK, Ranks
 from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
 DELIMITER = "\n"
@@ -318,9 +319,10 @@ class World:
     scheduler: FakeScheduler = field(default_factory=FakeScheduler)
     prm: ScriptedPrm = field(default_factory=ScriptedPrm)
     policies: dict[Any, SelectionPolicy] = field(default_factory=lambda: dict(make_policies()))
+    ranks: Ranks = ONE_RANK
 
     def __post_init__(self) -> None:
-        self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, self.policies)  # type: ignore[arg-type]
+        self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, self.policies, self.ranks)  # type: ignore[arg-type]
 
     @property
     def ets(self) -> SearchCoordinator:
@@ -362,10 +364,18 @@ class World:
         return sent.info
 
     def error(self, rid: str = "pa") -> str:
-        """The message of a search that failed; it came once."""
+        """The message of a search that has no answer; it came once."""
+        return str(self._abort(rid)["message"])
+
+    def status(self, rid: str = "pa") -> int | None:
+        """The HTTP status of such a search."""
+        status: int | None = self._abort(rid)["status_code"]
+        return status
+
+    def _abort(self, rid: str) -> dict[str, Any]:
         (sent,) = self.scheduler.output_streamer.responses(rid)
         assert sent.finished is not None and sent.finished["type"] == "abort", sent
-        return str(sent.finished["message"])
+        return sent.finished
 
     def assert_balanced(self) -> None:
         """No search, no child, no lock in either cache, and no token of KV that nobody accounts for."""

@@ -407,7 +407,7 @@ def test_a_client_that_aborts_gets_one_response_in_each_phase(phase: str, how: s
     recv.abort_message = "the client has gone"
     world.scheduler.abort_request(recv)
     world.run(100)
-    assert world.error() == "the client has gone"
+    assert (world.error(), world.status()) == ("the client has gone", 499)
     assert world.ets.describe()["failed"] == 1
     world.assert_balanced()
 
@@ -426,6 +426,7 @@ def test_a_server_that_stops_ends_its_searches_and_begins_none(phase: str) -> No
     world.run(100)
     for rid in ("pa", "pb"):
         assert "the server is stopping" in world.error(rid)
+        assert world.status(rid) == 503
     world.assert_balanced()
 
 
@@ -608,12 +609,15 @@ def test_a_deadline_at_any_time_answers(algorithm: str, num_ticks: int) -> None:
     world.assert_balanced()
 
 
-def test_a_deadline_before_the_first_token_is_an_error() -> None:
+def test_a_deadline_before_the_first_token_is_no_fault() -> None:
     world = World()
     world.ask(deadline_s=1e4)
     pass_deadline(world.live())
     world.run()
-    assert world.error() == "search failed: no trajectory was completed (deadline)"
+    assert world.error() == (
+        "deadline_s of 10000 passed before the search had any text; raise it, or send fewer requests at once"
+    )
+    assert world.status() == 504
     world.assert_balanced()
 
 

@@ -29,14 +29,15 @@ UNITS = ("tokens", "seconds", "steps", "searches", "levels", "running", "made", 
 class Finished:
     """A finish reason as sglang's requests carry it."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, status: int) -> None:
         self.kind = kind
+        self.status = status
 
-    def to_json(self) -> dict[str, str]:
-        return {"type": self.kind}
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.kind, "status_code": self.status}
 
 
-def live_search(end_reason: str = "", finish: str = "length") -> Any:
+def live_search(end_reason: str = "", finish: str = "length", status: int = 500) -> Any:
     tree = SearchTree(3)
     for state, tokens in (("retained", (1, 2)), ("pruned", (3,))):
         node = tree.add_child(tree.root)
@@ -48,7 +49,7 @@ def live_search(end_reason: str = "", finish: str = "length") -> Any:
         prm_tokens=9,
         num_pressure_releases=1,
         end_reason=end_reason,
-        req=SimpleNamespace(finished_reason=Finished(finish)),
+        req=SimpleNamespace(finished_reason=Finished(finish, status)),
     )
 
 
@@ -129,17 +130,19 @@ def test_calls_of_prm_and_solver_are_timed(registry: CollectorRegistry, metrics:
 
 
 @pytest.mark.parametrize(
-    ("end_reason", "finish", "outcome"),
+    ("end_reason", "finish", "status", "outcome"),
     [
-        ("complete", "length", "complete"),
-        ("deadline", "length", "deadline"),
-        ("aborted", "abort", "aborted"),
-        ("failed", "abort", "failed"),
-        ("", "abort", "refused"),
+        ("complete", "length", 200, "complete"),
+        ("deadline", "length", 200, "deadline"),
+        ("deadline", "abort", 504, "expired"),
+        ("deadline", "abort", 500, "failed"),
+        ("aborted", "abort", 499, "aborted"),
+        ("failed", "abort", 500, "failed"),
+        ("", "abort", 400, "refused"),
     ],
 )
-def test_outcomes(end_reason: str, finish: str, outcome: str) -> None:
-    assert outcome_of(live_search(end_reason, finish)) == outcome
+def test_outcomes(end_reason: str, finish: str, status: int, outcome: str) -> None:
+    assert outcome_of(live_search(end_reason, finish, status)) == outcome
 
 
 def test_metrics_that_are_off_do_nothing_and_import_nothing() -> None:
