@@ -20,6 +20,8 @@ from sglang.srt.managers.schedule_batch import (
     Req,
 )
 
+from sglang_ets.core.tree import NOT_FINITE
+
 SEED_STRIDE = 1_000_003  # a prime: sampling seeds of different searches and nodes do not fall together
 SEED_RANGE = 2**61 - 1  # a prime
 NAN_STOP = "NaN happened"  # what sglang reports as the matched stop string when the logits are not finite
@@ -123,7 +125,7 @@ def step_end(child: ChildReq) -> StepEnd:
         return StepEnd("step" if reason.matched in child.spec.step_delimiter and not is_own else "stop")
     if isinstance(reason, FINISH_MATCHED_STR):
         if reason.matched == NAN_STOP:
-            return StepEnd("failed", "the policy model's logits are not finite")
+            return StepEnd("failed", NOT_FINITE)
         if reason.matched in (own_params.stop_strs or ()):
             return StepEnd("stop", stop_text=reason.matched)
         return StepEnd("step")
