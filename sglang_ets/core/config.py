@@ -205,6 +205,11 @@ class SearchConfig:
         return Weights(kv, diversity)
 
     @classmethod
+    def of_defaults(cls, defaults: Mapping[str, Any]) -> SearchConfig:
+        """Settings of a request that gives none of its own; raises as `from_request` does."""
+        return cls.from_request(MIN_WIDTH, None, defaults, n=None, max_tokens=None, seed=None)
+
+    @classmethod
     def from_request(
         cls,
         search_width: int,
