@@ -164,7 +164,7 @@ def make_metrics(scheduler: Any) -> NoMetrics:
 
 
 def outcome_of(live: LiveSearch) -> str:
-    """complete, deadline or kv_budget for an answer; aborted, refused or failed for an error."""
+    """For an answer, why the search ended, as `finish_reason` has it; aborted, refused or failed for an error."""
     reason = live.req.finished_reason
     if reason is None or reason.to_json()["type"] != "abort":
         return live.end_reason
