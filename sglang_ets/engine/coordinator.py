@@ -285,7 +285,7 @@ class SearchCoordinator:
         node_id = child.node_id
         branch = live.branches[node_id] = Branch(hold)
         step_ids = tuple(child.output_ids_through_stop)
-        step = _step_text(live, node_id, step_ids, is_last=live.is_last_step(node_id, len(step_ids), finish))
+        step = _step_text(live, node_id, step_ids, is_last=live.search.is_last_step(node_id, len(step_ids), finish))
         branch.num_pending_tokens = step.num_pending_tokens
         text = step.text.split(stop_text, 1)[0] if stop_text else step.text
         self._locks.child_ended(live, live.parent_id(node_id))

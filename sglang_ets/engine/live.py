@@ -14,7 +14,7 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy
-from sglang_ets.core.tree import Node, StepFinish
+from sglang_ets.core.tree import Node
 from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
 from sglang_ets.wire import TRACE_PARAM
@@ -149,12 +149,6 @@ class LiveSearch:
         if node.parent is None:
             raise ValueError("the root of a search tree has no parent")
         return node.parent
-
-    def is_last_step(self, node_id: int, num_tokens: int, finish: StepFinish) -> bool:
-        """Whether a step of this length, not in the tree yet, is the last one of its trajectory, whatever its score."""
-        node, config = self.search.tree.nodes[node_id], self.search.config
-        trajectory_tokens = self.parent_of(node).trajectory_tokens + num_tokens
-        return finish == "stop" or trajectory_tokens >= config.max_tokens or node.depth >= config.max_steps
 
     def holds(self) -> list[Hold]:
         """Locks of the trajectories that may still grow, in the order of their nodes."""
