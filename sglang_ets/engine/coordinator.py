@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from http import HTTPStatus
@@ -39,6 +39,7 @@ from sglang_ets.engine.progress import answerable, progress_report, shared_text
 from sglang_ets.engine.scoring import Outcome, StepScoring
 from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
+from sglang_ets.engine.tree_plan import make_planner
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmEngine, PrmError
@@ -96,6 +97,11 @@ class SearchCoordinator:
     def _steps(self) -> StepQueue:
         rows = rows_for_children(self.scheduler.max_running_requests, self._settings["max_running_steps"])
         return StepQueue(self.scheduler, rows)
+
+    @cached_property
+    def plan_attention(self) -> Callable[[Any], None] | None:
+        """What is told the batch of each tick if the attention reads shared KV once; None with other backends."""
+        return make_planner(self.scheduler)
 
     # ---- admission ----
 
