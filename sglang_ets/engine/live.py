@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sglang_ets.core.capacity import Need
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import SolverReport
+from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy
 from sglang_ets.core.tree import Node
@@ -164,14 +165,14 @@ class LiveSearch:
         ordered = sorted(self.branches.items(), key=promise)
         return [branch.hold for _, branch in ordered if branch.hold is not None and branch.hold.locked]
 
-    def decide(
-        self, policy: SelectionPolicy, ends: Sequence[tuple[int | None, int]], config: SearchConfig
-    ) -> Selection:
-        """Decide one level of leaves with these ends (see `PathSnapshot.ends`) by these settings.
+    def decide(self, policy: SelectionPolicy, leaf_ids: Sequence[int], config: SearchConfig) -> Selection:
+        """Decide the level of these leaves by these settings.
 
         Pure, on a worker thread as a rule: the search does not change while it waits for this.
         """
-        costs = self.paths.cost_tree(ends, self.prompt_tokens) if config.is_solved else None
+        tree, costs = self.search.tree, None
+        if config.is_solved:
+            costs = token_costs([tree.trajectory_token_ids(tree.nodes[leaf_id]) for leaf_id in leaf_ids])
         return policy.select(self.search.level(costs), config)
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
