@@ -70,6 +70,7 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
         "rebase_temperature": config.rebase_temperature,
         **config.weights._asdict(),
         "finish_reason": live.end_reason,
+        "early_stop": None if live.search.early_end is None else asdict(live.search.early_end),
         "levels": len(live.kv),
         "nodes_made": len(nodes),
         "nodes_retained": sum(node.state in ("retained", "complete") for node in nodes),
@@ -138,6 +139,11 @@ def warnings_of(live: LiveSearch) -> list[str]:
         warnings.append(
             f"deadline_s of {config.deadline_s:g} ended the search after {len(live.kv)} levels with "
             f"{len(tree.complete())} of {config.width} trajectories complete"
+        )
+    if live.search.num_given_up:
+        warnings.append(
+            f"max_total_tokens of {config.max_total_tokens} did not suffice: {live.search.num_given_up} of {config.width} "
+            f"trajectories were not grown to their end, {len(tree.complete())} are complete; raise it or lower search_width"
         )
     return warnings + live.notes
 

@@ -71,6 +71,13 @@ class Server:
         return state
 
 
+def grown_tree(server: Server, prompt: str, width: int, *, algorithm: str, **fields: Any) -> list[tuple[Any, ...]]:
+    """The tree of one search: every node by its place, with its tokens and what became of it."""
+    answer = server.search(prompt, width, search={"algorithm": algorithm, "return_tree": True}, **fields)
+    keys = ("id", "parent", "token_ids", "state", "allocation", "cluster")
+    return [tuple(node[key] for key in keys) for node in answer["search"]["tree"]["nodes"]]
+
+
 @contextmanager
 def serving(
     log: Path, flags: Sequence[str] = (), *, env: Mapping[str, str] | None = None, module: str = LAUNCHER

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from sglang_ets.api.trace_pages import add_routes
 from sglang_ets.core.config import Algorithm
-from tests.e2e.serving import KEY, PROBLEMS, Server, serving
+from tests.e2e.serving import KEY, PROBLEMS, Server, grown_tree, serving
 
 pytestmark = pytest.mark.server
 
@@ -77,6 +77,18 @@ def test_the_overlap_schedule(overlapped: Server, server: Server) -> None:
     assert overlapped.get("/server_info")["disable_overlap_schedule"] is False
     assert_every_policy_answers(overlapped)
     assert greedy(overlapped, PROBLEMS[0]["prompt"]) == greedy(server, PROBLEMS[0]["prompt"])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_seed_grows_the_same_tree_with_the_overlap_schedule(
+    overlapped: Server, server: Server, algorithm: str
+) -> None:
+    for seed, problem in enumerate(PROBLEMS[:3]):
+        trees = [
+            grown_tree(one, problem["prompt"], WIDTH, algorithm=algorithm, max_tokens=128, seed=seed)
+            for one in (server, overlapped)
+        ]
+        assert trees[0] == trees[1], (algorithm, seed)
 
 
 def status_of(url: str, key: str | None) -> int:
