@@ -17,7 +17,7 @@ from tests.e2e.serving import Server
 pytestmark = pytest.mark.server
 
 # What a command says: it asks the server at the default address, and draws a fresh seed. Here: this server, and one seed.
-ADDED = {"ask": ["--base-url", URL, "--seed", "0"], "calibrate": ["--url", URL]}
+ADDED = {"ask": ["--base-url", URL, "--seed", "0"], "calibrate": ["--base-url", URL]}
 
 
 def typed(command: Command, server: Server, folder: Path) -> str:

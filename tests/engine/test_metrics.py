@@ -17,9 +17,9 @@ from prometheus_client import CollectorRegistry
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree, solve
 from sglang_ets.core.selection import Selection
-from sglang_ets.core.tree import SearchTree
+from sglang_ets.core.tree import NOT_FINITE, SearchTree
 from sglang_ets.engine.figures import finished_line
-from sglang_ets.engine.metrics import METRICS, PREFIX, NoMetrics, SearchMetrics, make_metrics, outcome_of
+from sglang_ets.engine.metrics import FAILURES, METRICS, PREFIX, NoMetrics, SearchMetrics, make_metrics, outcome_of
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "bench" / "grafana.json"
 LABELS = {"model_name": "m", "tp_rank": 0}
@@ -93,6 +93,26 @@ def test_a_search_is_counted_once_however_often_it_is_published(
     assert value(registry, "searches_running") == 1
     assert value(registry, "searches_total", algorithm="ets", outcome="complete") == 1
     assert value(registry, "search_seconds_sum", algorithm="ets") == 3.0
+
+
+def test_failed_steps_are_counted_by_reason(registry: CollectorRegistry, metrics: SearchMetrics) -> None:
+    live = live_search("complete")
+    tree = live.search.tree
+
+    def fail(reason: str, is_decoded: bool = False) -> None:
+        node = tree.add_child(tree.root)
+        if is_decoded:
+            tree.set_step(node, (1,), "x", "step")
+        node.state, node.reason = "failed", reason
+
+    fail(NOT_FINITE)
+    metrics.level_done(live)
+    for reason in ("out of memory, 5 tokens", "aborted while it waited"):
+        fail(reason)
+    fail("the score is not finite", is_decoded=True)
+    metrics.ended(live, 1.0)
+    counts = {reason: value(registry, "failed_steps_total", algorithm="ets", reason=reason) for reason in FAILURES}
+    assert counts == {"ended": 2, "not_finite": 1, "unscored": 1}
 
 
 def test_calls_of_prm_and_solver_are_timed(registry: CollectorRegistry, metrics: SearchMetrics) -> None:
