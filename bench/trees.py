@@ -25,14 +25,10 @@ def grow(client: openai.OpenAI, prompt: str, width: int, search: Mapping[str, An
     return list(answer.search["tree"]["nodes"])  # type: ignore[attr-defined]
 
 
-def rebase_trees(
-    prompts: Sequence[str], width: int, max_tokens: int, seed: int,
-    *, flags: Sequence[str] = (), search: Mapping[str, Any] | None = None,
-) -> Iterator[list[Node]]:  # fmt: skip
-    """The nodes of one search a prompt, with embeddings, from a server with these flags."""
-    asked = {"algorithm": "rebase", "return_embeddings": True, **(search or {})}
-    fields = {"max_tokens": max_tokens, "temperature": 1.0, "seed": seed}
-    with running_server(["--search", "rebase", *flags]) as url, ThreadPoolExecutor(IN_FLIGHT) as pool:
+def rebase_trees(prompts: Sequence[str], width: int, **fields: Any) -> Iterator[list[Node]]:
+    """The nodes of one search a prompt, with embeddings, from a server of its own; `fields` are of the requests."""
+    asked = {"algorithm": "rebase", "return_embeddings": True}
+    with running_server(["--search", "rebase"]) as url, ThreadPoolExecutor(IN_FLIGHT) as pool:
         client = client_of(url, timeout_s=1800)
         trees = pool.map(lambda prompt: grow(client, prompt, width, asked, **fields), prompts)
         yield from tqdm(trees, total=len(prompts), unit="tree")

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from sglang_ets import flags, patches
+from sglang_ets.patches import tree_attention
 
 _state = {"is_registered": False}
 
@@ -25,6 +26,7 @@ def register() -> None:
     _state["is_registered"] = True
     if _needs_no_patches():
         return
+    tree_attention.register()
     search_is_on = os.environ.get(flags.SEARCH_ENV, flags.OFF) != flags.OFF
     patches.install(patches.wanted(search_is_on), allows_untested())
 

@@ -131,7 +131,8 @@ def main() -> None:
     out = rows.out_of(args, "selection_quality")
     judged: list[Judged] = []
     problems = distinct_problems("validation", args.problems, args.seed)
-    trees = rebase_trees([problem.prompt for problem in problems], args.width, MAX_TOKENS, args.seed)
+    prompts = [problem.prompt for problem in problems]
+    trees = rebase_trees(prompts, args.width, max_tokens=MAX_TOKENS, temperature=1.0, seed=args.seed)
     for problem, nodes in zip(problems, trees, strict=True):
         judged += judged_levels(nodes, problem)
     for config in configs(args.width):

@@ -184,7 +184,7 @@ def failure_of(node: Node) -> str:
 
 
 def outcome_of(live: LiveSearch) -> str:
-    """complete, deadline or kv_budget for an answer; aborted, expired, refused or failed for an error."""
+    """For an answer, why the search ended, as `finish_reason` has it; aborted, expired, refused or failed for an error."""
     reason = live.req.finished_reason
     end = {} if reason is None else reason.to_json()
     if end.get("type") != "abort":

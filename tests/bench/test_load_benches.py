@@ -100,12 +100,14 @@ def test_an_error_event_is_the_outcome_of_its_stream(status: int, text: str, out
     [
         ({"errors": ["search 500"]}, "1 errors that nobody caused"),
         ({"ordinary": 3, "ordinary_failed": 1}, "ordinary requests failed"),
-        ({"slopes_mb_per_min": {"scheduler": 50.0}}, "memory grows"),
+        ({"slopes_mb_per_min": {"scheduler": 3.0}, "memory_mb": {"scheduler": (900.0, 960.0)}}, "memory grows"),
         ({"locks": 1}, "1 locks are left"),
     ],
 )
 def test_each_rule_of_a_soak_can_be_broken(broken: dict[str, object], said: str) -> None:
-    assert SoakReport(minutes=1, seed=0, slopes_mb_per_min={"scheduler": -1.0}).breaches() == []
+    memory = {"python": (900.0, 940.0), "scheduler": (900.0, 960.0)}
+    sound = SoakReport(minutes=1, seed=0, slopes_mb_per_min={"python": 9.0, "scheduler": 1.5}, memory_mb=memory)
+    assert sound.breaches() == []
     (breach,) = SoakReport(minutes=1, seed=0, **broken).breaches()  # type: ignore[arg-type]
     assert said in breach
 
