@@ -219,6 +219,8 @@ NATIVE = (
             "session_params",
             "contains_mm_input",
             "top_logprobs_num",
+            "rid",
+            "is_single",
         ),
     ),
     Use(f"{SRT}.managers.io_struct.AbortReq", ("rid",)),
