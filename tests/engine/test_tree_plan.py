@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,7 @@ from sglang_ets.core.attention_plan import AttentionPlan, Segment
 from sglang_ets.engine.tree_plan import TreePlanner, make_planner
 from sglang_ets.prm.stream import ForwardStream
 from tests.engine.fakes import FakeScheduler
+from tests.prm.streams import Streams
 
 PROMPT = list(range(300))
 
@@ -112,27 +112,6 @@ def test_the_hook_hands_on_the_batch_that_runs_next() -> None:
 
 
 # ---- the stream ----
-
-
-class Streams:
-    """A scheduler's streams, which write down what happens to them."""
-
-    def __init__(self, enable_overlap: bool) -> None:
-        self.enable_overlap = enable_overlap
-        self.events: list[str] = []
-        self.schedule_stream, self.forward_stream = self._stream("schedule"), self._stream("forward")
-
-    def _stream(self, name: str) -> Any:
-        return SimpleNamespace(
-            name=name, wait_stream=lambda other: self.events.append(f"{name} waits for {other.name}")
-        )
-
-    @property
-    @contextmanager
-    def forward_stream_ctx(self) -> Iterator[None]:
-        self.events.append("on forward")
-        yield
-        self.events.append("off forward")
 
 
 def test_a_plan_is_copied_between_two_forward_passes(tree: Tree) -> None:
