@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from sglang_ets import flags, patches
+from sglang_ets.prm.split import num_prm_ranks
 
 _state = {"is_registered": False}
 
@@ -80,6 +81,19 @@ def check_radix_cache(server_args: Any) -> None:
         "--search cannot do without the radix cache, which is switched off; leave out --disable-radix-cache (deterministic "
         "inference keeps it with --attention-backend triton or fa3) and what implies it, or give --search off"
     )
+
+
+def check_prm_ranks(server_args: Any) -> None:
+    """At the same moment: the PRM can be on as many ranks as --prm-tp says.
+
+    Raises:
+        SystemExit: it cannot.
+    """
+    settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
+    if flags.is_on(settings):
+        own = settings["prm_model_path"]
+        policy = server_args.model_path
+        num_prm_ranks(policy if own is None else own, policy, server_args.tp_size, settings["prm_tp"])
 
 
 def check_scheduler(server_args: Any) -> None:
