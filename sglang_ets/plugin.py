@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from sglang_ets import flags, patches
+from sglang_ets.patches import tree_attention
 from sglang_ets.prm.split import num_prm_ranks
 
 _state = {"is_registered": False}
@@ -26,6 +27,7 @@ def register() -> None:
     _state["is_registered"] = True
     if _needs_no_patches():
         return
+    tree_attention.register()
     search_is_on = os.environ.get(flags.SEARCH_ENV, flags.OFF) != flags.OFF
     patches.install(patches.wanted(search_is_on), allows_untested())
 

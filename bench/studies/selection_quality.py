@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import rows
-from bench.studies.trees import rebase_trees
 from bench.testbed.task import Problem, distinct_problems, step_is_right
+from bench.trees import kv_tree, path_to, rebase_trees
 from sglang_ets.core.clusters import RunningCenter
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
@@ -54,12 +54,10 @@ def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem) -> Iterator
             embeddings = center.centered(np.array([leaf["embedding"] for leaf in leaves], dtype=np.float32))
         if len(leaves) < 2 or truth.all() or not truth.any():
             continue
-        paths = [_path(leaf, by_id) for leaf in leaves]
+        paths = [path_to(leaf, by_id) for leaf in leaves]
         level = Level(
             scores=np.array([leaf["score"] for leaf in leaves]),
-            kv=CostTree.from_paths(
-                [[(tuple(step["token_ids"]), float(len(step["token_ids"]))) for step in path] for path in paths]
-            ),
+            kv=kv_tree(paths),
             nodes=CostTree.from_paths([[(step["id"], 1.0) for step in path] for path in paths]),
             embeddings=embeddings,
             subtree=np.zeros(len(leaves), dtype=np.int64),
@@ -67,14 +65,6 @@ def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem) -> Iterator
             remaining_width=len(leaves),
         )
         yield Judged(level, truth)
-
-
-def _path(node: dict[str, Any] | None, by_id: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    path = []
-    while node is not None:
-        path.append(node)
-        node = by_id.get(node["parent"])
-    return path[::-1]
 
 
 def kept_cost(tree: CostTree, kept: NDArray[np.bool_]) -> float:
@@ -141,7 +131,8 @@ def main() -> None:
     out = rows.out_of(args, "selection_quality")
     judged: list[Judged] = []
     problems = distinct_problems("validation", args.problems, args.seed)
-    trees = rebase_trees([problem.prompt for problem in problems], args.width, MAX_TOKENS, args.seed)
+    prompts = [problem.prompt for problem in problems]
+    trees = rebase_trees(prompts, args.width, max_tokens=MAX_TOKENS, temperature=1.0, seed=args.seed)
     for problem, nodes in zip(problems, trees, strict=True):
         judged += judged_levels(nodes, problem)
     for config in configs(args.width):

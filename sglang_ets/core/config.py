@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from sglang_ets.core.patterns import check_pattern
+from sglang_ets.core.patterns import PRESETS, check_pattern
 from sglang_ets.core.settings import (
     MAX_COUNT,
     Setting,
@@ -29,6 +29,7 @@ Aggregation = Literal["last", "min", "mean", "prod"]
 AnswerRule = Literal["best", "majority", "weighted_majority"]
 Coverage = Literal["uniform", "reward"]
 AnswerEquality = Literal["math", "text"]
+EarlyStop = Literal["settled", "likely", "off"]
 
 MIN_WIDTH, MAX_WIDTH = 2, 1024
 MAX_STEPS_LIMIT = 1024
@@ -158,13 +159,28 @@ class SearchConfig:
     answer_equality: AnswerEquality = setting(
         "math", "which answers are one vote: those equal in value (math-verify), or equal texts"
     )
+    early_stop: EarlyStop = setting(
+        "settled",
+        "end before the last trajectory when no vote to come can change the first answer (needs `n` 1), or when it is likely "
+        "that none will",
+        has_flag=True,
+    )
+    early_stop_probability: float = setting(
+        0.95, "how likely that must be for `likely`", low=0.5, high=1.0, has_flag=True
+    )
+    max_total_tokens: int | None = setting(
+        None,
+        "tokens that all trajectories together may generate; as they run out the search narrows",
+        low=1,
+        unit="tokens",
+    )
     kv_budget_tokens: int | None = setting(
         None, "hard limit on KV beyond the prompt (`ets`, `ets_kv`)", low=1, unit="tokens"
     )
     deadline_s: float | None = setting(
         None, "answer with the best so far after this long", low=1e-3, high=1e6, unit="seconds"
     )
-    return_tree: bool = setting(False, "return the whole tree in the metadata")
+    return_tree: bool = setting(False, "return the whole tree in the figures")
     return_embeddings: bool = setting(False, "with the tree, the embedding of each step")
     seed: int = setting(0, "seed of the search", low=0, high=2**63 - 1, is_outer=True, default_text="a fresh one")
 
@@ -188,6 +204,11 @@ class SearchConfig:
         return self.algorithm in ("ets_kv", "ets")
 
     @property
+    def has_own_pattern(self) -> bool:
+        """Whether a client's expression finds the answers: it may take its time, so it is not run on the scheduler loop."""
+        return self.answer_pattern not in PRESETS
+
+    @property
     def weights(self) -> Weights:
         """The weights in force: those given, and for one that is None the default that fits the others.
 
@@ -203,6 +224,11 @@ class SearchConfig:
             nearest = min(DIVERSITY_WEIGHTS, key=lambda width: (abs(width - self.width), width))
             diversity = kv if is_by_reward else DIVERSITY_WEIGHTS[nearest]
         return Weights(kv, diversity)
+
+    @classmethod
+    def of_defaults(cls, defaults: Mapping[str, Any]) -> SearchConfig:
+        """Settings of a request that gives none of its own; raises as `from_request` does."""
+        return cls.from_request(MIN_WIDTH, None, defaults, n=None, max_tokens=None, seed=None)
 
     @classmethod
     def from_request(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from http import HTTPStatus
@@ -39,15 +39,17 @@ from sglang_ets.engine.progress import answerable, progress_report, shared_text
 from sglang_ets.engine.scoring import Outcome, StepScoring
 from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
+from sglang_ets.engine.tree_plan import make_planner
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmEngine, PrmError
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
-from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
+from sglang_ets.wire import ABORTED_STATUS, CUSTOM_KEY, RESULT_KEY
 
 logger = logging.getLogger(__name__)
 
 STOPPING = "the server is stopping; send the search again when it is back, or to another one"
+ABORTED = "the search was aborted: its client went away, or /abort_request named it"
 
 
 class SearchCoordinator:
@@ -95,6 +97,11 @@ class SearchCoordinator:
     def _steps(self) -> StepQueue:
         rows = rows_for_children(self.scheduler.max_running_requests, self._settings["max_running_steps"])
         return StepQueue(self.scheduler, rows)
+
+    @cached_property
+    def plan_attention(self) -> Callable[[Any], None] | None:
+        """What is told the batch of each tick if the attention reads shared KV once; None with other backends."""
+        return make_planner(self.scheduler)
 
     # ---- admission ----
 
@@ -159,13 +166,18 @@ class SearchCoordinator:
 
     def after_batch(self, batch: Any) -> None:
         """Children of this batch that finished become events; complete levels are scored and selected."""
+        done: list[tuple[LiveSearch, ChildReq, Hold | None]] = []
         for req in batch.reqs:
             if isinstance(req, ChildReq) and req.finished():
                 self._steps.left(req.rid)
                 live = self._search_of(req)
                 if live is not None:
                     with self.guard(live):
-                        self._child_done(live, req)
+                        done.append((live, req, self._take(live, req)))
+        # All are held before the first of them may end its search, which frees what nobody holds.
+        for live, child, hold in done:
+            with self.guard(live):
+                self._child_done(live, child, hold)
         self._score_due()
         self._forget_drained()
 
@@ -176,7 +188,7 @@ class SearchCoordinator:
             self._decisions.wait_for_one(searches)
         for live, decision in self._decisions.due(searches):
             with self.guard(live):
-                self._take(live, decision)
+                self._take_in(live, decision)
         self._score_due()
         self._forget_drained()
         self._feed()
@@ -231,7 +243,7 @@ class SearchCoordinator:
         """
         for live in list(self.searches.values()):
             if not live.is_answered and (recv_req.abort_all or live.rid.startswith(recv_req.rid)):
-                self._abort(live, recv_req.abort_message or "Aborted", None)
+                self._abort(live, recv_req.abort_message or ABORTED, ABORTED_STATUS)
 
     def stop(self) -> None:
         """The server has been asked to stop: it does not wait for searches, and begins none."""
@@ -240,7 +252,7 @@ class SearchCoordinator:
             if not live.is_answered:
                 self._abort(live, STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
 
-    def _abort(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+    def _abort(self, live: LiveSearch, message: str, status: int) -> None:
         with self.guard(live):
             live.end_reason = "aborted"
             self._answer_error(live, message, status)
@@ -258,14 +270,16 @@ class SearchCoordinator:
         live = self.searches.get(child.spec.search_id)
         return live if live is not None and child.rid in live.children else None
 
-    def _child_done(self, live: LiveSearch, child: ChildReq) -> None:
+    def _take(self, live: LiveSearch, child: ChildReq) -> Hold | None:
+        """A child has left the engine: lock the KV that it leaves behind, unless it has failed."""
         live.children.remove(child.rid)
+        return None if step_end(child).kind == "failed" else self.ledger.hold(live.id, child.last_node)
+
+    def _child_done(self, live: LiveSearch, child: ChildReq, hold: Hold | None) -> None:
         end = step_end(child)
-        if end.kind == "failed":
+        if end.kind == "failed" or hold is None:
             self._child_failed(live, child.node_id, end.reason)
-            return
-        hold = self.ledger.hold(live.id, child.last_node)
-        if live.has_ended:
+        elif live.has_ended:
             self.ledger.drop([hold], live.prompt_tokens)
         elif child.node_id == ROOT:
             self._prompt_ready(live, hold)
@@ -284,7 +298,7 @@ class SearchCoordinator:
         node_id = child.node_id
         branch = live.branches[node_id] = Branch(hold)
         step_ids = tuple(child.output_ids_through_stop)
-        step = _step_text(live, node_id, step_ids, is_last=live.is_last_step(node_id, len(step_ids), finish))
+        step = _step_text(live, node_id, step_ids, is_last=live.search.is_last_step(node_id, len(step_ids), finish))
         branch.num_pending_tokens = step.num_pending_tokens
         text = step.text.split(stop_text, 1)[0] if stop_text else step.text
         self._locks.child_ended(live, live.parent_id(node_id))
@@ -367,7 +381,8 @@ class SearchCoordinator:
             self._queue_child(live, node_id, token_ids, action.max_new_tokens)
 
     def _queue_child(self, live: LiveSearch, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
-        child = make_child(live.spec, node_id, token_ids, max_new_tokens)
+        tree = live.search.tree
+        child = make_child(live.spec, node_id, tree.place(tree.nodes[node_id]), token_ids, max_new_tokens)
         live.children.add(child.rid)
         self._steps.add(live.id, child)
 
@@ -386,11 +401,8 @@ class SearchCoordinator:
         live.select_started_s = time.perf_counter()
         config = self._pressed(live)
         with live.on_loop():
-            # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
-            holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
-            ends = live.paths.ends(holds)
             policy = self._policies[config.algorithm]
-            choose = partial(live.decide, policy, ends, config)
+            choose = partial(live.decide, policy, action.leaf_ids, config)
             selection = choose() if self._decisions.in_loop(config.is_solved) else None
             if selection is None:
                 self._decisions.select(live, choose)
@@ -429,7 +441,7 @@ class SearchCoordinator:
             live.req.customized_info = {RESULT_KEY: [progress_report(live, self.ledger.held_tokens(live.id))]}
             self.scheduler.output_streamer.stream_output([live.req], False)
 
-    def _take(self, live: LiveSearch, decision: Decision) -> None:
+    def _take_in(self, live: LiveSearch, decision: Decision) -> None:
         if decision.kind == "deadline":
             self._time_is_up(live)
             return
@@ -452,7 +464,7 @@ class SearchCoordinator:
 
     def _keep_unfinished_steps(self, live: LiveSearch) -> None:
         """No step was finished in time: what the children have generated so far is all that there is to answer with."""
-        for child in children_in_engine(self.scheduler, live.children):
+        for child in (*children_in_engine(self.scheduler, live.children), *self._steps.pending(live.id)):
             step_ids = tuple(child.output_ids_through_stop)
             if child.node_id != ROOT and step_ids:
                 step = _step_text(live, child.node_id, step_ids, is_last=True)
@@ -480,7 +492,7 @@ class SearchCoordinator:
 
     def _answer(self, live: LiveSearch, answers: list[RankedAnswer]) -> None:
         if not answers:
-            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            self._end_without_text(live)
             return
         req = live.req
         live.num_prm_releases = self.prm.num_releases(live.id)
@@ -496,6 +508,16 @@ class SearchCoordinator:
             logger.warning("search %s: %s", live.rid, warning)
         self._close(live)
 
+    def _end_without_text(self, live: LiveSearch) -> None:
+        """Too little time is no fault: a client can tell the two by the status."""
+        if live.end_reason != "deadline":
+            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            return
+        passed = f"deadline_s of {live.search.config.deadline_s:g} passed"
+        message = f"{passed} before the search had any text; raise it, or send fewer requests at once"
+        self._answer_error(live, message, HTTPStatus.GATEWAY_TIMEOUT)
+        self._close(live)
+
     def fail(self, live: LiveSearch, message: str) -> None:
         """End a search with an error, unless it has its answer already; nothing of it stays behind."""
         if not live.is_answered:
@@ -503,7 +525,7 @@ class SearchCoordinator:
             self._answer_error(live, f"search failed: {message}", HTTPStatus.INTERNAL_SERVER_ERROR)
         self._close(live)
 
-    def _answer_error(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+    def _answer_error(self, live: LiveSearch, message: str, status: int) -> None:
         self._num_failed += 1
         logger.warning("search %s ended without an answer: %s", live.rid, message)
         live.req.finished_reason = FINISH_ABORT(message, status)

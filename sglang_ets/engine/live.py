@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from sglang_ets.core.capacity import Need
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import SolverReport
+from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy
-from sglang_ets.core.tree import Node, StepFinish
+from sglang_ets.core.tree import Node
 from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
 from sglang_ets.wire import TRACE_PARAM
@@ -150,12 +151,6 @@ class LiveSearch:
             raise ValueError("the root of a search tree has no parent")
         return node.parent
 
-    def is_last_step(self, node_id: int, num_tokens: int, finish: StepFinish) -> bool:
-        """Whether a step of this length, not in the tree yet, is the last one of its trajectory, whatever its score."""
-        node, config = self.search.tree.nodes[node_id], self.search.config
-        trajectory_tokens = self.parent_of(node).trajectory_tokens + num_tokens
-        return finish == "stop" or trajectory_tokens >= config.max_tokens or node.depth >= config.max_steps
-
     def holds(self) -> list[Hold]:
         """Locks of the trajectories that may still grow, in the order of their nodes."""
         return [b.hold for _, b in sorted(self.branches.items()) if b.hold is not None and b.hold.locked]
@@ -170,14 +165,14 @@ class LiveSearch:
         ordered = sorted(self.branches.items(), key=promise)
         return [branch.hold for _, branch in ordered if branch.hold is not None and branch.hold.locked]
 
-    def decide(
-        self, policy: SelectionPolicy, ends: Sequence[tuple[int | None, int]], config: SearchConfig
-    ) -> Selection:
-        """Decide one level of leaves with these ends (see `PathSnapshot.ends`) by these settings.
+    def decide(self, policy: SelectionPolicy, leaf_ids: Sequence[int], config: SearchConfig) -> Selection:
+        """Decide the level of these leaves by these settings.
 
         Pure, on a worker thread as a rule: the search does not change while it waits for this.
         """
-        costs = self.paths.cost_tree(ends, self.prompt_tokens) if config.is_solved else None
+        tree, costs = self.search.tree, None
+        if config.is_solved:
+            costs = token_costs([tree.trajectory_token_ids(tree.nodes[leaf_id]) for leaf_id in leaf_ids])
         return policy.select(self.search.level(costs), config)
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_device
 
-from sglang_ets.core.config import MIN_WIDTH, SearchConfig
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.selection import make_policies
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.engine.device_distances import step_distances
@@ -38,6 +38,6 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
 
 def pool_need(flags: Mapping[str, Any]) -> PoolNeed:
     """What the flags say that a search may need of the PRM's pool."""
-    defaults = SearchConfig.from_request(MIN_WIDTH, None, flags, n=None, max_tokens=None, seed=None)
+    defaults = SearchConfig.of_defaults(flags)
     trajectory = min(defaults.max_tokens, defaults.max_steps * defaults.max_step_tokens)
     return PoolNeed(min(flags["max_width"], SIZED_WIDTH), trajectory)
