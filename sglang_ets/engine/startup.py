@@ -30,6 +30,7 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
         need=pool_need(flags),
         format=flags["prm_format"],
         max_total_tokens=flags["prm_max_total_tokens"],
+        num_ranks=flags["prm_tp"],
     )
     policies = make_policies(step_distances(device))
     return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies, current_ranks())
