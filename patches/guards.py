@@ -120,10 +120,10 @@ PATCHES: tuple[Patch, ...] = (
         hook=f"{HERE}:check_request",
         parameters=("self",),
         tested=("e6c3216be96e2dbd",),
-        why="`n` of a million stalls the HTTP process; lists that do not go with the prompts are a bare 500; the abort of a "
-        "refused stream fails and closes the connection under the next request",
+        why="`n` of a million and a stop text of a million characters stall the HTTP process; lists that do not go with the "
+        "prompts are a bare 500; the abort of a refused stream fails and closes the connection under the next request",
         upstream=NOT_REPORTED,
-        remove_when="sglang bounds `n` and refuses such lists",
+        remove_when="sglang bounds both and refuses such lists",
         uses=uses.NATIVE,
     ),
     Patch(
