@@ -92,7 +92,7 @@ def check_prm(server_args: Any) -> None:
     """
     from sglang_ets.prm.choose import check_checkpoint
 
-    settings = getattr(server_args, "_ets", None)
+    settings: Any = getattr(server_args, "_ets", None)
     if flags.is_on(settings) and settings["prm_model_path"]:
         check_checkpoint(settings["prm_model_path"], settings["prm_format"])
 
