@@ -22,4 +22,6 @@ def test_varying_sizes_are_not_compiled_in(kernel: object) -> None:
     parameters = kernel.params  # type: ignore[attr-defined]
     varying = [one for one in parameters if one.name in VARYING]
     assert all(one.do_not_specialize for one in varying)
-    assert bool(varying) == (kernel not in (shared_partials_kernel, merge_partials_kernel)), "no size of the batch at all"
+    assert bool(varying) == (kernel not in (shared_partials_kernel, merge_partials_kernel)), (
+        "no size of the batch at all"
+    )
