@@ -7,7 +7,7 @@ and layers or models that are not plain grouped-query attention, run the code of
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,8 @@ class PrivateRest:
 
 class TreeAttnBackend(TritonAttnBackend):  # type: ignore[misc]  # sglang has no types
     """See the module. `load_plan` comes before each decode whose rows have changed, on the stream of the decode."""
+
+    decode_attention_fwd: Callable[..., None]
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
