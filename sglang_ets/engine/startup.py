@@ -11,7 +11,7 @@ from sglang.srt.runtime_context import get_device
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.selection import make_policies
 from sglang_ets.engine.coordinator import SearchCoordinator
-from sglang_ets.engine.device_distances import step_distances
+from sglang_ets.engine.device_distances import step_distances, warm_up
 from sglang_ets.kernels.dispatch import describe_backend
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
 from sglang_ets.prm.ranks import current_ranks
@@ -32,7 +32,9 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
         max_total_tokens=flags["prm_max_total_tokens"],
         num_ranks=flags["prm_tp"],
     )
-    policies = make_policies(step_distances(device))
+    distances = step_distances(device)
+    warm_up(distances)
+    policies = make_policies(distances)
     return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies, current_ranks())
 
 
