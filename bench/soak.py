@@ -29,9 +29,10 @@ from bench import rows
 from bench.hostile import hostile_request
 from bench.server import running_server
 from bench.traffic import ANSWER_LIMIT_S, OrdinaryTraffic, locks_when_idle, memory_mb
+from sglang_ets.core.registry import BUILT_IN
 
 PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
-ALGORITHMS = ("best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets")
+ALGORITHMS = tuple(BUILT_IN)
 WIDTHS = (4, 8, 16, 64, 256)
 WIDTH_WEIGHTS = (8, 8, 8, 4, 1)  # a wide search takes as long as many narrow ones
 SEARCH_CLIENTS = 3

@@ -14,8 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 from sglang.srt.entrypoints.openai import protocol as openai_protocol
 
+from sglang_ets.core import registry
 from sglang_ets.core.config import MAX_WIDTH, MIN_WIDTH, SearchConfig, check_width
-from sglang_ets.core.settings import is_unicode, settings_of, shown, wrong
+from sglang_ets.core.settings import Setting, is_unicode, settings_of, shown, wrong
+
+
+def _field(item: Setting) -> Any:
+    return Field(None, description=item.help_text, ge=item.about.low, le=item.about.high)
 
 
 def options_model(settings_class: type) -> type[BaseModel]:
@@ -23,11 +28,18 @@ def options_model(settings_class: type) -> type[BaseModel]:
     options: dict[str, Any] = {
         item.name: (
             item.json_type | None,
-            Field(None, description=item.help_text, ge=item.about.low, le=item.about.high),
+            _field(item),
         )
         for item in settings_of(settings_class)
         if not item.about.is_outer
     }
+    for name in registry.names():
+        if own := registry.own_settings(name):
+            fields = {item.name: (item.json_type | None, _field(item)) for item in own}
+            model = create_model(f"{name}_settings", __config__=ConfigDict(extra="forbid"), **fields)  # type: ignore[call-overload]
+            # In one piece: a reference would lead nowhere from where this schema is put.
+            schema = WithJsonSchema({"anyOf": [model.model_json_schema(), {"type": "null"}]})
+            options[name] = (Annotated[Any, schema], Field(None, description=f"Own settings of the policy {name}."))
     doc = "Settings of a search. Defaults are the server's flags."
     return create_model("SearchOptions", __config__=ConfigDict(extra="forbid"), __doc__=doc, **options)
 

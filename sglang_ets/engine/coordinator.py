@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property
 from http import HTTPStatus
 from importlib.metadata import version
+from operator import attrgetter
 from typing import Any
 
 from sglang.srt.disaggregation.utils import prepare_abort
@@ -23,7 +24,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from sglang_ets.core.answer import RankedAnswer
 from sglang_ets.core.capacity import Need, NeedEstimates, SearchQueue
-from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.clusters import Distances, cosine_distances
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.kv_pressure import under_pressure
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
@@ -54,12 +56,19 @@ class SearchCoordinator:
     """All searches of one scheduler. `searches` is empty when, and only when, the engine is stock sglang."""
 
     def __init__(
-        self, scheduler: Any, prm: PrmEngine, policies: Mapping[Algorithm, SelectionPolicy], num_ranks: int = 1
+        self,
+        scheduler: Any,
+        prm: PrmEngine,
+        num_ranks: int = 1,
+        *,
+        distances: Distances = cosine_distances,
+        policy_of: Callable[[SearchConfig], SelectionPolicy] = attrgetter("policy"),
     ) -> None:
         self.scheduler = scheduler
         self.prm = prm
         self.searches: dict[str, LiveSearch] = {}  # oldest first
-        self._policies = policies
+        self._distances = distances
+        self._policy_of = policy_of
         self._num_ranks = num_ranks  # tensor-parallel ranks, which must all take each decision in the same tick
         self._settings = scheduler.server_args._ets
         self._defaults = default_settings(self._settings)
@@ -110,7 +119,7 @@ class SearchCoordinator:
             self.scheduler.output_streamer.stream_output([req], False)
             return True
         spec = ChildSpec(new_search_id(), req, config.seed, config.step_delimiter)
-        live = LiveSearch(spec, Search(config, len(req.origin_input_ids)))
+        live = LiveSearch(spec, Search(config, len(req.origin_input_ids), self._distances))
         with self.guard(live):
             self._begin(live)
         return True
@@ -385,8 +394,8 @@ class SearchCoordinator:
             # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
             holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
             ends = live.paths.ends(holds)
-            policy = self._policies[config.algorithm]
-            if config.is_solved and self._num_ranks == 1:
+            policy = self._policy_of(config)
+            if not getattr(policy, "is_cheap", False) and self._num_ranks == 1:
                 live.awaited = ("select", self._workers.submit(live.decide, policy, ends, config))
                 selection = None
             else:

@@ -13,7 +13,7 @@ from sglang_ets.core.capacity import Need
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.search import Search
-from sglang_ets.core.selection import Selection, SelectionPolicy
+from sglang_ets.core.selection import Selection, SelectionPolicy, checked
 from sglang_ets.core.tree import Node
 from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
@@ -166,8 +166,9 @@ class LiveSearch:
 
         Pure, on a worker thread as a rule: the search does not change while it waits for this.
         """
-        costs = self.paths.cost_tree(ends, self.prompt_tokens) if config.is_solved else None
-        return policy.select(self.search.level(costs), config)
+        costs = self.paths.cost_tree(ends, self.prompt_tokens) if config.reads_costs else None
+        level = self.search.level(costs)
+        return checked(policy.select(level, config), level, config.algorithm)
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""

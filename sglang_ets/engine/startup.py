@@ -9,7 +9,6 @@ from typing import Any
 from sglang.srt.runtime_context import get_device, get_parallel
 
 from sglang_ets.core.config import MIN_WIDTH, SearchConfig
-from sglang_ets.core.selection import make_policies
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.engine.device_distances import step_distances
 from sglang_ets.kernels.dispatch import describe_backend
@@ -30,8 +29,8 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
         format=flags["prm_format"],
         max_total_tokens=flags["prm_max_total_tokens"],
     )
-    policies = make_policies(step_distances(device))
-    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies, get_parallel().tp_size)
+    prm = PrmEngine.load(scheduler, settings)
+    return SearchCoordinator(scheduler, prm, get_parallel().tp_size, distances=step_distances(device))
 
 
 def pool_need(flags: Mapping[str, Any]) -> PoolNeed:

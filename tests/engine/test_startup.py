@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sglang_ets.core.clusters import cosine_distances
-from sglang_ets.core.selection import Ets
 from sglang_ets.engine import startup
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
@@ -58,9 +57,7 @@ def test_flags_reach_the_prm_and_the_coordinator(loaded: list[PrmSettings]) -> N
     assert made._num_ranks == 3
     assert made._defaults["algorithm"] == "dvts"
     assert isinstance(made._metrics, NoMetrics)
-    ets = made._policies["ets"]
-    assert isinstance(ets, Ets)
-    assert ets.distances is cosine_distances  # beside a CPU engine
+    assert made._distances is cosine_distances  # beside a CPU engine
 
 
 def test_without_a_prm_the_policy_model_scores(loaded: list[PrmSettings]) -> None:
