@@ -236,7 +236,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
         if settings[key] is not None and settings[key] < least:
             raise SystemExit(f"--search-{key.replace('_', '-')} must be at least {least}, got {settings[key]}")
     try:
-        SearchConfig.from_request(2, None, settings, n=None, max_tokens=None, seed=None)
+        SearchConfig.of_defaults(settings)
     except ValueError as error:
         raise SystemExit(f"a flag of the search is wrong: {error}") from error
     return settings

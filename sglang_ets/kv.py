@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-
-from sglang_ets.core.ilp import CostTree
 
 
 class LedgerImbalance(RuntimeError):
@@ -27,7 +25,6 @@ class Hold:
     owner: str
     node: int
     receipt: Any = field(repr=False, default=None)
-    tokens: int = 0  # of the path that was locked, known once `RadixLedger.release` gave up its lock
 
     @property
     def locked(self) -> bool:
@@ -47,31 +44,6 @@ class PathSnapshot:
         spans = {span.node_id: span.path_end - span.path_start for node in nodes for span in self.paths[node]}
         return sum(spans.values())
 
-    def ends(self, holds: Sequence[Hold]) -> list[tuple[int | None, int]]:
-        """Per hold its node (None: it lost its lock) and the tokens that it would need again without it."""
-        return [(hold.node if hold.locked else None, hold.tokens) for hold in holds]
-
-    def cost_tree(self, ends: Sequence[tuple[int | None, int]], keep_tokens: int) -> CostTree:
-        """The paths to `ends` as a forest of radix nodes, cost = tokens of KV beyond the first `keep_tokens`.
-
-        The tokens of the prompt cost nothing: they are held whichever leaves are kept. A hold that lost its lock (see
-        `RadixLedger.release`) stands as a node of its own with the tokens it would need again.
-        """
-
-        def cost_of(span: Any) -> float:
-            return float(max(0, span.path_end - max(span.path_start, keep_tokens)))
-
-        nodes = sorted({node for node, _ in ends if node is not None and self.paths[node]})  # the root has no path
-        path_of: dict[int | None, int] = {node: place for place, node in enumerate(nodes)}
-        paths = [[(span.node_id, cost_of(span)) for span in self.paths[node]] for node in nodes]
-        places = []
-        for end, tokens in ends:
-            places.append(path_of.get(end, len(paths)))
-            if end not in path_of:
-                paths.append([(("alone", len(paths)), float(max(0, tokens - keep_tokens)))])
-        tree = CostTree.from_paths(paths)
-        return replace(tree, leaf=tree.leaf[places])
-
 
 class RadixLedger:
     """Locks, immediate eviction and KV accounting over one radix cache. Not thread-safe: scheduler thread only."""
@@ -90,10 +62,7 @@ class RadixLedger:
 
     def release(self, hold: Hold) -> None:
         """Unlock; the KV stays cached until the LRU walk takes it. Idempotent."""
-        if hold.locked:
-            last = self._look(hold.node)
-            hold.tokens = last.path_end if last else 0
-            self._unlock(hold)
+        self._unlock(hold)
 
     def drop(self, holds: Iterable[Hold], keep_tokens: int = 0) -> int:
         """Unlock and free at once what nobody else uses, from the leaves up to `keep_tokens` (the prompt, as a rule).

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from sglang_ets import flags, patches
+from sglang_ets.patches import tree_attention
 
 _state = {"is_registered": False}
 
@@ -27,6 +28,7 @@ def register() -> None:
     flags.load_policies(sys.argv)
     if _needs_no_patches():
         return
+    tree_attention.register()
     search_is_on = os.environ.get(flags.SEARCH_ENV, flags.OFF) != flags.OFF
     patches.install(patches.wanted(search_is_on), allows_untested())
 

@@ -23,6 +23,7 @@ import numpy as np
 from sglang_ets.core.clusters import RunningCenter
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.selection import Level, Selection, SelectionPolicy, checked
 
 Tree = Mapping[str, Any]
@@ -110,7 +111,7 @@ def levels_of(
         steps = [len(leaf["token_ids"]) for leaf in leaves]
         level = Level(
             scores=np.array([leaf["score"] for leaf in leaves], dtype=np.float64),
-            kv=CostTree.from_paths([_kv_path(path) for path in paths]),
+            kv=token_costs([[token for step in path for token in step["token_ids"]] for path in paths]),
             nodes=CostTree.from_paths([[(step["id"], 1.0) for step in path] for path in paths], by_key=True),
             embeddings=embeddings,
             subtree=np.array([firsts[path[0]["id"]] for path in paths], dtype=np.int64),
@@ -123,11 +124,6 @@ def levels_of(
             parents=np.array([leaf["parent"] for leaf in leaves], dtype=np.int64),
         )
         yield level, tuple(leaf["id"] for leaf in leaves)
-
-
-def _kv_path(path: Sequence[Mapping[str, Any]]) -> list[tuple[Any, float]]:
-    """Steps of the same tokens after the same tokens are one piece of KV."""
-    return [(tuple(step["token_ids"]), float(len(step["token_ids"]))) for step in path]
 
 
 def _path(node: Mapping[str, Any] | None, by_id: Mapping[int, Mapping[str, Any]]) -> list[Mapping[str, Any]]:

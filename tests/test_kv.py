@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -164,17 +163,6 @@ def test_dropping_an_evicted_node_is_harmless(pool: Pool) -> None:
     pool.assert_balanced()
 
 
-def test_cost_tree_has_one_node_per_span_and_a_free_prompt(pool: Pool) -> None:
-    holds = [pool.ledger.hold("s", pool.insert([*PROMPT, *step])) for step in ([1, 2, 3], [1, 4], [1, 2, 3], [9, 9])]
-    paths = pool.ledger.snapshot(holds)
-    tree = paths.cost_tree(paths.ends(holds), keep_tokens=len(PROMPT))
-    assert tree.cost.sum() == pool.ledger.unique_tokens(holds) - len(PROMPT) == 6
-    assert tree.leaf[0] == tree.leaf[2] != tree.leaf[1]
-    assert all(parent < node for node, parent in enumerate(tree.parent))
-
-    assert [tree.cost[tree.held(np.array([leaf]))].sum() for leaf in range(4)] == [3, 2, 3, 2]
-
-
 def test_a_snapshot_counts_the_holds_that_are_left(pool: Pool) -> None:
     holds = [pool.ledger.hold("s", pool.insert([*PROMPT, *step])) for step in ([1, 2, 3], [1, 4])]
     paths = pool.ledger.snapshot(holds)
@@ -183,25 +171,12 @@ def test_a_snapshot_counts_the_holds_that_are_left(pool: Pool) -> None:
     assert paths.unique_tokens(holds) == pool.ledger.unique_tokens(holds) == 12
 
 
-def test_a_hold_that_lost_its_lock_costs_what_it_would_need_again(pool: Pool) -> None:
-    kept = pool.ledger.hold("s", pool.insert([*PROMPT, 1]))
-    lost = pool.ledger.hold("s", pool.insert([*PROMPT, 2, 2]))
-    pool.ledger.release(lost)
-    paths = pool.ledger.snapshot([lost, kept])
-    tree = paths.cost_tree(paths.ends([lost, kept]), len(PROMPT))
-    assert tree.cost[tree.leaf].tolist() == [2, 1]
-
-
-def test_a_hold_on_the_radix_root_costs_nothing(pool: Pool) -> None:
+def test_a_hold_on_the_radix_root_holds_nothing(pool: Pool) -> None:
     root = int(pool.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", [999])))).last_device_node)
     holds = [pool.ledger.hold("s", node) for node in (root, pool.insert([*PROMPT, 1]), root)]
     paths = pool.ledger.snapshot(holds)
     assert len(paths.paths[root]) == 0
     assert paths.unique_tokens(holds) == 11
-    tree = paths.cost_tree(paths.ends(holds), len(PROMPT))
-    held = [tree.cost[tree.held(np.array([leaf]))].sum() for leaf in range(3)]
-    assert held == [0, 1, 0]
-    assert tree.leaf.tolist() == [2, 1, 3], "like a lost one, each is a node of its own behind the others"
     for hold in holds:
         pool.ledger.release(hold)
     pool.assert_balanced()

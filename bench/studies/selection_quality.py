@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import rows
-from bench.studies.trees import rebase_trees
 from bench.testbed.task import Problem, distinct_problems, step_is_right
+from bench.trees import rebase_trees
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.selection import Level
@@ -115,7 +115,8 @@ def main() -> None:
     out = rows.out_of(args, "selection_quality")
     judged: list[Judged] = []
     problems = distinct_problems("validation", args.problems, args.seed)
-    trees = rebase_trees([problem.prompt for problem in problems], args.width, MAX_TOKENS, args.seed)
+    prompts = [problem.prompt for problem in problems]
+    trees = rebase_trees(prompts, args.width, max_tokens=MAX_TOKENS, temperature=1.0, seed=args.seed)
     for problem, nodes in zip(problems, trees, strict=True):
         judged += judged_levels(nodes, problem)
     for config in configs(args.width):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
@@ -17,6 +18,7 @@ from sglang.srt.entrypoints.openai import protocol as openai_protocol
 from sglang_ets.core import registry
 from sglang_ets.core.config import MAX_WIDTH, MIN_WIDTH, SearchConfig, check_width
 from sglang_ets.core.settings import Setting, is_unicode, settings_of, shown, wrong
+from sglang_ets.wire import ABORTED_STATUS
 
 
 def _field(item: Setting) -> Any:
@@ -267,10 +269,10 @@ def usage_of(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def metadata_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """`metadata` of a response: the figures of the search, and its tree if the client asked for it."""
+def figures_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """`search` of a response: the figures of the search, and its tree if the client asked for it."""
     tree = {"tree": result["tree"]} if result.get("tree") is not None else {}
-    return {"search": {**result["search"], **tree}}
+    return {**result["search"], **tree}
 
 
 def finish_reason_of(answer: Mapping[str, Any]) -> Literal["stop", "length"]:
@@ -289,6 +291,19 @@ def error_body(message: str, kind: str, status: int) -> dict[str, Any]:
     return {"object": "error", **error, "error": error}
 
 
+_KINDS: Mapping[int, str] = {
+    HTTPStatus.TOO_MANY_REQUESTS: "ServerBusy",
+    ABORTED_STATUS: "SearchAborted",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServerStopping",
+    HTTPStatus.GATEWAY_TIMEOUT: "DeadlinePassed",
+}
+
+
+def error_kind(status: int) -> str:
+    """`type` in the error of a search that was admitted and has no answer."""
+    return _KINDS.get(status, "SearchFailed")
+
+
 def response_body(request: Any, rid: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON body of an answered search: ranked choices, honest usage, figures."""
     is_chat = hasattr(request, "messages")
@@ -304,7 +319,7 @@ def response_body(request: Any, rid: str, result: Mapping[str, Any]) -> dict[str
         **head_of(request, rid, "chat.completion" if is_chat else "text_completion"),
         "choices": choices,
         "usage": usage_of(result),
-        "metadata": metadata_of(result),
+        "search": figures_of(result),  # not in `metadata`, which the official client takes for texts
     }
 
 

@@ -56,7 +56,7 @@ def rank(trajectories: Sequence[Trajectory], config: SearchConfig, same: Partiti
     `best` orders by score. The majorities order groups of equal answers by votes, then by summed score; each group's
     best trajectory comes first, so that the first results are different answers; trajectories without an answer come last.
     A text that another trajectory has too comes once, and its repetitions after all others. All ties go to the trajectory
-    that was made first. `same` may join answers whose normalised texts differ.
+    that comes first. `same` may join answers whose normalised texts differ.
     """
     scores = [aggregate(trajectory.step_scores, config.score_aggregation) for trajectory in trajectories]
     answers = [extract_answer(trajectory.text, config.answer_pattern) for trajectory in trajectories]

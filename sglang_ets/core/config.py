@@ -183,7 +183,7 @@ class SearchConfig:
     deadline_s: float | None = setting(
         None, "answer with the best so far after this long", low=1e-3, high=1e6, unit="seconds"
     )
-    return_tree: bool = setting(False, "return the whole tree in the metadata")
+    return_tree: bool = setting(False, "return the whole tree in the figures")
     return_embeddings: bool = setting(False, "with the tree, the embedding of each step")
     seed: int = setting(0, "seed of the search", low=0, high=2**63 - 1, is_outer=True, default_text="a fresh one")
     policy_settings: Mapping[str, Any] = field(
@@ -246,6 +246,11 @@ class SearchConfig:
             nearest = min(DIVERSITY_WEIGHTS, key=lambda width: (abs(width - self.width), width))
             diversity = kv if is_by_reward else DIVERSITY_WEIGHTS[nearest]
         return Weights(kv, diversity)
+
+    @classmethod
+    def of_defaults(cls, defaults: Mapping[str, Any]) -> SearchConfig:
+        """Settings of a request that gives none of its own; raises as `from_request` does."""
+        return cls.from_request(MIN_WIDTH, None, defaults, n=None, max_tokens=None, seed=None)
 
     @classmethod
     def from_request(

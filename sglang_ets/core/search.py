@@ -201,8 +201,8 @@ class Search:
         return [] if self.is_over else self._finish(reason)
 
     def trajectories(self) -> list[Trajectory]:
-        """Complete trajectories in order of creation; if there is none, the unfinished ones, marked "length"."""
-        ends = self.tree.complete() or self.tree.tips()
+        """Complete trajectories by place; if there is none, the unfinished ones, marked "length"."""
+        ends = self.tree.by_place(self.tree.complete() or self.tree.tips())
         return [
             Trajectory(
                 end.id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 State = Literal["open", "retained", "pruned", "complete", "failed"]
 StepFinish = Literal["step", "stop", "length"]
+NOT_FINITE = "the policy model's logits are not finite"  # a reason for which a step fails
 
 
 class TreeBroken(RuntimeError):
@@ -24,6 +25,7 @@ class Node:
     id: int
     parent: Node | None
     depth: int
+    index: int = 0  # among its parent's children
     subtree: int = 0  # DVTS group, fixed at depth 1
     token_ids: tuple[int, ...] = ()  # of this step alone
     text: str = ""
@@ -34,6 +36,7 @@ class Node:
     cluster: int | None = None
     state: State = "open"
     trajectory_tokens: int = 0  # tokens from the prompt's end to this step's end
+    num_children: int = 0
     reason: str = ""  # why a failed node failed
 
 
@@ -48,7 +51,8 @@ class SearchTree:
     def add_child(self, parent: Node, subtree: int | None = None) -> Node:
         """A new open node under `parent`, which keeps the parent's DVTS group unless one is given."""
         group = parent.subtree if subtree is None else subtree
-        node = Node(len(self.nodes), parent, parent.depth + 1, subtree=group)
+        node = Node(len(self.nodes), parent, parent.depth + 1, parent.num_children, group)
+        parent.num_children += 1
         self.nodes.append(node)
         return node
 
@@ -62,6 +66,14 @@ class SearchTree:
             raise TreeBroken(f"node {node.id} got a second step: expected open without a step, got {node.state}")
         node.token_ids, node.text, node.finish = tuple(token_ids), text, finish
         node.trajectory_tokens = node.parent.trajectory_tokens + len(node.token_ids)
+
+    def place(self, node: Node) -> tuple[int, ...]:
+        """Where the node stands in the tree, whenever it was made: the index of each step of its path among its siblings."""
+        return tuple(step.index for step in self.path(node))
+
+    def by_place(self, nodes: Iterable[Node]) -> list[Node]:
+        """These nodes by depth, then by place. Unless the levels of a search mix, that is the order of creation."""
+        return sorted(nodes, key=lambda node: (node.depth, self.place(node)))
 
     def path(self, node: Node) -> list[Node]:
         """From the first step to `node`, without the root."""
@@ -106,11 +118,16 @@ class SearchTree:
                     raise TreeBroken(f"node {node.id} counts {node.trajectory_tokens} tokens; expected {expected}")
 
     def to_dict(self, *, with_embeddings: bool = False) -> dict[str, Any]:
-        """Plain data for `return_tree`."""
-        nodes = [node_dict(node) for node in self.nodes[1:]]
-        if with_embeddings:
-            for node, plain in zip(self.nodes[1:], nodes, strict=True):
+        """Plain data for `return_tree`, numbered by place, so that equal trees are equal whatever was ready first."""
+        ordered = [self.root, *self.by_place(self.nodes[1:])]
+        number = {node.id: place for place, node in enumerate(ordered)}
+        nodes = []
+        for node in ordered[1:]:
+            plain = node_dict(node)
+            plain["id"], plain["parent"] = number[node.id], number[plain["parent"]]
+            if with_embeddings:
                 plain["embedding"] = None if node.embedding is None else np.round(node.embedding, 6).tolist()
+            nodes.append(plain)
         return {"prompt_tokens": self.prompt_tokens, "nodes": nodes}
 
     def _upward(self, node: Node) -> Iterator[Node]:

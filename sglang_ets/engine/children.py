@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import uuid
 import zlib
@@ -11,6 +12,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from sglang.srt.managers.schedule_batch import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -20,8 +22,9 @@ from sglang.srt.managers.schedule_batch import (
     Req,
 )
 
-SEED_STRIDE = 1_000_003  # a prime: sampling seeds of different searches and nodes do not fall together
-SEED_RANGE = 2**61 - 1  # a prime
+from sglang_ets.core.tree import NOT_FINITE
+
+SEED_RANGE = 2**61 - 1
 NAN_STOP = "NaN happened"  # what sglang reports as the matched stop string when the logits are not finite
 
 # sglang aborts by the beginning of an id. No client knows this one, so none of its ids or aborts begins like ours.
@@ -64,14 +67,16 @@ class StepEnd:
     stop_text: str | None = None  # a stop string of the client: the answer ends before it
 
 
-def make_child(spec: ChildSpec, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> ChildReq:
-    """A request that continues `prompt + token_ids` by one step. It is not queued yet."""
+def make_child(
+    spec: ChildSpec, node_id: int, place: tuple[int, ...], token_ids: Sequence[int], max_new_tokens: int
+) -> ChildReq:
+    """A request that continues `prompt + token_ids` by one step, that of the node at `place`. It is not queued yet."""
     parent = spec.parent
     child = ChildReq(
         spec.child_id(node_id),
         "",
         parent.origin_input_ids + array("q", token_ids),
-        _step_params(spec, node_id, max_new_tokens),
+        _step_params(spec, place, max_new_tokens),
         eos_token_ids=parent.eos_token_ids,
         vocab_size=parent.vocab_size,
         priority=parent.priority,
@@ -87,13 +92,13 @@ def make_child(spec: ChildSpec, node_id: int, token_ids: Sequence[int], max_new_
     return child
 
 
-def _step_params(spec: ChildSpec, node_id: int, max_new_tokens: int) -> Any:
+def _step_params(spec: ChildSpec, place: tuple[int, ...], max_new_tokens: int) -> Any:
     """The client's sampling parameters with the step delimiters as stops beside the client's own."""
     params = copy.copy(spec.parent.sampling_params)
     params.custom_params = None
     params.n = 1
     params.max_new_tokens = max_new_tokens
-    params.sampling_seed = child_seed(spec.seed, spec.parent.origin_input_ids, node_id)
+    params.sampling_seed = child_seed(spec.seed, spec.parent.origin_input_ids, place)
     if max_new_tokens == 0:
         return params
     strings = [d for d in spec.step_delimiter if isinstance(d, str)]
@@ -105,9 +110,13 @@ def _step_params(spec: ChildSpec, node_id: int, max_new_tokens: int) -> Any:
     return params
 
 
-def child_seed(seed: int, prompt_ids: array[int], node_id: int) -> int:
-    """Sampling seed of a node. The prompt is in it: searches of one seed on two prompts draw independently."""
-    return ((seed << 32 | zlib.crc32(prompt_ids)) * SEED_STRIDE + node_id) % SEED_RANGE
+def child_seed(seed: int, prompt_ids: array[int], place: tuple[int, ...]) -> int:
+    """Sampling seed of the node at `place` (see `SearchTree.place`), which holds whenever and beside whatever it is drawn.
+
+    The prompt is in it: searches of one seed on two prompts draw independently.
+    """
+    words = np.array([seed, zlib.crc32(prompt_ids), *place], dtype="<u8")
+    return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "little") % SEED_RANGE
 
 
 def step_end(child: ChildReq) -> StepEnd:
@@ -123,7 +132,7 @@ def step_end(child: ChildReq) -> StepEnd:
         return StepEnd("step" if reason.matched in child.spec.step_delimiter and not is_own else "stop")
     if isinstance(reason, FINISH_MATCHED_STR):
         if reason.matched == NAN_STOP:
-            return StepEnd("failed", "the policy model's logits are not finite")
+            return StepEnd("failed", NOT_FINITE)
         if reason.matched in (own_params.stop_strs or ()):
             return StepEnd("stop", stop_text=reason.matched)
         return StepEnd("step")

@@ -10,9 +10,8 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from importlib.metadata import version
 from operator import attrgetter
@@ -32,6 +31,7 @@ from sglang_ets.core.selection import Selection, SelectionPolicy
 from sglang_ets.core.tree import StepFinish
 from sglang_ets.engine.admission import asks_for_search, carried_config, prompt_text, refusal
 from sglang_ets.engine.children import ChildReq, ChildSpec, children_in_engine, make_child, new_search_id, step_end
+from sglang_ets.engine.decisions import Decision, Decisions, Failed
 from sglang_ets.engine.figures import default_settings, finished_line, lost_level, result_of, state_of
 from sglang_ets.engine.live import ROOT, Branch, LiveSearch
 from sglang_ets.engine.locks import SearchLocks
@@ -41,15 +41,17 @@ from sglang_ets.engine.progress import answerable, progress_report, shared_text
 from sglang_ets.engine.scoring import Outcome, StepScoring
 from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
+from sglang_ets.engine.tree_plan import make_planner
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmEngine, PrmError
-from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
+from sglang_ets.prm.ranks import ONE_RANK, Ranks
+from sglang_ets.wire import ABORTED_STATUS, CUSTOM_KEY, RESULT_KEY
 
 logger = logging.getLogger(__name__)
 
 STOPPING = "the server is stopping; send the search again when it is back, or to another one"
-IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a selection
+ABORTED = "the search was aborted: its client went away, or /abort_request named it"
 
 
 class SearchCoordinator:
@@ -59,7 +61,7 @@ class SearchCoordinator:
         self,
         scheduler: Any,
         prm: PrmEngine,
-        num_ranks: int = 1,
+        ranks: Ranks = ONE_RANK,
         *,
         distances: Distances = cosine_distances,
         policy_of: Callable[[SearchConfig], SelectionPolicy] = attrgetter("policy"),
@@ -69,7 +71,6 @@ class SearchCoordinator:
         self.searches: dict[str, LiveSearch] = {}  # oldest first
         self._distances = distances
         self._policy_of = policy_of
-        self._num_ranks = num_ranks  # tensor-parallel ranks, which must all take each decision in the same tick
         self._settings = scheduler.server_args._ets
         self._defaults = default_settings(self._settings)
         self._num_done = 0
@@ -79,7 +80,7 @@ class SearchCoordinator:
         self._scoring = StepScoring(prm, self._metrics)
         self._valve = PressureValve(scheduler)
         self._estimates = NeedEstimates()
-        self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-ets")
+        self._decisions = Decisions(ranks)
         self._voting = Voting()
 
     @cached_property
@@ -101,6 +102,11 @@ class SearchCoordinator:
     def _steps(self) -> StepQueue:
         rows = rows_for_children(self.scheduler.max_running_requests, self._settings["max_running_steps"])
         return StepQueue(self.scheduler, rows)
+
+    @cached_property
+    def plan_attention(self) -> Callable[[Any], None] | None:
+        """What is told the batch of each tick if the attention reads shared KV once; None with other backends."""
+        return make_planner(self.scheduler)
 
     # ---- admission ----
 
@@ -129,7 +135,7 @@ class SearchCoordinator:
         if self._is_stopping:
             self._answer_error(live, STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
             return
-        refused = refusal(config, req, self.scheduler.max_total_num_tokens, self._num_ranks) or self.prm.refusal(
+        refused = refusal(config, req, self.scheduler.max_total_num_tokens) or self.prm.refusal(
             req.origin_input_ids, prompt_text(req), config.max_tokens
         )
         if refused:
@@ -165,23 +171,29 @@ class SearchCoordinator:
 
     def after_batch(self, batch: Any) -> None:
         """Children of this batch that finished become events; complete levels are scored and selected."""
+        done: list[tuple[LiveSearch, ChildReq, Hold | None]] = []
         for req in batch.reqs:
             if isinstance(req, ChildReq) and req.finished():
                 self._steps.left(req.rid)
                 live = self._search_of(req)
                 if live is not None:
                     with self.guard(live):
-                        self._child_done(live, req)
+                        done.append((live, req, self._take(live, req)))
+        # All are held before the first of them may end its search, which frees what nobody holds.
+        for live, child, hold in done:
+            with self.guard(live):
+                self._child_done(live, child, hold)
         self._score_due()
         self._forget_drained()
 
     def before_batch(self) -> None:
         """Once per tick: take in finished selections and answers, and end searches whose time is up."""
-        self._wait_if_idle()
-        for live in list(self.searches.values()):
+        searches = list(self.searches.values())
+        if self.scheduler.running_batch.is_empty() and not self.scheduler.waiting_queue:
+            self._decisions.wait_for_one(searches)
+        for live, decision in self._decisions.due(searches):
             with self.guard(live):
-                self._take_result(live)
-                self._check_deadline(live)
+                self._take(live, decision)
         self._score_due()
         self._forget_drained()
         self._feed()
@@ -236,7 +248,7 @@ class SearchCoordinator:
         """
         for live in list(self.searches.values()):
             if not live.is_answered and (recv_req.abort_all or live.rid.startswith(recv_req.rid)):
-                self._abort(live, recv_req.abort_message or "Aborted", None)
+                self._abort(live, recv_req.abort_message or ABORTED, ABORTED_STATUS)
 
     def stop(self) -> None:
         """The server has been asked to stop: it does not wait for searches, and begins none."""
@@ -245,7 +257,7 @@ class SearchCoordinator:
             if not live.is_answered:
                 self._abort(live, STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
 
-    def _abort(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+    def _abort(self, live: LiveSearch, message: str, status: int) -> None:
         with self.guard(live):
             live.end_reason = "aborted"
             self._answer_error(live, message, status)
@@ -263,14 +275,16 @@ class SearchCoordinator:
         live = self.searches.get(child.spec.search_id)
         return live if live is not None and child.rid in live.children else None
 
-    def _child_done(self, live: LiveSearch, child: ChildReq) -> None:
+    def _take(self, live: LiveSearch, child: ChildReq) -> Hold | None:
+        """A child has left the engine: lock the KV that it leaves behind, unless it has failed."""
         live.children.remove(child.rid)
+        return None if step_end(child).kind == "failed" else self.ledger.hold(live.id, child.last_node)
+
+    def _child_done(self, live: LiveSearch, child: ChildReq, hold: Hold | None) -> None:
         end = step_end(child)
-        if end.kind == "failed":
+        if end.kind == "failed" or hold is None:
             self._child_failed(live, child.node_id, end.reason)
-            return
-        hold = self.ledger.hold(live.id, child.last_node)
-        if live.has_ended:
+        elif live.has_ended:
             self.ledger.drop([hold], live.prompt_tokens)
         elif child.node_id == ROOT:
             self._prompt_ready(live, hold)
@@ -372,7 +386,8 @@ class SearchCoordinator:
             self._queue_child(live, node_id, token_ids, action.max_new_tokens)
 
     def _queue_child(self, live: LiveSearch, node_id: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
-        child = make_child(live.spec, node_id, token_ids, max_new_tokens)
+        tree = live.search.tree
+        child = make_child(live.spec, node_id, tree.place(tree.nodes[node_id]), token_ids, max_new_tokens)
         live.children.add(child.rid)
         self._steps.add(live.id, child)
 
@@ -391,16 +406,11 @@ class SearchCoordinator:
         live.select_started_s = time.perf_counter()
         config = self._pressed(live)
         with live.on_loop():
-            # A leaf keeps its Hold object even when pressure took its lock, so the costs stay complete.
-            holds = [hold for node_id in action.leaf_ids if (hold := live.branches[node_id].hold) is not None]
-            ends = live.paths.ends(holds)
             policy = self._policy_of(config)
-            if not getattr(policy, "is_cheap", False) and self._num_ranks == 1:
-                live.awaited = ("select", self._workers.submit(live.decide, policy, ends, config))
-                selection = None
-            else:
-                # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
-                selection = live.decide(policy, ends, config)
+            choose = partial(live.decide, policy, action.leaf_ids, config)
+            selection = choose() if self._decisions.in_loop(getattr(policy, "is_cheap", False)) else None
+            if selection is None:
+                self._decisions.select(live, choose)
         live.select_blocked_ms.append(live.loop_ms[-1])
         if selection is not None:
             self._selected(live, selection)
@@ -436,20 +446,22 @@ class SearchCoordinator:
             live.req.customized_info = {RESULT_KEY: [progress_report(live, self.ledger.held_tokens(live.id))]}
             self.scheduler.output_streamer.stream_output([live.req], False)
 
-    def _take_result(self, live: LiveSearch) -> None:
-        if live.awaited is None or not live.awaited[1].done():
+    def _take(self, live: LiveSearch, decision: Decision) -> None:
+        if decision.kind == "deadline":
+            self._time_is_up(live)
             return
-        (kind, future), live.awaited = live.awaited, None
-        if kind == "select":
-            self._selected(live, future.result())
+        live.awaited = None
+        if isinstance(decision.value, Failed):
+            self.fail(live, decision.value.message)
+        elif decision.kind == "select":
+            self._selected(live, decision.value)
         else:
-            self._answer(live, future.result())
+            self._answer(live, decision.value)
 
     # ---- time and memory run out ----
 
-    def _check_deadline(self, live: LiveSearch) -> None:
-        limit = live.search.config.deadline_s
-        if limit is None or live.has_ended or time.monotonic() - live.started_s < limit:
+    def _time_is_up(self, live: LiveSearch) -> None:
+        if live.has_ended:
             return
         if not live.search.trajectories():
             self._keep_unfinished_steps(live)
@@ -457,7 +469,7 @@ class SearchCoordinator:
 
     def _keep_unfinished_steps(self, live: LiveSearch) -> None:
         """No step was finished in time: what the children have generated so far is all that there is to answer with."""
-        for child in children_in_engine(self.scheduler, live.children):
+        for child in (*children_in_engine(self.scheduler, live.children), *self._steps.pending(live.id)):
             step_ids = tuple(child.output_ids_through_stop)
             if child.node_id != ROOT and step_ids:
                 step = _step_text(live, child.node_id, step_ids, is_last=True)
@@ -479,13 +491,13 @@ class SearchCoordinator:
 
     def _finish(self, live: LiveSearch, reason: str) -> None:
         live.end_reason = reason
-        ranked = self._voting.submit(answerable(live), live.search.config, self._num_ranks, live.notes.append)
-        live.awaited = ("answer", ranked)
+        trajectories = answerable(live)
+        self._decisions.answer(live, lambda: self._voting.submit(trajectories, live.search.config, live.notes.append))
         self._abort_children(live)
 
     def _answer(self, live: LiveSearch, answers: list[RankedAnswer]) -> None:
         if not answers:
-            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            self._end_without_text(live)
             return
         req = live.req
         live.num_prm_releases = self.prm.num_releases(live.id)
@@ -501,6 +513,16 @@ class SearchCoordinator:
             logger.warning("search %s: %s", live.rid, warning)
         self._close(live)
 
+    def _end_without_text(self, live: LiveSearch) -> None:
+        """Too little time is no fault: a client can tell the two by the status."""
+        if live.end_reason != "deadline":
+            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            return
+        passed = f"deadline_s of {live.search.config.deadline_s:g} passed"
+        message = f"{passed} before the search had any text; raise it, or send fewer requests at once"
+        self._answer_error(live, message, HTTPStatus.GATEWAY_TIMEOUT)
+        self._close(live)
+
     def fail(self, live: LiveSearch, message: str) -> None:
         """End a search with an error, unless it has its answer already; nothing of it stays behind."""
         if not live.is_answered:
@@ -508,7 +530,7 @@ class SearchCoordinator:
             self._answer_error(live, f"search failed: {message}", HTTPStatus.INTERNAL_SERVER_ERROR)
         self._close(live)
 
-    def _answer_error(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+    def _answer_error(self, live: LiveSearch, message: str, status: int) -> None:
         self._num_failed += 1
         logger.warning("search %s ended without an answer: %s", live.rid, message)
         live.req.finished_reason = FINISH_ABORT(message, status)
@@ -549,13 +571,6 @@ class SearchCoordinator:
                 self.ledger.end_owner(live.id)
                 self.prm.end_owner(live.id)
             self._metrics.sync(len(self.searches), self.ledger)
-
-    def _wait_if_idle(self) -> None:
-        """With nothing else to do, let the worker thread have the interpreter instead of spinning."""
-        if self.scheduler.running_batch.is_empty() and not self.scheduler.waiting_queue:
-            futures = [live.awaited[1] for live in self.searches.values() if live.awaited is not None]
-            if futures:
-                wait(futures, timeout=IDLE_WAIT_S, return_when=FIRST_COMPLETED)
 
     def describe(self) -> dict[str, Any]:
         """For `/server_info`: what this server is and what its searches hold right now."""

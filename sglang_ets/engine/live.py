@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sglang_ets.core.capacity import Need
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import SolverReport
+from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy, checked
 from sglang_ets.core.tree import Node
@@ -59,7 +60,7 @@ class LiveSearch:
     search: Search
     branches: dict[int, Branch] = field(default_factory=dict)
     children: set[str] = field(default_factory=set)  # ids of the internal requests in the engine
-    awaited: tuple[Literal["select", "answer"], Future[Any]] | None = None
+    awaited: tuple[Literal["select", "answer"], Future[Any] | None] | None = None  # no future: on the first rank
     # Of all holds when the last level was complete.
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
@@ -121,6 +122,11 @@ class LiveSearch:
         return self.is_answered or self.end_reason != ""
 
     @property
+    def deadline_s(self) -> float | None:
+        """After how long it must be answered with what it has; None: nothing waits for a clock."""
+        return None if self.has_ended else self.search.config.deadline_s
+
+    @property
     def is_over(self) -> bool:
         """Answered, and none of its internal requests is left in the engine."""
         return self.is_answered and not self.children
@@ -159,14 +165,14 @@ class LiveSearch:
         ordered = sorted(self.branches.items(), key=promise)
         return [branch.hold for _, branch in ordered if branch.hold is not None and branch.hold.locked]
 
-    def decide(
-        self, policy: SelectionPolicy, ends: Sequence[tuple[int | None, int]], config: SearchConfig
-    ) -> Selection:
-        """Decide one level of leaves with these ends (see `PathSnapshot.ends`) by these settings.
+    def decide(self, policy: SelectionPolicy, leaf_ids: Sequence[int], config: SearchConfig) -> Selection:
+        """Decide the level of these leaves by these settings.
 
         Pure, on a worker thread as a rule: the search does not change while it waits for this.
         """
-        costs = self.paths.cost_tree(ends, self.prompt_tokens) if config.reads_costs else None
+        tree, costs = self.search.tree, None
+        if config.reads_costs:
+            costs = token_costs([tree.trajectory_token_ids(tree.nodes[leaf_id]) for leaf_id in leaf_ids])
         level = self.search.level(costs)
         return checked(policy.select(level, config), level, config.algorithm)
 

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from sglang.srt.runtime_context import get_device, get_parallel
+from sglang.srt.runtime_context import get_device
 
-from sglang_ets.core.config import MIN_WIDTH, SearchConfig
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.engine.device_distances import step_distances
 from sglang_ets.kernels.dispatch import describe_backend
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
+from sglang_ets.prm.ranks import current_ranks
 from sglang_ets.prm.sizing import SIZED_WIDTH, PoolNeed
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,11 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
         max_total_tokens=flags["prm_max_total_tokens"],
     )
     prm = PrmEngine.load(scheduler, settings)
-    return SearchCoordinator(scheduler, prm, get_parallel().tp_size, distances=step_distances(device))
+    return SearchCoordinator(scheduler, prm, current_ranks(), distances=step_distances(device))
 
 
 def pool_need(flags: Mapping[str, Any]) -> PoolNeed:
     """What the flags say that a search may need of the PRM's pool."""
-    defaults = SearchConfig.from_request(MIN_WIDTH, None, flags, n=None, max_tokens=None, seed=None)
+    defaults = SearchConfig.of_defaults(flags)
     trajectory = min(defaults.max_tokens, defaults.max_steps * defaults.max_step_tokens)
     return PoolNeed(min(flags["max_width"], SIZED_WIDTH), trajectory)

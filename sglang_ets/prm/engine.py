@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_context, get_parallel, use_context
-from sglang.srt.utils import broadcast_pyobj
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_ets.kv import Hold
 from sglang_ets.prm.choose import AUTO, choose_format
 from sglang_ets.prm.formats import Head, PrmFormat, StepProbability, StepTokens
 from sglang_ets.prm.pool import MAX_BATCH_TOKENS, Extended, PoolImbalance, PrmPool, TokenRun
+from sglang_ets.prm.ranks import current_ranks
 from sglang_ets.prm.readout import StepStates, read_steps
 from sglang_ets.prm.sizing import GB, PoolNeed, check_pool_tokens, default_pool_tokens
 from sglang_ets.prm.valve import PathValve
@@ -136,7 +136,7 @@ class PrmEngine:
         self._tokenizer = tokenizer
         self._has_policy_tokens = has_policy_tokens  # the PRM reads the policy model's own token ids
         self._has_policy_weights = has_policy_weights
-        self._tp_group: Any = None
+        self._ranks = current_ranks()
         # Over the life of the server: what scoring every trajectory from its start would have cost.
         self.tokens_if_rescored = 0
 
@@ -178,8 +178,6 @@ class PrmEngine:
             self._worker.init_attention_backends()
             self._worker.init_cuda_graphs()
             self._pool = PrmPool(self._worker)
-            if get_parallel().tp_size > 1:
-                self._tp_group = get_parallel().tp_group
         self._valve = PathValve(self._pool.ledger)
         need = self._settings.need
         logger.info(
@@ -368,10 +366,7 @@ class PrmEngine:
         """Scores and embeddings of steps whose hidden states (and those of the token before) were just computed."""
         states = [self._states(readings[one.place], one.hidden) for one in extended]
         scores, embeddings = read_steps(self._spec.readout, self._worker.model_runner.model, states)
-        if self._tp_group is not None:
-            # Reductions may differ in the last bit per rank, and every rank must take the same decision.
-            group = self._tp_group
-            scores = broadcast_pyobj(scores, group.rank, group.cpu_group, src=group.ranks[0])
+        scores = self._ranks.from_first(scores)  # reductions may differ in the last bit per rank
         return [StepScore(score, embedding) for score, embedding in zip(scores, embeddings, strict=True)]
 
     def _states(self, reading: _Reading, hidden: torch.Tensor) -> StepStates:

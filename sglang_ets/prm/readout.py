@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,9 +92,8 @@ def head_scores(
     layers = list(head) if isinstance(head, torch.nn.Sequential) else [head]
     for layer in layers[:-1]:
         states = layer(states.to(layer.weight.dtype) if isinstance(layer, torch.nn.Linear) else states)
-    last, at = layers[-1], torch.arange(len(states))
-    scores: torch.Tensor = step_score(states, at, last.weight, last.bias, activation=spec.activation, index=spec.label)
-    return scores
+    last, at = cast(torch.nn.Linear, layers[-1]), torch.arange(len(states))
+    return step_score(states, at, last.weight, last.bias, activation=spec.activation, index=spec.label)
 
 
 def rows_scores(
@@ -104,10 +103,7 @@ def rows_scores(
 ) -> torch.Tensor:  # float32[S]
     """The first token's share among the given ones at each last token; no other logit is computed."""
     rows = torch.stack([weight[token] for token in spec.token_ids])
-    scores: torch.Tensor = step_score(
-        states, torch.arange(len(states)), rows, None, activation=spec.activation, index=0
-    )
-    return scores
+    return step_score(states, torch.arange(len(states)), rows, None, activation=spec.activation, index=0)
 
 
 def embed_steps(

@@ -1,6 +1,6 @@
 """`sglang-ets ask "question"`: one search on a running server, watched in the terminal.
 
-The request is an ordinary stream of the openai client. Progress rides in `metadata.search.progress` of its chunks, text
+The request is an ordinary stream of the openai client. Progress rides in `search.progress` of its chunks, text
 that can no longer change in their choices, the figures of the whole search in the last chunk of the last choice.
 """
 
@@ -65,7 +65,7 @@ class Watched:
     def as_answer(self) -> dict[str, Any]:
         """The same as a response without streaming would hold, for a file that `sglang-ets view` reads."""
         choices = [self.choices[index] for index in sorted(self.choices)]
-        return {"choices": choices, "usage": self.usage, "metadata": {"search": self.figures}}
+        return {"choices": choices, "usage": self.usage, "search": self.figures}
 
 
 def watch(client: openai.OpenAI, question: Question) -> Iterator[Watched]:
@@ -130,7 +130,7 @@ def _take(watched: Watched, chunk: Mapping[str, Any]) -> None:
         known["finish_reason"] = choice.get("finish_reason") or known["finish_reason"]
         if choice.get("search") is not None:
             known["search"] = choice["search"]
-    search = (chunk.get("metadata") or {}).get("search") or {}
+    search = chunk.get("search") or {}
     if "progress" in search:
         watched.progress.append(search["progress"])
     elif search:
@@ -210,6 +210,8 @@ def show(console: Console, client: openai.OpenAI, question: Question) -> Watched
     console.print(Text(watched.final_text.rstrip(), style="bold"), soft_wrap=True)
     console.print(answers_table(watched))
     console.print(Text(summary_line(watched)), soft_wrap=True)
+    for warning in (watched.figures or {}).get("warnings") or ():
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     return watched
 
 

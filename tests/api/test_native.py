@@ -15,10 +15,13 @@ from sglang_ets.api.native import (
     MAX_SAMPLES,
     check_grammars,
     check_integers,
+    check_lists,
     check_prompt,
     check_release,
+    check_request,
     check_samples,
     end_searches,
+    reading,
 )
 from sglang_ets.wire import STOP_ID
 
@@ -69,6 +72,53 @@ def test_integers_fit_into_tensors(params: dict[str, Any]) -> None:
     for sent in (params, [{}, params]):
         with pytest.raises(ValueError, match=rf"^{name} must be integers from -\d+ to \d+, got "):
             check_integers(GenerateReqInput(text="1=", sampling_params=sent))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rid": "a"}, {"rid": ["a"], "text": ["1="]}, {"sampling_params": [{}]}, {"rid": None}]
+)
+def test_lists_that_go_with_the_prompts_pass(fields: dict[str, Any]) -> None:
+    check_lists(GenerateReqInput(**{"text": "1=", **fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"text": "1=", "rid": ["a"]}, r"^rid must be one text for one prompt, got \['a'\]; "),
+        ({"input_ids": [1, 2], "rid": ["a"]}, r"^rid must be one text for one prompt, got \['a'\]; "),
+        ({"text": "1=", "sampling_params": []}, r"^sampling_params must be an object, .* got \[\]; "),
+    ],
+)
+def test_other_lists_are_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_lists(GenerateReqInput(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_single"), [({}, True), ({"rid": "a"}, True), ({"rid": ["a"]}, False), ({"stream": True}, True)]
+)
+def test_a_refused_request_can_be_aborted(fields: dict[str, Any], is_single: bool) -> None:
+    """sglang aborts a stream that has ended in any way, and asks the request whether it is a single one."""
+    request = GenerateReqInput(text="1=", sampling_params={"n": 0}, **fields)
+    with pytest.raises(ValueError, match=r"n must be|rid must be"):
+        check_request(request)
+    assert request.is_single is is_single
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("no\nkey"), IndexError(), KeyError("a"), AttributeError(), OverflowError()]
+)
+def test_what_sglang_cannot_read_is_a_mistake_of_the_client(error: Exception) -> None:
+    with pytest.raises(ValueError, match="could not be read") as caught, reading():
+        raise error
+    assert type(error).__name__ in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    for error in (ValueError("as it is"), OSError("as it is")):
+        with pytest.raises(type(error), match=r"^as it is$"), reading():
+            raise error
 
 
 @pytest.mark.parametrize("embeds", [[], [[]]])

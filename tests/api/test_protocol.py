@@ -328,8 +328,8 @@ def test_body_holds_ranked_choices_usage_and_figures(make: Any) -> None:
     assert body["choices"][0]["search"] == {"score": 0.5, "step_scores": [0.7, 0.5], "answer": "3", "votes": 2.0}
     assert (body["usage"]["completion_tokens"], body["usage"]["total_tokens"]) == (90, 100)
     assert body["usage"]["completion_tokens_details"]["answer_tokens"] == 4
-    assert body["metadata"] == {"search": RESULT["search"]}
-    assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["metadata"]["search"]["tree"] == {"nodes": []}
+    assert body["search"] == RESULT["search"]
+    assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["search"]["tree"] == {"nodes": []}
 
 
 class Serving(OpenAIServingBase):
@@ -440,6 +440,31 @@ def test_errors_have_a_status_and_one_sentence(outcome: Any, fields: dict[str, A
     assert (body["object"], body["error"]["code"], body["error"]["param"]) == ("error", status, None)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "kind", "headers"),
+    [
+        (429, "ServerBusy", {"retry-after": "5"}),
+        (499, "SearchAborted", {}),
+        (500, "SearchFailed", {}),
+        (503, "ServerStopping", {}),
+        (504, "DeadlinePassed", {"x-should-retry": "false"}),
+    ],
+)
+def test_a_client_can_tell_why_there_is_no_answer(
+    status: int, kind: str, headers: dict[str, str], stream: bool
+) -> None:
+    outcome: Any = HTTPException(status, "why")
+    if stream:
+        outcome = {"finish_reason": {"type": "abort", "message": "why", "status_code": status}}
+    response, _ = post(outcome, stream=stream)
+    error = json.loads(response.body)["error"]
+    message = "search failed: why" if status == 500 and stream else "why"
+    assert (response.status_code, error["code"], error["type"], error["message"]) == (status, status, kind, message)
+    given = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+    assert given == headers
+
+
 def test_an_error_holds_any_text() -> None:
     response, _ = post(ValueError("half \ud800 of a character"))
     assert json.loads(response.body)["error"]["message"] == "half \ud800 of a character"
@@ -504,7 +529,7 @@ def test_the_official_client_writes_answers_out_without_a_warning() -> None:
         whole = answering(200, response_body(completion(), "id", RESULT)).completions.create(model="m", prompt="p")
         turn = answering(200, response_body(chat(), "id", RESULT)).chat.completions.create(model="m", messages=[])
         for done in (whole, turn):
-            assert done.to_dict()["metadata"] == {"search": RESULT["search"]}
+            assert done.to_dict()["search"] == RESULT["search"]
             assert json.loads(done.to_json())["choices"][0]["search"]["score"] == 0.5
             assert "kv_tokens_peak" in repr(done)
 

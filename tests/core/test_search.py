@@ -398,6 +398,15 @@ def test_best_of_n_grows_every_trajectory_alone() -> None:
     assert all(len(action.node_ids) == 1 for action in driver.log[1:] if isinstance(action, Expand))
 
 
+def test_trajectories_of_best_of_n_come_by_place_whichever_was_complete_first() -> None:
+    search = Search(config_of("best_of_n", 3, max_steps=1), PROMPT_TOKENS)
+    search.start()
+    for node_id in (3, 1, 2):
+        search.on_step(node_id, [node_id], f"{node_id}", "stop")
+        search.on_scored(node_id, 0.5, None)
+    assert [one.text for one in search.trajectories()] == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize("rule", ["best", "majority", "weighted_majority"])
 def test_trajectories_can_be_ranked(rule: str) -> None:
     config = config_of("ets", 8, answer=rule, answer_pattern=r"(\d+)$", num_results=4)

@@ -89,6 +89,25 @@ def test_check_names_both_sides_of_what_is_broken() -> None:
         tree.check()
 
 
+def test_a_place_is_the_same_whatever_was_made_first() -> None:
+    def grown(order: list[int]) -> SearchTree:
+        """Three children of the root, of which the ones in `order` go on by a step each."""
+        tree = SearchTree(PROMPT_TOKENS)
+        above = [tree.add_child(tree.root) for _ in range(3)]
+        for at in order:
+            tree.set_step(above[at], [at], f"{at} ", "step")
+            above[at].state = "retained"
+            tree.set_step(tree.add_child(above[at]), [at, at], f"{at}{at}", "stop")
+        tree.check()
+        return tree
+
+    first, second = grown([0, 1, 2]), grown([2, 0, 1])
+    assert [first.place(node) for node in first.nodes] == [(), (0,), (1,), (2,), (0, 0), (1, 0), (2, 0)]
+    assert [second.place(node) for node in second.nodes[4:]] == [(2, 0), (0, 0), (1, 0)]
+    assert [node.text for node in second.by_place(second.nodes[4:])] == ["00", "11", "22"]
+    assert first.to_dict() == second.to_dict()
+
+
 def test_plain_data_has_every_node_but_the_root() -> None:
     tree, (a, b, c, _, _, f) = small_tree()
     c.embedding = np.array([0.123456789, 1.0], dtype=np.float32)

@@ -51,7 +51,8 @@ ANSWERED = Outcome("answered", 200, "complete")
 WARNED = Outcome("answered with a warning", 200, "complete")
 CUT_SHORT = Outcome("answered with a warning", 200, "deadline")
 FAILED = Outcome("error 500", 500, "failed")
-ABORTED = Outcome("error 500", 500, "aborted")
+ABORTED = Outcome("error 499", 499, "aborted")
+EXPIRED = Outcome("error 504", 504, "expired")
 STOPPED = Outcome("error 503", 503, "aborted")
 GONE = Outcome("ended", None, "aborted")
 
@@ -156,11 +157,11 @@ FAULTS: tuple[Fault, ...] = (
         act=hang_up,
         request={"stream": True},
     ),
-    Fault("abort", "`/abort_request` with the id of the search", everywhere(ABORTED), "Aborted", abort),
+    Fault("abort", "`/abort_request` with the id of the search", everywhere(ABORTED), "/abort_request named it", abort),
     Fault(
         "deadline",
         "`deadline_s` passes",
-        {**everywhere(CUT_SHORT), "begin": FAILED, "rank": ANSWERED},
+        {**everywhere(CUT_SHORT), "begin": EXPIRED, "rank": ANSWERED},
         "deadline",
         search={"deadline_s": 100},
     ),
@@ -266,13 +267,13 @@ def assert_served_as_before(server: Server) -> None:
     status, answer = server.post("/v1/completions", {"model": "default", "prompt": PROMPT, "max_tokens": 4})
     assert status == 200, answer
     answered = server.search(PROMPT, 2, max_tokens=48, search={"max_steps": 1})
-    assert answered["metadata"]["search"]["warnings"] == []
+    assert answered["search"]["warnings"] == []
 
 
 def assert_says_so(fault: Fault, outcome: Outcome, answer: str) -> None:
     body = json.loads(answer)
     if outcome.status == 200:
-        warnings = body["metadata"]["search"]["warnings"]
+        warnings = body["search"]["warnings"]
         assert [fault.sentence in warning for warning in warnings] == [True] * (outcome in (WARNED, CUT_SHORT)), (
             warnings
         )

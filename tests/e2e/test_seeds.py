@@ -9,38 +9,35 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.serving import PROBLEMS, Server
+from tests.e2e.serving import PROBLEMS, Server, grown_tree
 
 pytestmark = pytest.mark.server
 
 PROMPT = PROBLEMS[0]["prompt"]
 
 
-def tree(server: Server, **fields: Any) -> list[tuple[Any, ...]]:
+def tree(server: Server, algorithm: str = "ets", **fields: Any) -> list[tuple[Any, ...]]:
     """Every node with its text and what became of it."""
-    search = {"algorithm": "ets", "return_tree": True}
-    nodes = server.search(PROMPT, 8, search=search, **fields)["metadata"]["search"]["tree"]["nodes"]
-    return [
-        tuple(node[key] for key in ("id", "parent", "token_ids", "state", "allocation", "cluster")) for node in nodes
-    ]
+    return grown_tree(server, PROMPT, 8, algorithm=algorithm, **fields)
 
 
-def test_the_same_seed_grows_the_same_tree_also_beside_other_traffic(server: Server) -> None:
-    alone = tree(server, seed=5)
+@pytest.mark.parametrize("algorithm", ["ets", "best_of_n"])
+def test_the_same_seed_grows_the_same_tree_also_beside_other_traffic(server: Server, algorithm: str) -> None:
+    alone = tree(server, algorithm, seed=5)
     assert len(alone) > 8
-    assert tree(server, seed=5) == alone
+    assert tree(server, algorithm, seed=5) == alone
     with ThreadPoolExecutor(4) as pool:
         others = [pool.submit(server.search, PROBLEMS[i]["prompt"], 8, seed=i) for i in range(1, 3)]
         plain = {"model": "default", "prompt": PROMPT, "max_tokens": 200, "temperature": 1, "n": 6}
         others.append(pool.submit(server.client.completions.create, **plain))
-        assert tree(server, seed=5) == alone
+        assert tree(server, algorithm, seed=5) == alone
         for other in others:
             other.result()
-    assert tree(server, seed=6) != alone
+    assert tree(server, algorithm, seed=6) != alone
 
 
 def test_a_request_without_a_seed_gets_a_fresh_one_and_tells_it(server: Server) -> None:
-    first, second = (server.search(PROMPT, 4)["metadata"]["search"]["seed"] for _ in range(2))
+    first, second = (server.search(PROMPT, 4)["search"]["seed"] for _ in range(2))
     assert first != second
 
 

@@ -37,6 +37,7 @@ from sglang_ets.core.selection import SelectionPolicy
 from sglang_ets.engine.children import ChildReq, without_children
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
+from sglang_ets.prm.ranks import ONE_RANK, Ranks
 from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
 DELIMITER = "\n"
@@ -139,6 +140,7 @@ class FakeScheduler:
         self.has_valid_priorities = True
         self.released: list[str] = []  # ids of requests that were refused for their priority
         self.aborted: list[str] = []  # ids whose abort went to the tokenizer manager
+        self.caches_last_token = False  # as the overlap schedule does, which sees the end of a step one tick late
         self.holds_back: Callable[[ChildReq], bool] = lambda child: False  # children that are not let out of the queue
         self.ets: SearchCoordinator
 
@@ -233,8 +235,8 @@ class FakeScheduler:
         return FINISH_LENGTH(length=limit)
 
     def _keep_kv(self, req: Any) -> None:
-        """Put the KV of all tokens but the last sampled one into the cache."""
-        ids = [*req.origin_input_ids, *req.output_ids[:-1]]
+        """Put the KV of all tokens into the cache, as a rule but the last sampled one."""
+        ids = [*req.origin_input_ids, *(req.output_ids if self.caches_last_token else req.output_ids[:-1])]
         key = RadixKey(array("q", ids))
         short = len(ids) - self.token_to_kv_pool_allocator.available_size()
         if short > 0:
@@ -319,9 +321,15 @@ class World:
     scheduler: FakeScheduler = field(default_factory=FakeScheduler)
     prm: ScriptedPrm = field(default_factory=ScriptedPrm)
     policies: dict[str, SelectionPolicy] = field(default_factory=dict)  # in the place of those that the requests name
+    ranks: Ranks = ONE_RANK
 
     def __post_init__(self) -> None:
-        self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, policy_of=self.policy_of)  # type: ignore[arg-type]
+        self.scheduler.ets = SearchCoordinator(
+            self.scheduler,  # type: ignore[arg-type]
+            self.prm,  # type: ignore[arg-type]
+            self.ranks,
+            policy_of=self.policy_of,
+        )
 
     def policy_of(self, config: SearchConfig) -> SelectionPolicy:
         policy: SelectionPolicy = self.policies.get(config.algorithm, config.policy)
@@ -367,10 +375,18 @@ class World:
         return sent.info
 
     def error(self, rid: str = "pa") -> str:
-        """The message of a search that failed; it came once."""
+        """The message of a search that has no answer; it came once."""
+        return str(self._abort(rid)["message"])
+
+    def status(self, rid: str = "pa") -> int | None:
+        """The HTTP status of such a search."""
+        status: int | None = self._abort(rid)["status_code"]
+        return status
+
+    def _abort(self, rid: str) -> dict[str, Any]:
         (sent,) = self.scheduler.output_streamer.responses(rid)
         assert sent.finished is not None and sent.finished["type"] == "abort", sent
-        return str(sent.finished["message"])
+        return sent.finished
 
     def assert_balanced(self) -> None:
         """No search, no child, no lock in either cache, and no token of KV that nobody accounts for."""

@@ -37,7 +37,7 @@ def spec(**fields: Any) -> ChildSpec:
 
 
 def child(node_id: int = 3, **fields: Any) -> ChildReq:
-    return make_child(spec(**fields), node_id, (1, 2), 20)
+    return make_child(spec(**fields), node_id, (0, node_id), (1, 2), 20)
 
 
 def test_ids_of_children_begin_with_their_search_and_with_nothing_else() -> None:
@@ -54,7 +54,7 @@ def test_a_child_continues_the_prompt_with_the_parameters_of_its_client() -> Non
     parent = shared.parent
     parent.sampling_params.temperature = 0.7
     parent.extra_key = "tenant"
-    made = make_child(shared, 3, (1, 2), 20)
+    made = make_child(shared, 3, (2,), (1, 2), 20)
     params = made.sampling_params
     assert list(made.origin_input_ids) == [ord("Q"), 1, 2]
     assert (params.temperature, params.max_new_tokens, params.n, params.custom_params) == (0.7, 20, 1, None)
@@ -69,17 +69,18 @@ def test_a_child_continues_the_prompt_with_the_parameters_of_its_client() -> Non
 
 
 def test_the_child_of_a_prompt_looks_for_no_delimiter() -> None:
-    made = make_child(spec(), 0, (), 0)
+    made = make_child(spec(), 0, (), (), 0)
     assert (made.sampling_params.max_new_tokens, made.sampling_params.stop_strs) == (0, [])
 
 
-def test_seeds_differ_by_node_prompt_and_seed_and_are_what_they_were() -> None:
+def test_seeds_differ_by_place_prompt_and_seed_and_are_what_they_were() -> None:
     prompt, other = child().spec.parent.origin_input_ids, request("x", "R").origin_input_ids
-    seeds = {child_seed(seed, ids, node) for seed in (0, 1, 2**63 - 1) for ids in (prompt, other) for node in (1, 2)}
-    assert len(seeds) == 12
+    places = ((), (0,), (1,), (0, 0), (0, 1), (1, 0))
+    seeds = {child_seed(seed, ids, at) for seed in (0, 1, 2**63 - 1) for ids in (prompt, other) for at in places}
+    assert len(seeds) == 36
     assert all(0 <= seed < 2**61 - 1 for seed in seeds)
-    assert child_seed(1000, prompt, 3) == 1993376457415013079
-    assert child(3).sampling_params.sampling_seed == child_seed(5, prompt, 3)
+    assert child_seed(1000, prompt, (3, 0)) == 50370761282220387
+    assert child(3).sampling_params.sampling_seed == child_seed(5, prompt, (0, 3))
 
 
 @pytest.mark.parametrize(
@@ -107,14 +108,14 @@ def test_ends_in_the_words_of_the_search(reason: Any, end: StepEnd) -> None:
 def test_a_delimiter_token_that_is_the_clients_own_stop_ends_the_answer() -> None:
     shared = spec()
     shared.parent.sampling_params.stop_token_ids = {7}
-    made = make_child(shared, 1, (), 20)
+    made = make_child(shared, 1, (0,), (), 20)
     made.finished_reason = FINISH_MATCHED_TOKEN(matched=7)
     assert step_end(made) == StepEnd("stop")
 
 
 def test_children_are_found_in_queue_and_batches_once_and_in_the_order_of_their_nodes() -> None:
     shared = spec()
-    made = [make_child(shared, node, (), 9) for node in (4, 1, 3, 2)]
+    made = [make_child(shared, node, (node,), (), 9) for node in (4, 1, 3, 2)]
     scheduler = SimpleNamespace(
         waiting_queue=[made[0], request("plain", "x", search=False)],
         running_batch=FakeBatch([made[1], made[2]]),

@@ -5,6 +5,7 @@ Each test ends balanced: no lock in either cache, no internal request, no token 
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -24,7 +25,17 @@ from sglang_ets.engine.pressure import HOPELESS_TICKS
 from sglang_ets.kv import RadixLedger
 from sglang_ets.prm.engine import PrmError
 from sglang_ets.wire import PROGRESS_KEY, QUESTION_KEY, TRACE_KEY, TRACE_PARAM
-from tests.engine.fakes import EOS, FakeScheduler, ScriptedPrm, World, request, three_steps, tokens
+from tests.engine.fakes import (
+    DELIMITER,
+    EOS,
+    FakeBatch,
+    FakeScheduler,
+    ScriptedPrm,
+    World,
+    request,
+    three_steps,
+    tokens,
+)
 
 ALGORITHMS = tuple(BUILT_IN)
 WIDTH = 4
@@ -105,9 +116,39 @@ def test_two_searches_and_ordinary_requests_share_a_scheduler() -> None:
     world.assert_balanced()
 
 
-def test_the_same_seed_grows_the_same_tree() -> None:
-    trees = [answered_tree(World(), algorithm="ets")["tree"] for _ in range(2)]
-    assert trees[0] == trees[1]
+def uneven_steps(child: ChildReq) -> Sequence[int]:
+    """Steps of 1 to 5 words, many of which are equal, and EOS after any of them: all by the child's seed."""
+    rng = random.Random(child.sampling_params.sampling_seed)
+    words = " ".join(rng.choice(["a", "b"]) for _ in range(rng.randint(1, 5)))
+    return tokens(words, ends=True) if rng.random() < 0.2 else tokens(f"{words}{DELIMITER}")
+
+
+def scheduled(order: int | None, *, caches_last_token: bool = False, tokens_per_tick: int = 10_000) -> FakeScheduler:
+    """A scheduler in which steps are ready in another order for each `order`; None: as they come."""
+    scheduler = FakeScheduler(uneven_steps, tokens_per_tick=tokens_per_tick)
+    scheduler.caches_last_token = caches_last_token
+    if order is not None:
+        rng = random.Random(order)
+        scheduler.holds_back = lambda child: rng.random() < 0.5
+    return scheduler
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("width", [4, 16])
+def test_the_same_seed_grows_the_same_tree_in_whatever_order_steps_are_ready(algorithm: str, width: int) -> None:
+    def grown(scheduler: FakeScheduler) -> Any:
+        world = World(scheduler)
+        world.ask(return_tree=True, n=width, search_width=width, algorithm=algorithm)
+        world.run()
+        world.assert_balanced()
+        result = world.answer()
+        return result["tree"], result["results"]
+
+    tree = grown(scheduled(None))
+    assert max(node["depth"] for node in tree[0]["nodes"]) > 2
+    assert grown(scheduled(None, caches_last_token=True)) == tree
+    for order in range(3):
+        assert grown(scheduled(order, tokens_per_tick=3, caches_last_token=order == 1)) == tree
 
 
 def test_a_stream_gets_a_report_a_level_and_one_answer_that_begins_with_it() -> None:
@@ -407,7 +448,7 @@ def test_a_client_that_aborts_gets_one_response_in_each_phase(phase: str, how: s
     recv.abort_message = "the client has gone"
     world.scheduler.abort_request(recv)
     world.run(100)
-    assert world.error() == "the client has gone"
+    assert (world.error(), world.status()) == ("the client has gone", 499)
     assert world.ets.describe()["failed"] == 1
     world.assert_balanced()
 
@@ -426,6 +467,7 @@ def test_a_server_that_stops_ends_its_searches_and_begins_none(phase: str) -> No
     world.run(100)
     for rid in ("pa", "pb"):
         assert "the server is stopping" in world.error(rid)
+        assert world.status(rid) == 503
     world.assert_balanced()
 
 
@@ -610,12 +652,29 @@ def test_a_deadline_at_any_time_answers(algorithm: str, num_ticks: int) -> None:
     world.assert_balanced()
 
 
-def test_a_deadline_before_the_first_token_is_an_error() -> None:
+def test_a_deadline_of_a_search_that_was_suspended_in_its_first_level_answers_with_what_it_had() -> None:
+    world = World(FakeScheduler(lambda child: tokens("a long way to go"), tokens_per_tick=1))
+    world.ask(deadline_s=1e4)
+    for _ in range(7):  # one for the prompt, six tokens
+        world.scheduler.tick()
+    world.scheduler.waiting_queue += world.scheduler.running_batch.reqs  # sglang retracts the steps
+    world.scheduler.running_batch = world.scheduler.last_batch = FakeBatch()
+    assert world.ets._steps.withdraw(world.live().id) == WIDTH
+    pass_deadline(world.live())
+    world.run()
+    assert world.answer()["results"][0]["text"] == "a long"
+    world.assert_balanced()
+
+
+def test_a_deadline_before_the_first_token_is_no_fault() -> None:
     world = World()
     world.ask(deadline_s=1e4)
     pass_deadline(world.live())
     world.run()
-    assert world.error() == "search failed: no trajectory was completed (deadline)"
+    assert world.error() == (
+        "deadline_s of 10000 passed before the search had any text; raise it, or send fewer requests at once"
+    )
+    assert world.status() == 504
     world.assert_balanced()
 
 

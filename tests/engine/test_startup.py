@@ -11,6 +11,7 @@ import torch
 from sglang_ets.core.clusters import cosine_distances
 from sglang_ets.engine import startup
 from sglang_ets.engine.metrics import NoMetrics
+from sglang_ets.prm import ranks
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
 from sglang_ets.prm.sizing import SIZED_WIDTH, PoolNeed
 
@@ -24,6 +25,7 @@ FLAGS = {
     "max_steps": 5,
     "max_step_tokens": 40,
 }
+GROUP = object()  # of three tensor-parallel ranks
 NEED = PoolNeed(32, 5 * 40)  # the widest search, and the longest trajectory that its steps allow
 
 
@@ -38,7 +40,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[PrmSettings]:
 
     monkeypatch.setattr(PrmEngine, "load", classmethod(load))
     monkeypatch.setattr(startup, "get_device", lambda: SimpleNamespace(device="cpu"))
-    monkeypatch.setattr(startup, "get_parallel", lambda: SimpleNamespace(tp_size=3))
+    monkeypatch.setattr(ranks, "get_parallel", lambda: SimpleNamespace(tp_size=3, tp_group=GROUP))
     return calls
 
 
@@ -54,7 +56,7 @@ def test_flags_reach_the_prm_and_the_coordinator(loaded: list[PrmSettings]) -> N
     assert loaded == [PrmSettings("/prm", NEED, "shepherd", 77)]
     assert made.prm == "the PRM"  # type: ignore[comparison-overlap]
     assert made.searches == {}
-    assert made._num_ranks == 3
+    assert made._decisions._ranks._group is GROUP  # type: ignore[attr-defined]
     assert made._defaults["algorithm"] == "dvts"
     assert isinstance(made._metrics, NoMetrics)
     assert made._distances is cosine_distances  # beside a CPU engine

@@ -37,7 +37,7 @@ def test_the_first_search_goes_first_and_rows_limit_all() -> None:
     filled(queue, "a", 2)
     queue.feed(["a", "b"])
     assert ids(waiting) == ["a0", "a1", "b0"]
-    assert (queue.num_inside, queue.num_pending("b")) == (3, 1)
+    assert (queue.num_inside, len(queue.pending("b"))) == (3, 1)
     queue.left("a0")
     queue.left("a0")
     waiting.pop(0)

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 TIMEOUT_S = 300
 
 
-@pytest.mark.parametrize("kernel", ["step_pool", "step_score", "pairwise_cosine"])
+@pytest.mark.parametrize("kernel", ["step_pool", "step_score", "pairwise_cosine", "tree_attention"])
 def test_kernel_in_the_interpreter(kernel: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(HERE / f"test_{kernel}.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
