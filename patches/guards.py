@@ -16,10 +16,11 @@ TOKENIZER_MANAGER = f"{MANAGERS}.tokenizer_manager.TokenizerManager"
 HERE = "sglang_ets.patches.guards"
 
 
-def need_radix_cache(result: None, server_args: Any) -> None:
-    from sglang_ets.plugin import check_radix_cache
+def check_arguments(result: None, server_args: Any) -> None:
+    from sglang_ets import plugin
 
-    check_radix_cache(server_args)
+    plugin.check_radix_cache(server_args)
+    plugin.check_prm(server_args)
     return result
 
 
@@ -87,10 +88,11 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         target="sglang.srt.server_args.ServerArgs.resolve_once",
         kind="after",
-        hook=f"{HERE}:need_radix_cache",
+        hook=f"{HERE}:check_arguments",
         parameters=("self",),
         tested=("0bdf2f58118dde60",),
-        why="without the radix cache a search would compute every prefix again and hold no KV",
+        why="without the radix cache a search would compute every prefix again and hold no KV; a PRM of another kind scores "
+        "nonsense, and one that is not there ends the scheduler in the middle of its start",
         upstream="none: search inside the scheduler is new",
         remove_when="sglang lets plugins check the arguments",
         uses=(

@@ -86,6 +86,19 @@ def check_radix_cache(server_args: Any) -> None:
     )
 
 
+def check_prm(server_args: Any) -> None:
+    """At the same moment: the PRM is there, and of the kind that its format reads.
+
+    Raises:
+        SystemExit: see `check_checkpoint`.
+    """
+    from sglang_ets.prm.choose import check_checkpoint
+
+    settings = getattr(server_args, "_ets", None)
+    if flags.is_on(settings) and settings["prm_model_path"]:
+        check_checkpoint(settings["prm_model_path"], settings["prm_format"])
+
+
 def check_scheduler(server_args: Any) -> None:
     """Before a scheduler is built: settings are there, and every hook has taken effect in this process.
 

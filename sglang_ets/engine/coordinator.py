@@ -178,7 +178,7 @@ class SearchCoordinator:
                 live = self._search_of(req)
                 if live is not None:
                     with self.guard(live):
-                        done.append((live, req, self._take(live, req)))
+                        done.append((live, req, self._hold_of(live, req)))
         # All are held before the first of them may end its search, which frees what nobody holds.
         for live, child, hold in done:
             with self.guard(live):
@@ -275,7 +275,7 @@ class SearchCoordinator:
         live = self.searches.get(child.spec.search_id)
         return live if live is not None and child.rid in live.children else None
 
-    def _take(self, live: LiveSearch, child: ChildReq) -> Hold | None:
+    def _hold_of(self, live: LiveSearch, child: ChildReq) -> Hold | None:
         """A child has left the engine: lock the KV that it leaves behind, unless it has failed."""
         live.children.remove(child.rid)
         return None if step_end(child).kind == "failed" else self.ledger.hold(live.id, child.last_node)
