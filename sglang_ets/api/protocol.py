@@ -154,15 +154,16 @@ def search_config(request: Any, settings: Mapping[str, Any], context_tokens: int
     max_tokens = getattr(request, "max_completion_tokens", None) or (
         request.max_tokens if "max_tokens" in given else None
     )
-    # Without either limit a trajectory may fill the default, as far as the context allows.
-    defaults = dict(settings)
-    if max_tokens is None:
-        default = defaults.get("max_tokens") or SearchConfig().max_tokens
-        defaults["max_tokens"] = min(default, max(1, context_tokens // 2))
     # The seed is reported in the answer, so that the same tree can be had again.
     seed = random.getrandbits(SEED_BITS) if request.seed is None else request.seed
     config = SearchConfig.from_request(
-        request.search_width, request.search, defaults, n=request.n, max_tokens=max_tokens, seed=seed
+        request.search_width,
+        request.search,
+        settings,
+        n=request.n,
+        max_tokens=max_tokens,
+        seed=seed,
+        most_tokens=max(1, context_tokens // 2),  # without a limit of its own, so that the prompt has room
     )
     check_width(config, settings["max_width"])
     if config.max_tokens >= context_tokens:

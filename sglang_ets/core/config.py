@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from sglang_ets.core import registry
 from sglang_ets.core.patterns import PRESETS, check_pattern
+from sglang_ets.core.presets import PUBLISHED_COST_WEIGHT, Preset, preset_values, published_diversity_weight
 from sglang_ets.core.settings import (
     MAX_COUNT,
     as_fields,
@@ -37,9 +38,7 @@ MAX_STEPS_LIMIT = 1024
 MAX_DELIMITERS, MAX_DELIMITER_CHARS = 16, 64
 MAX_WEIGHT = 1e6
 MAX_JSON_CHARS = 20_000  # of all settings as text: more than the longest that the rules allow
-PUBLISHED_COST_WEIGHT, REWARD_COST_WEIGHT = 1.0, 4.0
-# Coverage weight by width, as published (field note 1; SqueezeAILab/ETS).
-DIVERSITY_WEIGHTS = {16: 1.5, 64: 1.4, 256: 1.45}
+REWARD_COST_WEIGHT = 4.0
 
 
 class Weights(NamedTuple):
@@ -162,6 +161,9 @@ class SearchConfig:
     answer_equality: AnswerEquality = setting(
         "math", "which answers are one vote: those equal in value (math-verify), or equal texts"
     )
+    preset: Preset = setting(
+        "default", "settings by one word: ours, or everything as published; each setting of its own wins", has_flag=True
+    )
     early_stop: EarlyStop = setting(
         "settled",
         "end before the last trajectory when no vote to come can change the first answer (needs `n` 1), or when it is likely "
@@ -226,6 +228,11 @@ class SearchConfig:
         return self.algorithm in ("ets_kv", "ets")
 
     @property
+    def preset_settings(self) -> dict[str, Any]:
+        """What the preset sets, with the values in force."""
+        return {name: getattr(self, name) for name in preset_values(self.preset, self.width)}
+
+    @property
     def has_own_pattern(self) -> bool:
         """Whether a client's expression finds the answers: it may take its time, so it is not run on the scheduler loop."""
         return self.answer_pattern not in PRESETS
@@ -243,8 +250,7 @@ class SearchConfig:
             kv = REWARD_COST_WEIGHT if is_by_reward else PUBLISHED_COST_WEIGHT
         diversity = self.diversity_weight
         if diversity is None:
-            nearest = min(DIVERSITY_WEIGHTS, key=lambda width: (abs(width - self.width), width))
-            diversity = kv if is_by_reward else DIVERSITY_WEIGHTS[nearest]
+            diversity = kv if is_by_reward else published_diversity_weight(self.width)
         return Weights(kv, diversity)
 
     @classmethod
@@ -262,8 +268,11 @@ class SearchConfig:
         n: int | None,
         max_tokens: int | None,
         seed: int | None,
+        most_tokens: int | None = None,
     ) -> SearchConfig:
-        """Settings of a request: its own values over the server's defaults over the fields' defaults.
+        """Settings of a request: its own values over its preset over the server's flags over the server's preset.
+
+        Without `max_tokens` of its own, a trajectory may have `most_tokens` at most, whatever the defaults say.
 
         `defaults` may hold flags that are no search settings; they are passed over. A value of None in `search` means
         "not given", except where None is a value of the field.
@@ -278,6 +287,11 @@ class SearchConfig:
         if unknown is not None:
             raise ValueError(f"search has no setting {shown(unknown)}; valid settings are {', '.join(inner)}")
         values = {item.name: defaults[item.name] for item in settings if defaults.get(item.name) is not None}
+        if given.get("preset") is None:
+            values = preset_values(values.get("preset"), search_width) | values
+        values |= preset_values(given.get("preset"), search_width)
+        if most_tokens is not None:
+            values["max_tokens"] = min(values.get("max_tokens", cls.max_tokens), most_tokens)
         values |= {
             key: value for key, value in given.items() if key in inner and (value is not None or inner[key].is_nullable)
         }
