@@ -23,8 +23,10 @@ def register() -> None:
 
     Raises:
         PatchDrift: the installed sglang does not keep what the patches rely on, or is untested and that is not allowed.
+        SystemExit: a policy of `--search-policy` cannot be loaded.
     """
     _state["is_registered"] = True
+    flags.load_policies(sys.argv)
     if _needs_no_patches():
         return
     tree_attention.register()
