@@ -167,7 +167,7 @@ def test_work_that_raises_fails_its_search_on_both_ranks() -> None:
         world.run()
 
     worlds = two_worlds()
-    worlds[0].ets._policies = {**worlds[0].policies, "dvts": Broken()}
+    worlds[0].policies["dvts"] = Broken()
     run_both(worlds, drive)
     for world in worlds:
         assert world.error("breaks") == "search failed: ZeroDivisionError: no selection today"
