@@ -19,7 +19,7 @@ INDENTED = re.compile(r"(?<=\n\n)(?:    .*\n)+")
 PROGRAMS = ("make", "python", "sglang-ets", "curl", "lm-eval", "pip", "bash")
 URL = "http://127.0.0.1:30000"  # of the server in every page
 
-Way = Literal["started", "run", "served", "foreign"]
+Way = Literal["started", "run", "served", "script", "foreign"]
 # How a command of a page is tested, by what it begins with.
 WAYS: dict[str, Way] = {
     "make": "started",  # starts a server, installs, or takes minutes: target, module and flags must exist
@@ -32,6 +32,7 @@ WAYS: dict[str, Way] = {
     "sglang-ets calibrate": "served",
     "curl": "served",
     "import openai": "served",
+    "from sglang_ets import Engine": "script",  # run by itself, and compared with a server
     "lm-eval": "foreign",  # not installed here: its search must be one, and test_client_wire replays what it sent
     "from langchain_openai": "foreign",
 }
