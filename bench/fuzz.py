@@ -3,6 +3,8 @@
     python -m bench.fuzz --requests 5000            starts a server on the embedded models
     python -m bench.fuzz --requests 500 --url http://127.0.0.1:30000 --seed 7
 
+A seed names the requests of one state of the code: hypothesis puts constants of the files at hand among what it generates.
+
 Half of the requests come from `bench.hostile`, half from schemathesis over `/openapi.json`. Meanwhile an ordinary request is
 sent twice a second. Reported, and the exit status 1 if broken: answers of 5xx that are no documented fault, the slowest
 ordinary request, growth of the server's memory, locks that are left. `--out FILE` adds a row to a file.

@@ -23,7 +23,7 @@ def pairwise_cosine_reference(embeddings: torch.Tensor) -> torch.Tensor:  # floa
     return upper + upper.T
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it differs from batch to batch: compiled once for all
 def pairwise_cosine_kernel(
     embeddings_ptr: tl.tensor,  # float [num_rows, num_cols], any strides
     out_ptr: tl.tensor,  # float32 [num_rows, num_rows]

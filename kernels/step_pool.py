@@ -32,7 +32,7 @@ def step_pool_reference(
     return torch.where(lengths.unsqueeze(1) > 0, unit, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it differs from batch to batch: compiled once for all
 def step_pool_kernel(
     hidden_ptr: tl.tensor,  # float [num_rows, num_cols], any strides
     offsets_ptr: tl.tensor,  # int64 [programs + 1]

@@ -40,7 +40,7 @@ def step_score_reference(
     return logits[:, index].sigmoid() if activation == "sigmoid" else logits[:, index]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it differs from batch to batch: compiled once for all
 def step_score_kernel(
     hidden_ptr: tl.tensor,  # float [num_rows, num_cols], any strides
     positions_ptr: tl.tensor,  # int64 [programs]

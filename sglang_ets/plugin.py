@@ -23,8 +23,10 @@ def register() -> None:
 
     Raises:
         PatchDrift: the installed sglang does not keep what the patches rely on, or is untested and that is not allowed.
+        SystemExit: a policy of `--search-policy` cannot be loaded.
     """
     _state["is_registered"] = True
+    flags.load_policies(sys.argv)
     if _needs_no_patches():
         return
     tree_attention.register()
@@ -83,6 +85,19 @@ def check_radix_cache(server_args: Any) -> None:
         "--search cannot do without the radix cache, which is switched off; leave out --disable-radix-cache (deterministic "
         "inference keeps it with --attention-backend triton or fa3) and what implies it, or give --search off"
     )
+
+
+def check_prm(server_args: Any) -> None:
+    """At the same moment: the PRM is there, and of the kind that its format reads.
+
+    Raises:
+        SystemExit: see `check_checkpoint`.
+    """
+    from sglang_ets.prm.choose import check_checkpoint
+
+    settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
+    if flags.is_on(settings) and settings["prm_model_path"]:
+        check_checkpoint(settings["prm_model_path"], settings["prm_format"])
 
 
 def check_prm_ranks(server_args: Any) -> None:

@@ -16,9 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 from sglang.srt.entrypoints.openai import protocol as openai_protocol
 
+from sglang_ets.core import registry
 from sglang_ets.core.config import MAX_WIDTH, MIN_WIDTH, SearchConfig, check_width
-from sglang_ets.core.settings import is_unicode, settings_of, shown, wrong
+from sglang_ets.core.settings import Setting, is_unicode, settings_of, shown, wrong
 from sglang_ets.wire import ABORTED_STATUS
+
+
+def _field(item: Setting) -> Any:
+    return Field(None, description=item.help_text, ge=item.about.low, le=item.about.high)
 
 
 def options_model(settings_class: type) -> type[BaseModel]:
@@ -26,11 +31,18 @@ def options_model(settings_class: type) -> type[BaseModel]:
     options: dict[str, Any] = {
         item.name: (
             item.json_type | None,
-            Field(None, description=item.help_text, ge=item.about.low, le=item.about.high),
+            _field(item),
         )
         for item in settings_of(settings_class)
         if not item.about.is_outer
     }
+    for name in registry.names():
+        if own := registry.own_settings(name):
+            fields = {item.name: (item.json_type | None, _field(item)) for item in own}
+            model = create_model(f"{name}_settings", __config__=ConfigDict(extra="forbid"), **fields)  # type: ignore[call-overload]
+            # In one piece: a reference would lead nowhere from where this schema is put.
+            schema = WithJsonSchema({"anyOf": [model.model_json_schema(), {"type": "null"}]})
+            options[name] = (Annotated[Any, schema], Field(None, description=f"Own settings of the policy {name}."))
     doc = "Settings of a search. Defaults are the server's flags."
     return create_model("SearchOptions", __config__=ConfigDict(extra="forbid"), __doc__=doc, **options)
 
@@ -165,15 +177,16 @@ def search_config(request: Any, settings: Mapping[str, Any], context_tokens: int
     max_tokens = getattr(request, "max_completion_tokens", None) or (
         request.max_tokens if "max_tokens" in given else None
     )
-    # Without either limit a trajectory may fill the default, as far as the context allows.
-    defaults = dict(settings)
-    if max_tokens is None:
-        default = defaults.get("max_tokens") or SearchConfig().max_tokens
-        defaults["max_tokens"] = min(default, max(1, context_tokens // 2))
     # The seed is reported in the answer, so that the same tree can be had again.
     seed = random.getrandbits(SEED_BITS) if request.seed is None else request.seed
     config = SearchConfig.from_request(
-        request.search_width, request.search, defaults, n=request.n, max_tokens=max_tokens, seed=seed
+        request.search_width,
+        request.search,
+        settings,
+        n=request.n,
+        max_tokens=max_tokens,
+        seed=seed,
+        most_tokens=max(1, context_tokens // 2),  # without a limit of its own, so that the prompt has room
     )
     check_width(config, settings["max_width"])
     if config.max_tokens >= context_tokens:

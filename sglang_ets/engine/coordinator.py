@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from http import HTTPStatus
 from importlib.metadata import version
+from operator import attrgetter
 from typing import Any
 
 from sglang.srt.disaggregation.utils import prepare_abort
@@ -22,7 +23,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from sglang_ets.core.answer import RankedAnswer
 from sglang_ets.core.capacity import Need, NeedEstimates, SearchQueue
-from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.clusters import Distances, cosine_distances
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.kv_pressure import under_pressure
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
@@ -59,13 +61,16 @@ class SearchCoordinator:
         self,
         scheduler: Any,
         prm: PrmEngine,
-        policies: Mapping[Algorithm, SelectionPolicy],
         ranks: Ranks = ONE_RANK,
+        *,
+        distances: Distances = cosine_distances,
+        policy_of: Callable[[SearchConfig], SelectionPolicy] = attrgetter("policy"),
     ) -> None:
         self.scheduler = scheduler
         self.prm = prm
         self.searches: dict[str, LiveSearch] = {}  # oldest first
-        self._policies = policies
+        self._distances = distances
+        self._policy_of = policy_of
         self._settings = scheduler.server_args._ets
         self._defaults = default_settings(self._settings)
         self._num_done = 0
@@ -120,7 +125,7 @@ class SearchCoordinator:
             self.scheduler.output_streamer.stream_output([req], False)
             return True
         spec = ChildSpec(new_search_id(), req, config.seed, config.step_delimiter)
-        live = LiveSearch(spec, Search(config, len(req.origin_input_ids)))
+        live = LiveSearch(spec, Search(config, len(req.origin_input_ids), self._distances))
         with self.guard(live):
             self._begin(live)
         return True
@@ -173,7 +178,7 @@ class SearchCoordinator:
                 live = self._search_of(req)
                 if live is not None:
                     with self.guard(live):
-                        done.append((live, req, self._take(live, req)))
+                        done.append((live, req, self._hold_of(live, req)))
         # All are held before the first of them may end its search, which frees what nobody holds.
         for live, child, hold in done:
             with self.guard(live):
@@ -270,7 +275,7 @@ class SearchCoordinator:
         live = self.searches.get(child.spec.search_id)
         return live if live is not None and child.rid in live.children else None
 
-    def _take(self, live: LiveSearch, child: ChildReq) -> Hold | None:
+    def _hold_of(self, live: LiveSearch, child: ChildReq) -> Hold | None:
         """A child has left the engine: lock the KV that it leaves behind, unless it has failed."""
         live.children.remove(child.rid)
         return None if step_end(child).kind == "failed" else self.ledger.hold(live.id, child.last_node)
@@ -401,9 +406,9 @@ class SearchCoordinator:
         live.select_started_s = time.perf_counter()
         config = self._pressed(live)
         with live.on_loop():
-            policy = self._policies[config.algorithm]
+            policy = self._policy_of(config)
             choose = partial(live.decide, policy, action.leaf_ids, config)
-            selection = choose() if self._decisions.in_loop(config.is_solved) else None
+            selection = choose() if self._decisions.in_loop(getattr(policy, "is_cheap", False)) else None
             if selection is None:
                 self._decisions.select(live, choose)
         live.select_blocked_ms.append(live.loop_ms[-1])

@@ -6,7 +6,8 @@ and layers or models that are not plain grouped-query attention, run the code of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from sglang_ets.kernels.tree_attention import (
     shared_partials,
     work_items,
 )
+
+logger = logging.getLogger(__name__)
 
 MIN_ROWS = 2  # a graph for fewer rows is captured without the kernels for shared KV
 
@@ -83,6 +86,8 @@ class PrivateRest:
 class TreeAttnBackend(TritonAttnBackend):  # type: ignore[misc]  # sglang has no types
     """See the module. `load_plan` comes before each decode whose rows have changed, on the stream of the decode."""
 
+    decode_attention_fwd: Callable[..., None]
+
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         group = self.num_head // self.num_kv_head
@@ -94,6 +99,7 @@ class TreeAttnBackend(TritonAttnBackend):  # type: ignore[misc]  # sglang has no
         self._plan = DevicePlan(self._max_rows, self.device)
         self._rest: PrivateRest | None = None  # of the pass that runs or is captured; None: the stock path
         self._partials: Partials | None = None
+        self._has_planned = False
         self._stock_decode = self.decode_attention_fwd
         self.decode_attention_fwd = torch.compiler.disable(self._decode)
 
@@ -106,6 +112,13 @@ class TreeAttnBackend(TritonAttnBackend):  # type: ignore[misc]  # sglang has no
             first_slot=self.max_kv_splits,
             num_slots=MAX_SHARED_SLOTS,
         )
+        if len(items) and not self._has_planned:
+            self._has_planned = True
+            logger.info(
+                "ets_tree: the first decode that shares KV: %d rows, %d tokens of KV less to read",
+                len(rids),
+                plan.saved_tokens,
+            )
         self._plan.load(rids, plan, items)
 
     # ---- before a pass ----

@@ -28,12 +28,14 @@ from sglang_ets.prm.ranks import current_ranks
 from sglang_ets.prm.readout import StepStates, read_steps
 from sglang_ets.prm.sizing import GB, PoolNeed, check_pool_tokens, default_pool_tokens
 from sglang_ets.prm.split import num_prm_ranks
+from sglang_ets.prm.stream import ForwardStream
 from sglang_ets.prm.valve import PathValve
 from sglang_ets.prm.worker import pool_budget, start_worker, token_bytes
 
 logger = logging.getLogger(__name__)
 
 OWNER = "prm"  # of paths whose search is not named
+WARM_UP_TEXT = "1 + 1 = 2\n"
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,10 @@ class PrmEngine:
         tokenizer: Any,
         has_policy_tokens: bool,
         has_policy_weights: bool,
+        stream: ForwardStream,
     ) -> None:
         self._context = context
+        self._stream = stream
         self._worker = worker
         self._settings = settings
         self._spec = spec
@@ -163,7 +167,7 @@ class PrmEngine:
             worker.model_runner.model = scheduler.tp_worker.model_runner.model
         is_same = is_shared or tokenizer.get_vocab() == scheduler.tokenizer.get_vocab()
         has_policy_tokens = spec.reads_policy_tokens and is_same
-        return cls(context, worker, settings, spec, tokenizer, has_policy_tokens, is_shared)
+        return cls(context, worker, settings, spec, tokenizer, has_policy_tokens, is_shared, ForwardStream(scheduler))
 
     def init_memory_pools(self) -> None:
         """Allocate the PRM's KV pool and make its radix cache.
@@ -184,6 +188,7 @@ class PrmEngine:
                 self._split_group = get_parallel().tp_group
         self._check_equal_pools()
         self._valve = PathValve(self._pool.ledger)
+        self._warm_up()
         need = self._settings.need
         logger.info(
             "PRM ready: format %s, context of %d tokens, KV pool of %d tokens (%.2f GB); a search of width %d with "
@@ -191,6 +196,17 @@ class PrmEngine:
             self._spec.name, self.context_tokens, self._pool.size, self._pool.size * per_token / GB, need.width,
             need.longest(self.context_tokens), need.tokens(self.context_tokens),
         )  # fmt: skip
+
+    def _warm_up(self) -> None:
+        """Score a step for nobody: what is compiled at its first use is compiled now, and not amid the first search."""
+        ids = self._tokenizer.encode(WARM_UP_TEXT)
+        if self.refusal(ids, WARM_UP_TEXT, 2 * len(ids)) is not None:
+            return  # a pool or context that takes no search either, which the search will be told
+        path = self.open_prompt(ids, WARM_UP_TEXT)
+        self.score([ScoreJob(path, None, tuple(ids), WARM_UP_TEXT, depth=1)])
+        self.forget()
+        self._valve.end(OWNER)
+        self._pool.tokens_extended = self.tokens_if_rescored = 0
 
     def _check_equal_pools(self) -> None:
         size = self._ranks.from_first(self._pool.size)
@@ -347,7 +363,7 @@ class PrmEngine:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with use_context(self._context), torch.no_grad():
+        with self._stream.joined(), use_context(self._context), torch.no_grad():
             yield
 
     @contextmanager

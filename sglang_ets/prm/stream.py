@@ -15,13 +15,18 @@ class ForwardStream:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler  # its streams exist when it has started
+        self._scheduler = scheduler
+
+    @property
+    def _is_apart(self) -> bool:
+        """False as long as the scheduler starts, too: then it has no streams yet."""
+        return self._scheduler.enable_overlap and hasattr(self._scheduler, "forward_stream")
 
     @contextmanager
     def queued(self) -> Iterator[None]:
         """What the block launches runs after all that was launched so far."""
         scheduler = self._scheduler
-        if not scheduler.enable_overlap:
+        if not self._is_apart:
             yield
             return
         with scheduler.forward_stream_ctx:
@@ -35,5 +40,5 @@ class ForwardStream:
             with self.queued():
                 yield
         finally:
-            if self._scheduler.enable_overlap:
+            if self._is_apart:
                 self._scheduler.schedule_stream.wait_stream(self._scheduler.forward_stream)

@@ -9,10 +9,16 @@ from sglang.srt.runtime_context import SpawnRanks, create_context, get_context, 
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import get_available_gpu_memory
 
+from sglang_ets.core.attention_plan import TREE_BACKEND
 from sglang_ets.prm import models
 from sglang_ets.prm.sizing import budget_bytes
 
 MAX_BATCH_STEPS = 256  # rows: each is as long as the context, and a batch ends at pool.MAX_BATCH_TOKENS anyhow
+# Attention of other kinds than a PRM's, sparse or latent, which the policy model may have.
+OTHER_ATTENTION = {
+    *("dsa", "nsa", "qsa", "dsv4", "compressed"),
+    *("flashmla", "cutlass_mla", "trtllm_mla", "cutedsl_mla", "tokenspeed_mla"),
+}
 # What the operator said about the policy model's checkpoint; it holds for the PRM only if that is the same one.
 CHECKPOINT_FIELDS = ("revision", "quantization", "context_length")
 
@@ -27,11 +33,18 @@ def prm_arguments(policy: Any, model_path: str) -> dict[str, Any]:
         "load_format": "dummy" if is_shared else "auto",
         "trust_remote_code": policy.trust_remote_code,
         "dtype": policy.dtype,
-        "attention_backend": policy.attention_backend,
+        "attention_backend": _attention_backend(policy.attention_backend),
         "enable_deterministic_inference": policy.enable_deterministic_inference,
         "random_seed": policy.random_seed or 1,
         **same,
     }
+
+
+def _attention_backend(of_policy: str | None) -> str | None:
+    """The policy model's where it can serve a PRM, which never decodes; None: what sglang chooses for the PRM."""
+    if of_policy == TREE_BACKEND:
+        return "triton"
+    return None if of_policy in OTHER_ATTENTION else of_policy
 
 
 def start_worker(

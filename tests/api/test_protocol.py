@@ -31,6 +31,7 @@ from sglang_ets.api.protocol import (
     search_config,
 )
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.registry import BUILT_IN, names, own_settings
 from sglang_ets.core.settings import setting, shown
 from sglang_ets.engine import admission
 from sglang_ets.engine.admission import carried_config, prompt_text
@@ -287,13 +288,20 @@ def test_openapi_shows_typed_fields_that_match_the_config() -> None:
         options = properties["search"]["anyOf"][0]
         assert options["additionalProperties"] is False
     outer = {"width", "num_results", "max_tokens", "seed"}
-    assert set(SearchOptions.model_fields) == set(SearchConfig.__dataclass_fields__) - outer
+    own = {name for name in BUILT_IN if own_settings(name)}
+    assert (
+        set(SearchOptions.model_fields) == (set(SearchConfig.__dataclass_fields__) - outer - {"policy_settings"}) | own
+    )
 
 
 def test_the_schema_of_search_holds_types_choices_ranges_and_help() -> None:
     properties = SearchOptions.model_json_schema()["properties"]
     assert properties["max_steps"]["anyOf"] == [{"type": "integer", "minimum": 1, "maximum": 1024}, {"type": "null"}]
     assert properties["max_steps"]["description"] == "Steps of one trajectory at most."
+    assert properties["algorithm"]["anyOf"][0]["enum"] == list(names())
+    particles = properties["particles"]["anyOf"][0]
+    assert particles["additionalProperties"] is False
+    assert particles["properties"]["temperature"]["anyOf"][0] == {"type": "number", "minimum": 1e-3, "maximum": 1e3}
     assert properties["coverage"]["anyOf"][0]["enum"] == ["uniform", "reward"]
     assert properties["deadline_s"]["anyOf"][0] == {"type": "number", "minimum": 1e-3, "maximum": 1e6}
     kinds = properties["step_delimiter"]["anyOf"]
@@ -321,6 +329,7 @@ def test_body_holds_ranked_choices_usage_and_figures(make: Any) -> None:
     assert (body["usage"]["completion_tokens"], body["usage"]["total_tokens"]) == (90, 100)
     assert body["usage"]["completion_tokens_details"]["answer_tokens"] == 4
     assert body["search"] == RESULT["search"]
+    assert "metadata" not in body  # a dictionary of texts in newer clients' chats, which warn of all else
     assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["search"]["tree"] == {"nodes": []}
 
 

@@ -54,7 +54,8 @@ def test_each_rule_of_a_fuzz_can_be_broken(broken: dict[str, object], said: str)
 
 
 GRAMMAR = "Grammar accept_token failed: Tokens not accepted: 0\nAccepted tokens: [29, 34]\nKey string: null"
-UNFINISHED = "search failed: no trajectory was completed (deadline)"
+UNFINISHED = "search failed: no trajectory was completed (kv_budget)"
+TOO_LATE = "deadline_s of 1e-300 passed before the search had any text; raise it, or send fewer requests at once"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,8 @@ UNFINISHED = "search failed: no trajectory was completed (deadline)"
         ({"regex": "null"}, 500, "Grammar accept_token failed", None),
         ({"search_width": 4}, 500, UNFINISHED, "a search without an answer"),
         ({"sampling_params": {"custom_params": {}}}, 500, UNFINISHED, "a search without an answer"),
+        ({"search_width": 4}, 504, f"{TOO_LATE}", "a deadline before any text"),
+        ({"search_width": 4}, 500, f"{TOO_LATE}", None),
         ({"search_width": 4}, 500, f"{UNFINISHED} and more", None),
         ({"regex": "null"}, 500, UNFINISHED, None),
         ([], 500, UNFINISHED, None),
@@ -143,7 +146,7 @@ def test_only_a_deadline_makes_a_late_search_the_clients_own_doing() -> None:
 
 def test_requests_without_an_answer_are_errors_and_end_no_client() -> None:
     report = SoakReport(minutes=0, seed=0)
-    clients = soak.SoakClients("http://127.0.0.1:1", report, time.monotonic() + 1.0)
+    clients = soak.SoakClients("http://127.0.0.1:1", report, time.monotonic() + 1.0, soak.WIDTHS)
     clients.run()
     assert {"search unanswered", "left unanswered", "hostile unanswered"} == set(report.outcomes)
     assert len(report.errors) == report.outcomes.total()

@@ -17,7 +17,12 @@ PROBLEM = Problem("1+2+3", 6)
 def node(number: int, parent: int, depth: int, text: str, score: float, axis: int) -> dict[str, Any]:
     embedding = [float(place == axis) for place in range(3)]
     made = {"id": number, "parent": parent, "depth": depth, "text": text, "score": score, "embedding": embedding}
-    return made | {"token_ids": [ord(letter) for letter in text], "finish": "step"}
+    return made | {
+        "token_ids": [ord(letter) for letter in text],
+        "finish": "step",
+        "state": "retained",
+        "allocation": 1,
+    }
 
 
 NODES = [

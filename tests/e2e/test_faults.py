@@ -30,6 +30,7 @@ pytestmark = pytest.mark.server
 PROMPT = PROBLEMS[0]["prompt"]
 MODELS = Path(__file__).parents[2] / "sglang_ets" / "models"
 TOLD_S = 0.4  # the server has been told what is done to it
+ACTED_LIMIT_S = 10.0  # of what needs no answer of the scheduler, which may be held up
 NOTICED_S = 1.3  # a client that is gone: the server looks for it once a second
 STOP_LIMIT_S = 10.0
 DETERMINISTIC = ["--enable-deterministic-inference", "--attention-backend", "flashinfer"]
@@ -99,6 +100,7 @@ def hang_up(run: Run) -> None:
 
 def abort(run: Run) -> None:
     fetch(run.server, "/abort_request", {"rid": run.rid})
+    time.sleep(TOLD_S)  # the answer comes before the scheduler is told
 
 
 def flush(run: Run) -> None:
@@ -310,7 +312,7 @@ def hit(pool: ThreadPoolExecutor, run: Run, fault: Fault) -> None:
     """Act while the search is held in its phase. What the scheduler has to answer is answered afterwards."""
     with held(run.phases, run.rid):
         acting: Future[None] = pool.submit(fault.act, run)
-        wait([acting], NOTICED_S + 0.2 if fault.act is hang_up else TOLD_S)
+        wait([acting], ACTED_LIMIT_S if fault.act in (hang_up, abort) else TOLD_S)
     acting.result()
 
 

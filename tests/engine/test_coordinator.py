@@ -5,24 +5,29 @@ Each test ends balanced: no lock in either cache, no internal request, no token 
 
 from __future__ import annotations
 
+import gc
+import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sglang_ets.core.config import Algorithm
+from sglang_ets.core.registry import BUILT_IN
+from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Level, Selection
+from sglang_ets.core.tree import Node, SearchTree
 from sglang_ets.engine.children import ChildReq
-from sglang_ets.engine.live import LiveSearch
+from sglang_ets.engine.live import Branch, LiveSearch
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.engine.pressure import HOPELESS_TICKS
-from sglang_ets.kv import RadixLedger
+from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmError
 from sglang_ets.wire import PROGRESS_KEY, QUESTION_KEY, TRACE_KEY, TRACE_PARAM
 from tests.engine.fakes import (
@@ -30,6 +35,7 @@ from tests.engine.fakes import (
     EOS,
     FakeBatch,
     FakeScheduler,
+    ScriptedPath,
     ScriptedPrm,
     World,
     request,
@@ -37,7 +43,7 @@ from tests.engine.fakes import (
     tokens,
 )
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(BUILT_IN)
 WIDTH = 4
 
 
@@ -516,6 +522,9 @@ def raises(*_args: Any, **_kwargs: Any) -> Any:
 
 
 class BuggyPolicy:
+    def __init__(self, is_cheap: bool) -> None:
+        self.is_cheap = is_cheap
+
     def select(self, _level: Level, _config: Any) -> Selection:
         raise Bug("a bug")
 
@@ -530,7 +539,7 @@ def bug_in_the_prm(world: World, _req: Any) -> None:
 
 def bug_in_a_policy(world: World, _req: Any) -> None:
     for name in ALGORITHMS:
-        world.policies[name] = BuggyPolicy()
+        world.policies[name] = BuggyPolicy(is_cheap=name == "rebase")
 
 
 def bug_in_the_result(world: World, _req: Any) -> None:
@@ -549,7 +558,6 @@ def test_a_bug_fails_one_search_and_nothing_else(
     plant: Callable[[World, Any], None], algorithm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World()
-    world.ets._policies = world.policies
     req = world.ask(algorithm=algorithm, return_tree=True)
     plant(world, req)
     world.run()
@@ -692,6 +700,37 @@ def test_a_child_with_logits_that_are_not_finite_fails_alone() -> None:
     (warning,) = world.answer()["search"]["warnings"]
     assert warning.endswith("steps failed: the policy model's logits are not finite")
     world.assert_balanced()
+
+
+ENDS: tuple[Callable[[World, LiveSearch], None], ...] = (
+    lambda world, live: None,  # it is answered
+    lambda world, live: world.scheduler.abort_request(AbortReq(rid=live.rid)),
+    lambda world, live: pass_deadline(live),
+    lambda world, live: world.ets.fail(live, "made up"),
+)
+
+
+def test_searches_that_have_ended_leave_no_object_behind() -> None:
+    """A server lives for months: whatever a search was made of goes with it."""
+    before = made_of_searches()
+    world = World()
+    for number, (algorithm, end, num_ticks) in enumerate(itertools.product(ALGORITHMS, ENDS, (0, 2, 4))):
+        world.ask(algorithm=algorithm, deadline_s=1e4, stream=bool(number % 2), custom={TRACE_PARAM: True})
+        for _ in range(num_ticks):
+            world.scheduler.tick()
+        for live in list(world.ets.searches.values()):
+            end(world, live)
+        world.run()
+    del live
+    world.assert_balanced()
+    world.scheduler.last_batch = None  # sglang keeps the requests of the last batch
+    assert made_of_searches() == before
+
+
+def made_of_searches() -> Counter[type]:
+    gc.collect()
+    made = (LiveSearch, Search, SearchTree, Node, Branch, Hold, ScriptedPath, ChildReq)
+    return Counter(type(thing) for thing in gc.get_objects() if isinstance(thing, made))
 
 
 def test_the_state_names_what_runs_and_what_it_holds() -> None:
