@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +31,7 @@ from sglang_ets.kernels.traffic import paged_attention_traffic  # noqa: E402
 from sglang_ets.patches.torch_native import decode, extend  # noqa: E402
 
 from bench import figures, rows  # noqa: E402
+from bench.timing import in_turns  # noqa: E402
 from sglang_ets.core.attention_plan import MAX_SEGMENTS_CPU, MIN_SAVED_TOKENS_CPU, Span, plan_paths  # noqa: E402
 
 SEED = 0
@@ -40,26 +40,42 @@ SIBLINGS = 4
 
 
 @dataclass(frozen=True)
-class Case:
-    """One layer's attention: `sequences` rows of about `kv_tokens`, of which `new_tokens` are new."""
+class Shape:
+    """One layer of a model."""
 
     model: str
     heads: int
     kv_heads: int
     head_size: int
+
+    def tensors(self, tokens: int, pool_tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        """Query, output, and both pools, of random numbers."""
+        generator = torch.Generator().manual_seed(SEED)
+        query = torch.randn(tokens, self.heads, self.head_size, generator=generator).to(dtype)
+        sizes = (pool_tokens, self.kv_heads, self.head_size)
+        return [query, torch.empty_like(query), *(torch.randn(sizes, generator=generator).to(dtype) for _ in range(2))]
+
+
+EMBEDDED, SMOLLM2 = Shape("embedded", 2, 2, 64), Shape("SmolLM2-135M", 9, 3, 64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's attention: `sequences` rows of about `kv_tokens`, of which `new_tokens` are new."""
+
+    shape: Shape
     sequences: int
     kv_tokens: int
     new_tokens: int = 1
 
 
-MODELS = {"embedded": (2, 2, 64), "SmolLM2-135M": (9, 3, 64)}
 FULL = [
-    Case(name, *shape, sequences, kv_tokens, new_tokens)
-    for name, shape in MODELS.items()
+    Case(shape, sequences, kv_tokens, new_tokens)
+    for shape in (EMBEDDED, SMOLLM2)
     for sequences, kv_tokens in ((16, 200), (64, 200), (256, 200), (16, 1000))
     for new_tokens in (1, 30)
 ]
-SMOKE = [Case("embedded", *MODELS["embedded"], 8, 60, new_tokens) for new_tokens in (1, 5)]
+SMOKE = [Case(EMBEDDED, 8, 60, new_tokens) for new_tokens in (1, 5)]
 
 
 def inputs(case: Case) -> list[Any]:
@@ -76,9 +92,8 @@ def inputs(case: Case) -> list[Any]:
             used += shared
         pages[row + 1, :shared], pages[row + 1, shared:] = prefix, torch.arange(used, used + own)
         used += own
-    query = torch.randn(case.sequences * case.new_tokens, case.heads, case.head_size, generator=generator)
-    pools = [torch.randn(used, case.kv_heads, case.head_size, generator=generator) for _ in range(2)]
-    return [query, torch.empty_like(query), *pools, pages, torch.arange(1, case.sequences + 1), lengths]
+    tensors = case.shape.tensors(case.sequences * case.new_tokens, used)
+    return [*tensors, pages, torch.arange(1, case.sequences + 1), lengths]
 
 
 def measure(case: Case, repetitions: int) -> dict[str, Any]:
@@ -87,7 +102,7 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
     Raises:
         RuntimeError: the results differ by more than `MAX_ERROR`.
     """
-    args, settings = inputs(case), {"scaling": None, "enable_gqa": case.heads != case.kv_heads}
+    args, settings = inputs(case), {"scaling": None, "enable_gqa": case.shape.heads != case.shape.kv_heads}
     if case.new_tokens == 1:
         args = [*args, None]
         original, hook = Stock._run_sdpa_forward_decode, decode
@@ -96,29 +111,29 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
         args, settings = [*args, args[-1] - new, new, None], {**settings, "causal": True}
         original, hook = Stock._run_sdpa_forward_extend, extend
     backend = SimpleNamespace()
-    stock = lambda: original(backend, *args, **settings)  # noqa: E731
-    ours = lambda: hook(original, backend, *args, **settings)  # noqa: E731
-    expected = stock().clone()
-    error = float((ours() - expected).abs().max())
+    sides = {
+        "stock_ms": lambda: original(backend, *args, **settings),
+        "ours_ms": lambda: hook(original, backend, *args, **settings),
+    }
+    expected = sides["stock_ms"]().clone()
+    error = float((sides["ours_ms"]() - expected).abs().max())
     if not error <= MAX_ERROR:
         raise RuntimeError(f"{case} is {error:.2e} from the stock result, more than {MAX_ERROR:.0e}")
-    times: dict[str, list[float]] = {"stock_ms": [], "ours_ms": []}
-    for _ in range(repetitions):
-        times["stock_ms"].append(_milliseconds(stock))
-        times["ours_ms"].append(_milliseconds(ours))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in in_turns(sides, repetitions).items()}
     ratio = medians["stock_ms"] / medians["ours_ms"]
-    return {**asdict(case), **medians, "ratio": ratio, "max_abs_error": error, "torch_threads": torch.get_num_threads()}
+    return {**row_of(case), **medians, "ratio": ratio, "max_abs_error": error, "torch_threads": torch.get_num_threads()}
+
+
+def row_of(case: Case | TreeCase) -> dict[str, Any]:
+    """The fields of a case and of its shape."""
+    return vars(case.shape) | {name: value for name, value in vars(case).items() if name != "shape"}
 
 
 @dataclass(frozen=True)
 class TreeCase:
     """One layer's decode of `width` rows: a prompt that all share, a step that siblings share, a step of their own."""
 
-    model: str
-    heads: int
-    kv_heads: int
-    head_size: int
+    shape: Shape
     width: int
     shared_tokens: int
     dtype: str = "float32"
@@ -126,12 +141,12 @@ class TreeCase:
 
 
 TREES = [
-    TreeCase(name, *MODELS[name], width, shared_tokens, dtype)
-    for name, dtype in (("embedded", "float32"), ("SmolLM2-135M", "float32"), ("SmolLM2-135M", "bfloat16"))
+    TreeCase(shape, width, shared_tokens, dtype)
+    for shape, dtype in ((EMBEDDED, "float32"), (SMOLLM2, "float32"), (SMOLLM2, "bfloat16"))
     for shared_tokens in (100, 1000)
     for width in (16, 64, 256)
 ]
-SMOKE_TREES = [TreeCase("embedded", *MODELS["embedded"], 8, 30)]
+SMOKE_TREES = [TreeCase(EMBEDDED, 8, 30)]
 TREE_REPETITIONS = 30
 TREE_KEY = ("model", "dtype", "shared_tokens", "width")
 SIDES = {"torch_ms": "torch, row by row", "kernel_ms": "kernel", "plan_ms": "kernel with plan"}
@@ -151,14 +166,9 @@ def tree_inputs(case: TreeCase) -> tuple[PagedBatch, list[list[Span]]]:
         pages[row] = torch.cat([torch.arange(prompt), siblings, torch.arange(used, used + step)])
         paths.append([("prompt", 0, prompt), (row // SIBLINGS, prompt, ends[1])])
         used += step
-    generator = torch.Generator().manual_seed(SEED)
-    dtype = getattr(torch, case.dtype)
-    query = torch.randn(case.width, case.heads, case.head_size, generator=generator).to(dtype)
-    pools = [torch.randn(used, case.kv_heads, case.head_size, generator=generator).to(dtype) for _ in range(2)]
-    every = list(range(case.width))
-    return PagedBatch(
-        query, torch.empty_like(query), *pools, pages, every, [ends[2]] * case.width, [1] * case.width
-    ), paths
+    query, output, *pools = case.shape.tensors(case.width, used, getattr(torch, case.dtype))
+    rows_and_lengths = list(range(case.width)), [ends[2]] * case.width, [1] * case.width
+    return PagedBatch(query, output, *pools, pages, *rows_and_lengths), paths
 
 
 def measure_tree(case: TreeCase, repetitions: int) -> dict[str, Any]:
@@ -177,17 +187,12 @@ def measure_tree(case: TreeCase, repetitions: int) -> dict[str, Any]:
         "kernel_ms": lambda: paged_attention(batch),
         "plan_ms": lambda: paged_attention(planned),
     }
-    for run in sides.values():
-        run()
+    in_turns(sides, 1)  # compiles
     if not torch.equal(batch.output, planned.output):
         raise RuntimeError(f"{case}: the plan changes the result")
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repetitions):
-        for name, run in sides.items():
-            times[name].append(_milliseconds(run))
-    least = {name: min(values) for name, values in times.items()}
+    least = {name: min(values) for name, values in in_turns(sides, repetitions).items()}
     mebibytes = {f"{name}_mib": _requested_bytes(one) / 2**20 for name, one in (("kernel", batch), ("plan", planned))}
-    return {**asdict(case), **least, **mebibytes, "torch_threads": torch.get_num_threads()}
+    return {**row_of(case), **least, **mebibytes, "torch_threads": torch.get_num_threads()}
 
 
 def _requested_bytes(batch: PagedBatch) -> int:
@@ -226,12 +231,6 @@ def plot_trees(measured: list[dict[str, Any]], path: Path) -> None:
             axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes[0].set_ylabel("ms a layer")
         axes[0].legend(fontsize="small", loc="upper left")
-
-
-def _milliseconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - started)
 
 
 def table(measured: list[dict[str, Any]]) -> str:

@@ -11,7 +11,6 @@ policy is compared at its own best. Releases under pressure and waiting are part
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ from typing import Any
 import httpx
 
 from bench import rows
+from bench.embedded import held_out_problems
 from bench.server import running_server
 
-PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
 POLICIES: dict[str, dict[str, Any]] = {
     "best_of_n": {"algorithm": "best_of_n"},
     "beam": {"algorithm": "beam"},
@@ -46,7 +45,7 @@ def solve(
     if answer.status_code != 200:
         return {"is_right": False, "failed": answer.text[:200], "peak": 0, "releases": 0}
     plain = answer.json()
-    figures = plain["metadata"]["search"]
+    figures = plain["search"]
     return {
         "is_right": plain["choices"][0]["search"]["answer"] == str(problem["answer"]),
         "failed": "",
@@ -83,7 +82,7 @@ def need_of_rebase(problems: Sequence[dict[str, Any]], width: int, seed: int, in
 
 def measure(args: argparse.Namespace, out: Path) -> None:
     """One row for each width, share, round, policy and number of problems at a time."""
-    problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()][: args.problems]
+    problems = held_out_problems(args.problems)
     for width in args.widths:
         need = args.need or need_of_rebase(problems, width, args.seed, args.in_flight[0])
         for share in args.shares:
@@ -147,9 +146,7 @@ def main() -> None:
         args.policies = ["rebase", "ets b=4"]
     out = rows.out_of(args, "capacity")
     measure(args, out)
-    text = table(list(rows.read(out)))
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    rows.publish(out, table(list(rows.read(out))))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ make demo                          or: python -m bench.demo --problems 12 --widt
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,10 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import sglang_ets
+from bench.embedded import client_of, held_out_problems
 from bench.server import running_server
 
-PROBLEMS = Path(sglang_ets.__file__).parent / "models" / "problems.jsonl"
 POLICIES = ("best_of_n", "rebase", "ets")
 MAX_TOKENS = 512
 IN_FLIGHT = 2
@@ -57,7 +54,7 @@ def solve(client: openai.OpenAI, problem: dict[str, Any], policy: str, width: in
         seed=0,
         extra_body={"search_width": width, "search": {"algorithm": policy}},
     )
-    search: dict[str, Any] = response.metadata["search"]  # type: ignore[attr-defined]
+    search: dict[str, Any] = response.search  # type: ignore[attr-defined]
     return Solved(
         problem["prompt"],
         str(problem["answer"]),
@@ -123,13 +120,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     args = parser.parse_args()
     console = Console()
-    problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()][: args.problems]
     with ExitStack() as stack:
         with console.status("starting the server") as status:
             passing = lambda seconds: status.update(f"starting the server, {seconds:.0f} s")  # noqa: E731
             url = stack.enter_context(running_server(["--search", "ets"], waiting=passing))
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
-        console.print(run(client, problems, args.width, console))
+        console.print(run(client_of(url), held_out_problems(args.problems), args.width, console))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ requests of 32 tokens are streamed one after another.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import threading
 import time
@@ -21,9 +20,9 @@ from typing import Any
 import httpx
 
 from bench import rows
+from bench.embedded import held_out_problems
 from bench.server import running_server
 
-PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
 ORDINARY_TOKENS = 32
 PAUSE_S = 0.2
 ANSWER_LIMIT_S = 900.0
@@ -76,7 +75,7 @@ def beside(load: Callable[[], None], client: httpx.Client, prompt: str) -> list[
 
 def measure(args: argparse.Namespace, out: Path) -> None:
     """One row for each round and load."""
-    problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
+    problems = held_out_problems()
     with (
         running_server(["--search", "ets", *args.flags]) as url,
         httpx.Client(base_url=url, timeout=ANSWER_LIMIT_S) as client,
@@ -142,9 +141,7 @@ def main() -> None:
         args.width, args.rounds = 8, 1
     out = rows.out_of(args, "fairness")
     measure(args, out)
-    text = table(list(rows.read(out)))
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    rows.publish(out, table(list(rows.read(out))))
 
 
 if __name__ == "__main__":

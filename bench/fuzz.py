@@ -3,9 +3,11 @@
     python -m bench.fuzz --requests 5000            starts a server on the embedded models
     python -m bench.fuzz --requests 500 --url http://127.0.0.1:30000 --seed 7
 
+A seed names the requests of one state of the code: hypothesis puts constants of the files at hand among what it generates.
+
 Half of the requests come from `bench.hostile`, half from schemathesis over `/openapi.json`. Meanwhile an ordinary request is
 sent twice a second. Reported, and the exit status 1 if broken: answers of 5xx that are no documented fault, the slowest
-ordinary request, growth of the server's memory, locks that are left.
+ordinary request, growth of the server's memory, locks that are left. `--out FILE` adds a row to a file.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 from tqdm import tqdm
 
+from bench import rows
 from bench.hostile import PATHS, HostileRequest, hostile_request
 from bench.server import running_server
 from bench.traffic import OrdinaryTraffic, locks_when_idle, memory_mb
@@ -32,15 +37,46 @@ ANSWER_LIMIT_S = 120.0
 LIMITS = httpx.Limits(keepalive_expiry=1.0)  # the server closes idle connections after 5 s
 STALL_LIMIT_S = 2.0
 GROWTH_LIMIT_MB = 300  # caches of the interpreter and the allocator fill up; a leak of one large request would pass it
-FAULTS = ("search failed: no trajectory was completed",)  # documented in docs/limits.md
+STREAM_ERROR = 'data: {"error"'
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A 5xx that docs/limits.md names. It is known by what the request sets and by the whole message of the answer."""
+
+    status: int
+    fields: tuple[str, ...]  # the request sets one of these at least
+    message: str  # a regular expression
+
+    def explains(self, request: HostileRequest, status: int, message: str) -> bool:
+        is_asked_for = not request.fields().isdisjoint(self.fields)
+        return status == self.status and is_asked_for and re.fullmatch(self.message, message, re.DOTALL) is not None
+
+
+FAULTS = {
+    "a grammar that no token of the model fits": Fault(
+        500,
+        ("regex", "ebnf", "json_schema", "response_format"),
+        r"Grammar accept_token failed: Tokens not accepted: \d+\nAccepted tokens: \[[\d, ]*\]\nKey string: .*",
+    ),
+    "a search without an answer": Fault(
+        500, ("search_width", "custom_params"), r"search failed: no trajectory was completed \(\w+\)"
+    ),
+    "a deadline before any text": Fault(
+        504,
+        ("search_width", "custom_params"),
+        r"deadline_s of [\d.e+-]+ passed before the search had any text; raise it, or send fewer requests at once",
+    ),
+}
 
 
 @dataclass
 class FuzzReport:
-    """What a run saw. `undocumented` and `unanswered` name the requests."""
+    """What a run saw. `undocumented` and `unanswered` name the requests, `faults` counts those of `FAULTS`."""
 
     seed: int
     statuses: Counter[int] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
     undocumented: list[str] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
     ordinary: int = 0
@@ -97,9 +133,28 @@ def _send(client: httpx.Client, request: HostileRequest, report: FuzzReport) -> 
     except httpx.HTTPError as error:
         report.unanswered.append(f"{request.shown()}: {type(error).__name__}")
         return
-    report.statuses[answer.status_code] += 1
-    if answer.status_code >= 500 and not any(fault in answer.text for fault in FAULTS):
-        report.undocumented.append(f"{request.shown()}: {answer.status_code} {answer.text[:200]}")
+    status, message = outcome_of(answer)
+    report.statuses[status] += 1
+    name = next((name for name, fault in FAULTS.items() if fault.explains(request, status, message)), None)
+    if name is not None:
+        report.faults[name] += 1
+    elif status >= 500:
+        report.undocumented.append(f"{request.shown()}: {status} {answer.text[:200]}")
+
+
+def outcome_of(answer: httpx.Response) -> tuple[int, str]:
+    """Status and message of an answer; of a stream that ends with an error event, those of the event."""
+    lines = [line for line in answer.text.split("\n") if line.startswith(STREAM_ERROR)]
+    text = lines[-1].removeprefix("data: ") if lines else answer.text
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return answer.status_code, text
+    error = body.get("error", body) if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        return answer.status_code, text
+    code = error.get("code")
+    return (code if lines and isinstance(code, int) else answer.status_code), str(error.get("message", text))
 
 
 def _send_generated(url: str, client: httpx.Client, count: int, report: FuzzReport) -> None:
@@ -157,6 +212,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
     parser.add_argument("--url", help="a running local server; default: start one with the embedded models")
+    parser.add_argument("--out", type=Path, help="add the figures to this file as a row")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     if args.url:
@@ -164,9 +220,10 @@ def main() -> None:
     else:
         with running_server(["--search", "ets"]) as url:
             report = fuzz(url, args.requests, args.seed)
-    print(json.dumps(vars(report), indent=2))
-    for breach in report.breaches():
-        print(f"breach: {breach}")
+    row = {**vars(report), "breaches": report.breaches()}
+    print(json.dumps(row, indent=2))
+    if args.out:
+        rows.append(args.out, row)
     sys.exit(bool(report.breaches()))
 
 

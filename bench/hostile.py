@@ -70,6 +70,17 @@ class HostileRequest:
     path: str
     body: bytes
 
+    def fields(self) -> set[str]:
+        """Names of what it sets, itself or among its sampling parameters; none if it is no JSON object."""
+        try:
+            body = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return set()
+        if not isinstance(body, dict):
+            return set()
+        sampling = body.get("sampling_params")
+        return {*body, *(sampling if isinstance(sampling, dict) else ())}
+
     def shown(self, length: int = 200) -> str:
         text = self.body.decode("utf-8", "replace")
         return f"POST {self.path} {text if len(text) <= length else f'{text[:length]}... ({len(text)} characters)'}"

@@ -11,21 +11,21 @@ import argparse
 import gc
 import gzip
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 from tqdm import tqdm
 
 from bench import rows
+from bench.embedded import client_of, held_out_problems
 from bench.levels import Case, grown_level, recorded_levels
 from bench.published_ilp import solve_published
-from bench.redundancy import tree_of
 from bench.server import running_server
+from bench.timing import timed
+from bench.trees import grow
 from sglang_ets.core.ilp import SolverReport, objective, solve
 
 KV_WEIGHT = 1.0
@@ -33,14 +33,6 @@ DIVERSITY_WEIGHT = 1.45
 EQUAL = 1e-9
 NUM_LEVELS = (4, 8, 12)
 RECORDED = Path(__file__).parent / "data" / "trees.jsonl.gz"
-PROBLEMS = Path(__file__).parents[1] / "sglang_ets" / "models" / "problems.jsonl"
-
-
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """The result and the time in milliseconds."""
-    started = time.perf_counter()
-    result = call()
-    return result, (time.perf_counter() - started) * 1e3
 
 
 def compare(cases: Iterable[Case], num_published: int, kv_weight: float) -> dict[str, Any]:
@@ -82,20 +74,14 @@ def _quantiles(times: list[float]) -> dict[str, float]:
 
 def record(widths: list[int], num_problems: int) -> None:
     """Ask a server with the embedded models for whole trees and keep what the integer program saw of them."""
-    problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()][-num_problems:]
+    keep = ("id", "parent", "depth", "token_ids", "score", "cluster")
     RECORDED.parent.mkdir(exist_ok=True)
     with running_server(["--search", "ets"]) as url, gzip.open(RECORDED, "wt", encoding="utf-8") as out:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
+        client = client_of(url)
         for width in widths:
-            for problem in problems:
-                answer = client.completions.create(
-                    model="default",
-                    prompt=problem["prompt"],
-                    max_tokens=512,
-                    extra_body={"search_width": width, "search": {"algorithm": "ets", "return_tree": True}},
-                )
-                keep = ("id", "parent", "depth", "token_ids", "score", "cluster")
-                nodes = [{key: node[key] for key in keep} for node in tree_of(answer)["nodes"]]
+            for problem in held_out_problems()[-num_problems:]:
+                tree = grow(client, problem["prompt"], width, {"algorithm": "ets"}, max_tokens=512)
+                nodes = [{key: node[key] for key in keep} for node in tree]
                 out.write(json.dumps({"width": width, "nodes": nodes}) + "\n")
 
 

@@ -11,7 +11,6 @@ import argparse
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from sglang_ets.kernels.dispatch import Backend
 from sglang_ets.kernels.traffic import Traffic, pairwise_cosine_traffic, step_pool_traffic, step_score_traffic
 
 from bench import rows
+from bench.timing import in_turns
 
 SEED = 20250
 STEP_TOKENS = 48  # mean length of one reasoning step
@@ -38,26 +38,15 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one size; `run` and `baseline` are timed, `exact` is the float64 answer."""
+    """One kernel at one size. The plain way to compute it is the baseline in time, and the truth on float64."""
 
     kernel: str
     shape: dict[str, int]
     inputs: Inputs
     traffic: Traffic
-    run: Callable[[Inputs, Backend], torch.Tensor]
-    baseline: Callable[[Inputs], torch.Tensor]
-    baseline_name: str
-    exact: Callable[[Inputs], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one implementation over `repetitions` runs."""
-
-    median_us: float
-    p10_us: float
-    p90_us: float
-    repetitions: int | None  # None: chosen by triton.testing.do_bench
+    run: Callable[..., torch.Tensor]  # of the inputs and a backend
+    plain: Callable[..., torch.Tensor]  # of the inputs
+    plain_name: str
 
 
 def cases(smoke: bool) -> Iterator[Case]:
@@ -69,20 +58,19 @@ def cases(smoke: bool) -> Iterator[Case]:
         yield pairwise_case(width, hidden_size, generator)
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def pool_case(width: int, hidden_size: int, generator: torch.Generator) -> Case:
     lengths = torch.randint(1, 2 * STEP_TOKENS, (width,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     num_rows = int(offsets[-1])
     hidden = torch.randn(num_rows, hidden_size, generator=generator).bfloat16()
 
-    def one_segment_at_a_time(inputs: Inputs) -> torch.Tensor:
-        ends = inputs["offsets"].tolist()
-        means = [inputs["hidden"][a:b].float().mean(dim=0) for a, b in itertools.pairwise(ends)]
-        return torch.nn.functional.normalize(torch.stack(means))
-
-    def exact(inputs: Inputs) -> torch.Tensor:
-        ends = inputs["offsets"].tolist()
-        means = [inputs["hidden"][a:b].double().mean(dim=0) for a, b in itertools.pairwise(ends)]
+    def one_segment_at_a_time(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        means = [wide(hidden[a:b]).mean(dim=0) for a, b in itertools.pairwise(offsets.tolist())]
         return torch.nn.functional.normalize(torch.stack(means))
 
     return Case(
@@ -90,10 +78,9 @@ def pool_case(width: int, hidden_size: int, generator: torch.Generator) -> Case:
         shape={"num_segments": width, "num_rows": num_rows, "hidden_size": hidden_size},
         inputs={"hidden": hidden, "offsets": offsets},
         traffic=step_pool_traffic(num_rows=num_rows, hidden_size=hidden_size, num_segments=width, dtype=hidden.dtype),
-        run=lambda inputs, backend: step_pool(inputs["hidden"], inputs["offsets"], backend=backend),
-        baseline=one_segment_at_a_time,
-        baseline_name="one segment at a time",
-        exact=exact,
+        run=step_pool,
+        plain=one_segment_at_a_time,
+        plain_name="one segment at a time",
     )
 
 
@@ -103,13 +90,12 @@ def score_case(width: int, hidden_size: int, vocabulary: int, generator: torch.G
     head = (torch.randn(vocabulary, hidden_size, generator=generator) / hidden_size**0.5).bfloat16()
     positions = torch.arange(STEP_TOKENS - 1, num_rows, STEP_TOKENS)
 
-    def full_logits(inputs: Inputs) -> torch.Tensor:
-        logits = inputs["hidden"][inputs["positions"]] @ inputs["head"].T
-        return logits[:, :HEAD_ROWS].float().softmax(dim=1)[:, 0]
+    def few_rows(hidden: torch.Tensor, positions: torch.Tensor, head: torch.Tensor, backend: Backend) -> torch.Tensor:
+        return step_score(hidden, positions, head[:HEAD_ROWS], backend=backend)
 
-    def exact(inputs: Inputs) -> torch.Tensor:
-        logits = inputs["hidden"][inputs["positions"]].double() @ inputs["head"][:HEAD_ROWS].double().T
-        return logits.softmax(dim=1)[:, 0]
+    def full_logits(hidden: torch.Tensor, positions: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        logits = hidden[positions] @ head.T
+        return wide(logits[:, :HEAD_ROWS]).softmax(dim=1)[:, 0]
 
     return Case(
         kernel="step_score",
@@ -118,35 +104,26 @@ def score_case(width: int, hidden_size: int, vocabulary: int, generator: torch.G
         traffic=step_score_traffic(
             num_positions=width, hidden_size=hidden_size, num_head_rows=HEAD_ROWS, dtype=hidden.dtype, has_bias=False
         ),
-        run=lambda inputs, backend: step_score(
-            inputs["hidden"], inputs["positions"], inputs["head"][:HEAD_ROWS], backend=backend
-        ),
-        baseline=full_logits,
-        baseline_name="full-vocabulary logits",
-        exact=exact,
+        run=few_rows,
+        plain=full_logits,
+        plain_name="full-vocabulary logits",
     )
 
 
 def pairwise_case(width: int, hidden_size: int, generator: torch.Generator) -> Case:
     embeddings = torch.nn.functional.normalize(torch.randn(width, hidden_size, generator=generator) + 0.3)
 
-    def one_row_at_a_time(inputs: Inputs) -> torch.Tensor:
-        rows = inputs["embeddings"]
-        return torch.stack([1 - torch.nn.functional.cosine_similarity(row, rows) for row in rows])
-
-    def exact(inputs: Inputs) -> torch.Tensor:
-        unit = torch.nn.functional.normalize(inputs["embeddings"].double())
-        return (1 - unit @ unit.T).fill_diagonal_(0.0)
+    def one_row_at_a_time(embeddings: torch.Tensor) -> torch.Tensor:
+        return torch.stack([1 - torch.nn.functional.cosine_similarity(row, embeddings) for row in embeddings])
 
     return Case(
         kernel="pairwise_cosine",
         shape={"num_rows": width, "hidden_size": hidden_size},
         inputs={"embeddings": embeddings},
         traffic=pairwise_cosine_traffic(num_rows=width, hidden_size=hidden_size, dtype=embeddings.dtype),
-        run=lambda inputs, backend: pairwise_cosine(inputs["embeddings"], backend=backend),
-        baseline=one_row_at_a_time,
-        baseline_name="one row at a time",
-        exact=exact,
+        run=pairwise_cosine,
+        plain=one_row_at_a_time,
+        plain_name="one row at a time",
     )
 
 
@@ -156,13 +133,10 @@ def measure(case: Case, device: torch.device, smoke: bool) -> Iterator[dict[str,
     Raises: RuntimeError if an implementation differs from float64 by more than the kernel's MAX_ERROR.
     """
     inputs = {name: tensor.to(device) for name, tensor in case.inputs.items()}
-    exact = case.exact(inputs)
+    exact = case.plain(**{name: each.double() if each.is_floating_point() else each for name, each in inputs.items()})
     backends: tuple[Backend, ...] = ("triton", "reference") if device.type == "cuda" else ("reference",)
-    runs: list[tuple[str, Callable[[], torch.Tensor]]] = [
-        (backend, functools.partial(case.run, inputs, backend)) for backend in backends
-    ]
-    runs.append(("baseline", functools.partial(case.baseline, inputs)))
-    for name, run in runs:
+    runs = {name: functools.partial(case.run, **inputs, backend=name) for name in backends}
+    for name, run in {**runs, case.plain_name: functools.partial(case.plain, **inputs)}.items():
         error = float((run().double() - exact).abs().max())
         checked = name == "triton" or (name == "reference" and device.type == "cpu")  # torch may use TF32 on CUDA
         if checked and not error <= MAX_ERROR[case.kernel]:
@@ -170,63 +144,47 @@ def measure(case: Case, device: torch.device, smoke: bool) -> Iterator[dict[str,
                 f"{case.kernel} ({name} on {device}) is {error:.2e} from float64, more than "
                 f"{MAX_ERROR[case.kernel]:.0e}: a time for a wrong result means nothing"
             )
-        timing = time_cuda(run) if device.type == "cuda" else time_cpu(run, repetitions=3 if smoke else 15)
         yield {
-            "bench": "kernels",
             "smoke": smoke,
             "seed": SEED,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "torch_threads": torch.get_num_threads(),
             "kernel": case.kernel,
-            "implementation": case.baseline_name if name == "baseline" else name,
+            "implementation": name,
             "device": device.type,
             "shape": case.shape,
             "dtype": str(next(iter(inputs.values())).dtype).removeprefix("torch."),
             "max_abs_error": error,
-            **asdict(timing),
+            **(time_cuda(run) if device.type == "cuda" else time_cpu(run, repetitions=3 if smoke else 15)),
             **asdict(case.traffic),
         }
 
 
-def time_cpu(run: Callable[[], torch.Tensor], repetitions: int) -> Timing:
-    run()
-    times_us = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        run()
-        times_us.append((time.perf_counter() - start) * 1e6)
-    deciles = statistics.quantiles(times_us, n=10, method="inclusive")
-    return Timing(statistics.median(times_us), deciles[0], deciles[-1], repetitions)
+def time_cpu(run: Callable[[], torch.Tensor], repetitions: int) -> dict[str, float]:
+    """Microseconds."""
+    times_us = [1e3 * ms for ms in in_turns({"": run}, repetitions)[""]]
+    p10, *_, p90 = statistics.quantiles(times_us, n=10, method="inclusive")
+    return {"median_us": statistics.median(times_us), "p10_us": p10, "p90_us": p90}
 
 
-def time_cuda(run: Callable[[], torch.Tensor]) -> Timing:
-    """Times with a cold L2 cache, which do_bench flushes before every run."""
-    median_ms, p10_ms, p90_ms = triton.testing.do_bench(run, quantiles=list(QUANTILES))
-    return Timing(median_ms * 1e3, p10_ms * 1e3, p90_ms * 1e3, repetitions=None)
+def time_cuda(run: Callable[[], torch.Tensor]) -> dict[str, float]:
+    """Microseconds with a cold L2 cache, which do_bench flushes before every run."""
+    median, p10, p90 = (1e3 * ms for ms in triton.testing.do_bench(run, quantiles=list(QUANTILES)))
+    return {"median_us": median, "p10_us": p10, "p90_us": p90}
 
 
 def table(measured: list[dict[str, Any]]) -> str:
     """The rows as markdown; the ratio is requested bytes over the lower bound, GB/s the lower bound over the median."""
-    header = [
-        "kernel",
-        "shape",
-        "implementation",
-        "device",
-        "median us",
-        "p90 us",
-        "MB asked",
-        "MB least",
-        "ratio",
-        "GB/s",
-    ]
-    lines = []
+    cells = []
     for row in measured:
         shape = " ".join(f"{name}={size}" for name, size in row["shape"].items())
         asked, least = row["requested_bytes"], row["lower_bound_bytes"]
-        cells = [row["kernel"], shape, row["implementation"], row["device"], f"{row['median_us']:.1f}"]
-        cells += [f"{row['p90_us']:.1f}", f"{asked / 1e6:.2f}", f"{least / 1e6:.2f}", f"{asked / least:.2f}"]
-        lines.append([*cells, f"{least / row['median_us'] / 1e3:.2f}"])
-    return rows.markdown(header, lines)
+        cells.append([
+            row["kernel"], shape, row["implementation"], row["device"], f"{row['median_us']:.1f}", f"{row['p90_us']:.1f}",
+            f"{asked / 1e6:.2f}", f"{least / 1e6:.2f}", f"{asked / least:.2f}", f"{least / row['median_us'] / 1e3:.2f}",
+        ])  # fmt: skip
+    header = "kernel, shape, implementation, device, median us, p90 us, MB asked, MB least, ratio, GB/s"
+    return rows.markdown(header.split(", "), cells)
 
 
 def main() -> None:
@@ -235,13 +193,13 @@ def main() -> None:
     args = parser.parse_args()
     out = rows.out_of(args, "kernels")
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    measured = []
+    measured: list[dict[str, Any]] = []
     for device in devices:
         print(describe_backend(device))
         for case in cases(args.smoke):
-            for row in measure(case, device, args.smoke):
-                rows.append(out, row)
-                measured.append(row)
+            measured += measure(case, device, args.smoke)
+    for row in measured:
+        rows.append(out, row)
     print(table(measured))
     print(
         "\nMB asked: loads and stores of the Triton kernel as if nothing were cached; GB/s: MB least over the median."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.trees import Node, kv_tree, path_to
 from sglang_ets.core.allocation import rebase_allocation
 from sglang_ets.core.clusters import first_occurrence_labels
 from sglang_ets.core.ilp import CostTree
@@ -62,27 +62,14 @@ def _path_to(end: int, parent: list[int]) -> list[int]:
     return path[::-1]
 
 
-def recorded_levels(nodes: Sequence[dict[str, Any]], width: int) -> Iterator[Case]:
-    """The levels of a search that were selected from, out of the `tree.nodes` of its answer (with `return_tree`).
-
-    The cost of a leaf's path is counted in a trie of its tokens, as the radix cache keeps them.
-    """
+def recorded_levels(nodes: Sequence[Node], width: int) -> Iterator[Case]:
+    """The levels of a search that were selected from, out of the `tree.nodes` of its answer (with `return_tree`)."""
     by_id = {node["id"]: node for node in nodes}
-    depths = sorted({node["depth"] for node in nodes if node["depth"] > 0})
-    for depth in depths:
+    for depth in sorted({node["depth"] for node in nodes if node["depth"] > 0}):
         leaves = [n for n in nodes if n["depth"] == depth and n["cluster"] is not None and n["score"] is not None]
-        if len(leaves) < 2:
-            continue
-        paths = []
-        for leaf in leaves:
-            path = []
-            node: dict[str, Any] | None = leaf
-            while node is not None:
-                path.append((tuple(node["token_ids"]), float(len(node["token_ids"]))))
-                node = by_id.get(node["parent"])  # the prompt is not among the nodes
-            paths.append(path[::-1])
-        tree = CostTree.from_paths(paths)
-        yield _case([n["score"] for n in leaves], tree, [n["cluster"] for n in leaves], width)
+        if len(leaves) >= 2:
+            tree = kv_tree([path_to(leaf, by_id) for leaf in leaves])
+            yield _case([n["score"] for n in leaves], tree, [n["cluster"] for n in leaves], width)
 
 
 def _case(scores: Sequence[float], tree: CostTree, groups: list[int], width: int) -> Case:

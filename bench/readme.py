@@ -1,4 +1,4 @@
-"""Writes the result tables of README.md and docs/results.md from the rows under `bench/results/`: `python -m bench.readme`.
+"""Writes the result tables of `PAGES` from the rows under `bench/results/`: `python -m bench.readme`.
 
 A table stands between two comments that name it; a test compares the two.
 """
@@ -15,7 +15,7 @@ from bench.client_search import table as throughput
 from bench.studies import selection_quality
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "speed")))
 MAIN_POLICIES = ("greedy", "self_consistency", "best_of_n", "beam", "dvts", "rebase", "ets_kv b=2", "ets b=4")
 LONG_WIDTH, LONG_POLICIES = 64, ("rebase", "dvts", "ets_kv b=2", "ets b=4")  # which have solved more of its problems
 SERVED = "centred on the search so far"
@@ -117,6 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "selection": lambda: ilp.table(rows.latest("ilp", ("width", "kind"))),
     "throughput": throughput_table,
     "attention": lambda: attention.table(rows.latest("attention", ("model", "sequences", "kv_tokens", "new_tokens"))),
+    "attention_tree": lambda: attention.tree_table(rows_of("attention_tree")),
     "capacity": lambda: capacity.table(rows_of("capacity")),
     "fairness": lambda: fairness.table(rows_of("fairness")),
     "soak": lambda: soak.table(rows_of("soak")),

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from bench import rows
 from bench.datasets import Problem, load
+from bench.embedded import client_of
 from bench.figures import colour, panels
 from bench.grading import grade, majority
 from bench.redundancy import redundancy
@@ -84,7 +85,7 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens:
         response = client.chat.completions.create(
             **body, temperature=1.0, extra_body={"search_width": setting.width, "search": search}
         )
-        figures = dict(response.metadata["search"])  # type: ignore[attr-defined]
+        figures = dict(response.search)  # type: ignore[attr-defined]
         nodes = figures["tree"]["nodes"]
         seen = redundancy(nodes)
         cost = {name: figures[name] for name in FROM_SEARCH} | {"fallbacks": figures["solver"]["fallbacks"]}
@@ -214,7 +215,7 @@ def run(args: argparse.Namespace, out: Path) -> None:
         return
     judge = MathProcess()  # ends with this process
     with running_server(flags(args.prm_format)) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600, max_retries=0)
+        client = client_of(url, timeout_s=3600)
         solve(client, settings(2, ["ets"])[-1], todo[0][2][0], WARM_UP_TOKENS, args.seed)  # kernels compile
         for name, setting, batch in tqdm(todo, unit="batch"):
             done = solve_together(client, setting, batch, args.max_tokens, args.seed)

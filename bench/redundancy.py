@@ -6,10 +6,12 @@ mean the same when the same expression is left.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+
+from bench.trees import Node, path_to
 
 
 @dataclass(frozen=True)
@@ -23,29 +25,27 @@ class Redundancy:
     purity: float | None  # share of leaves whose meaning is the commonest of their cluster
 
 
-def redundancy(nodes: Sequence[dict[str, Any]]) -> Redundancy:
+def redundancy(nodes: Sequence[Node]) -> Redundancy:
     """Of the nodes of one answer's tree."""
     by_id = {node["id"]: node for node in nodes}
-    levels: dict[int, list[dict[str, Any]]] = {}
+    by_depth: dict[int, list[Node]] = defaultdict(list)
     for node in nodes:
         if node["score"] is not None and node["finish"] == "step":
-            levels.setdefault(node["depth"], []).append(node)
-    counts = [_level(leaves, by_id) for leaves in levels.values()]
-    clustered = [(clusters, purity) for *_, clusters, purity in counts if clusters]
+            by_depth[node["depth"]].append(node)
+    levels = list(by_depth.values())
+    texts = [
+        {tuple(chain(*(step["token_ids"] for step in path_to(leaf, by_id)))) for leaf in level} for level in levels
+    ]
+    meanings = [[meaning(leaf["text"]) for leaf in level] for level in levels]
+    clusters = [[leaf["cluster"] for leaf in level] for level in levels]
+    clustered = [pair for pair in zip(clusters, meanings, strict=True) if None not in pair[0]]
     return Redundancy(
-        *(_mean(count[place] for count in counts) for place in range(3)),
-        _mean(clusters for clusters, _ in clustered) if clustered else None,
-        _mean(purity for _, purity in clustered) if clustered else None,
+        leaves=_mean(map(len, levels)),
+        distinct_texts=_mean(map(len, texts)),
+        distinct_meanings=_mean(len(set(own)) for own in meanings),
+        clusters=_mean(len(set(labels)) for labels, _ in clustered) if clustered else None,
+        purity=_mean(purity_of(*pair) for pair in clustered) if clustered else None,
     )
-
-
-def _level(leaves: list[dict[str, Any]], by_id: dict[int, dict[str, Any]]) -> tuple[int, int, int, int, float]:
-    texts = {_trajectory(leaf, by_id) for leaf in leaves}
-    meanings = [meaning(leaf["text"]) for leaf in leaves]
-    clusters = [leaf["cluster"] for leaf in leaves]
-    if None in clusters:
-        return len(leaves), len(texts), len(set(meanings)), 0, 0.0
-    return len(leaves), len(texts), len(set(meanings)), len(set(clusters)), purity_of(clusters, meanings)
 
 
 def purity_of(clusters: Sequence[Hashable], meanings: Sequence[Hashable]) -> float:
@@ -59,20 +59,6 @@ def purity_of(clusters: Sequence[Hashable], meanings: Sequence[Hashable]) -> flo
 def meaning(step: str) -> str:
     """What is left to do after a step: the text after its last colon."""
     return step.rsplit(":", 1)[-1].strip()
-
-
-def tree_of(answer: Any) -> dict[str, Any]:
-    """The tree in a completion that was asked for with `return_tree`."""
-    metadata: dict[str, Any] = answer.metadata
-    return metadata["tree"] if "tree" in metadata else metadata["search"]["tree"]  # type: ignore[no-any-return]
-
-
-def _trajectory(node: dict[str, Any] | None, by_id: dict[int, dict[str, Any]]) -> tuple[int, ...]:
-    ids: tuple[int, ...] = ()
-    while node is not None:
-        ids = (*node["token_ids"], *ids)
-        node = by_id.get(node["parent"])
-    return ids
 
 
 def _mean(values: Iterable[float]) -> float:

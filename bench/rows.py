@@ -53,7 +53,7 @@ def commit_of(folder: Path) -> str:
     Result rows and the pages that are written from them may differ: none is run.
     """
     commit = _git(folder, "rev-parse", "--short", "HEAD") or "unknown"
-    written = ("bench/results", "README.md", "docs/results.md")
+    written = ("bench/results", "README.md", "docs/results.md", "docs/reliability.md", "docs/speed.md")
     rows_aside = (":/", *(f":(top,exclude){path}" for path in written))
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *rows_aside)
     return f"{commit}{DIRTY}" if changed else commit

@@ -22,7 +22,6 @@ One problem under one setting is a row; a run that was interrupted goes on where
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections import Counter
@@ -39,11 +38,11 @@ import openai
 from tqdm import tqdm
 
 from bench import figures, rows, tables
-from bench.redundancy import redundancy, tree_of
+from bench.embedded import MODELS, client_of, held_out_problems
+from bench.redundancy import redundancy
 from bench.server import Places, running_server
 from bench.testbed.task import distinct_problems
 
-MODELS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models"
 ANSWER = re.compile(r"The answer is (-?\d+)")
 MAX_TOKENS = 512
 FROM_SEARCH = ("kv_tokens_mean", "kv_tokens_peak", "kv_retained_mean", "kv_referenced_mean", "prm_tokens", "levels")
@@ -150,8 +149,7 @@ def problems_of(split: Split, count: int, seed: int) -> list[Problem]:
     """The first problems of a split; those to be tested on are the shipped ones."""
     if split == "validation":
         return [{"prompt": p.prompt, "answer": p.answer} for p in distinct_problems(split, count, seed)]
-    lines = (MODELS / "problems.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:count]]
+    return list(held_out_problems(count))
 
 
 def solve(client: openai.OpenAI, setting: Setting, problem: Problem, seed: int) -> rows.Row:
@@ -161,10 +159,10 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, seed: int) 
     if setting.search:
         extra = {"search_width": setting.width, "search": {**setting.search, "return_tree": True}}
         response = client.completions.create(**body, temperature=1.0, extra_body=extra)
-        search: dict[str, Any] = response.metadata["search"]  # type: ignore[attr-defined]
+        search: dict[str, Any] = response.search  # type: ignore[attr-defined]
         answer = _answer(response.choices[0].text)
         cost = {key: search[key] for key in FROM_SEARCH} | {key: search["solver"][key] for key in FROM_SOLVER}
-        cost |= asdict(redundancy(tree_of(response)["nodes"]))
+        cost |= asdict(redundancy(search["tree"]["nodes"]))
     else:
         response = client.completions.create(**body, n=setting.width, temperature=float(setting.width > 1))
         votes = Counter(voted for choice in response.choices if (voted := _answer(choice.text)) is not None)
@@ -223,7 +221,7 @@ def runner(args: argparse.Namespace) -> Iterator[Runner]:
         prm = MODELS / "prm" if args.prm == "strong" else weak_prm(Path(stack.enter_context(TemporaryDirectory())))
         flags = ("--search", "ets", "--prm-model-path", str(prm))
         urls = [args.url] if args.url else [stack.enter_context(running_server(flags)) for _ in range(args.servers)]
-        clients = [openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0) for url in urls]
+        clients = [client_of(url) for url in urls]
         yield Runner(clients, args.in_flight, args.prm, args.seed)
 
 

@@ -15,9 +15,8 @@ the problems of A, and of C, so that all three systems use both cores.
 The servers that are not measured are frozen, so that they take no core from the one that is. Still, everything that one
 system consists of (for B two schedulers, the encoder and the solver) shares the cores of this machine, and so does whatever
 else runs on it: next to problems per second stand CPU seconds per problem, which depend less on that. The KV pools of all
-servers have the same size. `--client-engine ours` (the default) gives the two servers of B the attention of
-`kernels/paged_attention.py`, which the search brings along on a CPU, so that the engines are equal and only the architectures
-differ; `stock` leaves them as sglang has them.
+servers have the same size. The two servers of B get the attention of `kernels/paged_attention.py`, which the search brings
+along on a CPU, so that the engines are equal and only the architectures differ.
 
 One round of one system is a row of `--out` (JSONL); a run that was interrupted goes on where it stopped.
 """
@@ -25,7 +24,6 @@ One round of one system is a row of `--out` (JSONL); a run that was interrupted 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -33,20 +31,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
+
+import httpx
 
 from bench import rows
 from bench.client_search.driver import Client, prm_marker
 from bench.client_search.encoder import SentenceEncoder, find_encoder
-from bench.client_search.processes import MODELS, Running, awake, running, search_flags, stock_flags
-from bench.client_search.servers import Server
+from bench.client_search.processes import Running, awake, running, search_flags, stock_flags
+from bench.client_search.servers import connect, post
 from bench.client_search.table import tables
+from bench.embedded import MODELS, held_out_problems
 from bench.server import Places
 from sglang_ets import patches
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.patterns import extract_answer
 
-PROBLEMS = MODELS / "problems.jsonl"
 SYSTEMS = ("in_scheduler", "client", "sampling")
 POOL_TOKENS = 20_000
 MAX_TOKENS, MAX_STEP_TOKENS = 512, 64
@@ -64,7 +65,6 @@ class Job:
     round: int
     seed: int
     pool_tokens: int = POOL_TOKENS
-    client_engine: str = "ours"
     replicas: int = 1  # of the server with the search; the client has one of each of its two
 
     @property
@@ -104,16 +104,11 @@ class Systems:
 
     search: tuple[Running, ...]
     stock: tuple[Running, ...]
-    links: tuple[Server, ...]  # to the servers with the search
+    links: tuple[httpx.Client, ...]  # to the servers with the search
     client: Client
 
     def servers(self, job: Job) -> Sequence[Running]:
         return self.stock if job.system == "client" else self.search[: job.replicas]
-
-    def reconnect(self) -> None:
-        """Open new connections to all servers."""
-        for server in (*self.links, self.client.policy, self.client.prm):
-            server.reconnect()
 
     def solver(self, job: Job) -> Callable[[str], Outcome]:
         return {"in_scheduler": self._search, "client": self._client, "sampling": self._sample}[job.system](job)
@@ -123,12 +118,11 @@ class Systems:
         search = {"algorithm": config.algorithm, "max_step_tokens": config.max_step_tokens, "step_delimiter": ["\n"],
                   "answer": config.answer, "answer_pattern": PATTERN, "coverage": config.coverage}  # fmt: skip
         body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": job.seed}
-
-        post = self._dealt_out(job)
+        complete = self._dealt_out(job)
 
         def solve(prompt: str) -> Outcome:
-            answer = post({**body, "prompt": prompt, "search_width": job.width, "search": search})
-            search_figures = answer["metadata"]["search"]
+            answer = complete({**body, "prompt": prompt, "search_width": job.width, "search": search})
+            search_figures = answer["search"]
             figures = {"prm_tokens": search_figures["prm_tokens"], "levels": search_figures["levels"]}
             figures["pressure_releases"] = search_figures["kv_pressure_releases"]
             text = answer["choices"][0]["text"]
@@ -147,10 +141,10 @@ class Systems:
 
     def _sample(self, job: Job) -> Callable[[str], Outcome]:
         body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "n": job.width}
-        post = self._dealt_out(job)
+        complete = self._dealt_out(job)
 
         def solve(prompt: str) -> Outcome:
-            answer = post({**body, "prompt": prompt})
+            answer = complete({**body, "prompt": prompt})
             answers = [extract_answer(choice["text"], PATTERN) for choice in answer["choices"]]
             votes = [text for text in answers if text is not None]
             best = statistics.mode(votes) if votes else None
@@ -162,18 +156,17 @@ class Systems:
         """Posts a completion to whichever replica has a place for it."""
         places = Places(self.links[: job.replicas], job.in_flight)
 
-        def post(body: dict[str, Any]) -> dict[str, Any]:
+        def complete(body: dict[str, Any]) -> Any:
             with places.lent() as server:
-                return server.post("/v1/completions", body)
+                return post(server, "/v1/completions", body)
 
-        return post
+        return complete
 
 
 def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Solve the problems with `in_flight` at a time. Their servers are awake meanwhile, all others frozen."""
     servers = systems.servers(job)
     solve = systems.solver(job)
-    systems.reconnect()
     with awake(servers), ThreadPoolExecutor(job.in_flight) as pool:
         used = time.process_time() + sum(server.cpu_s() for server in servers)
         started = time.perf_counter()
@@ -203,18 +196,18 @@ def all_systems(args: argparse.Namespace) -> Iterator[Systems]:
     flags = [stock_flags(model, args.pool_tokens) for model in ("policy", "prm")]
     flags += [search_flags(args.pool_tokens)] * max(args.replicas)
     print(f"{len(flags)} servers start: a minute or two", file=sys.stderr)
-    env = {patches.CPU_ATTENTION_ENV: "1"} if args.client_engine == "ours" else {}  # the search has it anyway
-    with running(flags, env) as servers:
-        policy, prm, *links = [Server(server.url, max(args.in_flight)) for server in servers]
+    with running(flags, {patches.CPU_ATTENTION_ENV: "1"}) as servers:  # the search has it anyway
+        policy, prm, *links = [connect(server.url) for server in servers]
+        stock = [partial(post, server, "/generate") for server in (policy, prm)]
         tokenizer = AutoTokenizer.from_pretrained(MODELS / "policy")
-        client = Client(policy, prm, tokenizer, prm_marker(MODELS / "prm"), encode)
+        client = Client(*stock, tokenizer, prm_marker(MODELS / "prm"), encode)
         yield Systems(tuple(servers[2:]), tuple(servers[:2]), tuple(links), client)
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
     """Rounds on the outside and the systems in turn on the inside, so that an interrupted run compares equal rounds."""
     return [
-        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, args.client_engine, replicas)
+        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, replicas)
         for number in range(args.rounds)
         for width, in_flight in zip(args.widths, args.in_flight, strict=True)
         for algorithm in args.algorithms
@@ -243,7 +236,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--replicas", type=int, nargs="+", default=[1], help="servers with the search, one setting each"
     )
-    parser.add_argument("--client-engine", choices=["ours", "stock"], default="ours")
     parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2; see bench/client_search/encoder.py")
     parser.add_argument("--seed", type=int, default=0)
     rows.add_arguments(parser, "one round of 2 problems at width 8")
@@ -265,7 +257,7 @@ def main() -> None:
 
     args = parsed()
     out = rows.out_of(args, "throughput")
-    problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
+    problems = held_out_problems()
     known = {tuple(row.get(field.name, field.default) for field in fields(Job)) for row in rows.read(out)}
     todo = [job for job in jobs(args) if job.key not in known]
     if todo:

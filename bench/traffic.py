@@ -50,7 +50,9 @@ class OrdinaryTraffic:
 
 
 def memory_mb(url: str) -> dict[str, float]:
-    """Resident memory, by process name, of the local server that listens there and of its child processes.
+    """Anonymous resident memory, by process name, of the local server that listens there and of its child processes.
+
+    Pages of files are left out: hundreds of MB of shared libraries, which the kernel drops and reads again as it likes.
 
     Raises:
         RuntimeError: nothing on this machine listens there.
@@ -64,7 +66,8 @@ def memory_mb(url: str) -> dict[str, float]:
     server = psutil.Process(listening[0])
     memory: Counter[str] = Counter()
     for process in (server, *server.children(recursive=True)):
-        memory[process.name()] += process.memory_info().rss
+        info = process.memory_info()
+        memory[process.name()] += info.rss - info.shared
     return {name: size / 1e6 for name, size in sorted(memory.items())}
 
 

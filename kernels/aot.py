@@ -24,16 +24,28 @@ from sglang_ets.kernels.step_pool import launch_config as step_pool_config
 from sglang_ets.kernels.step_pool import step_pool_kernel
 from sglang_ets.kernels.step_score import MAX_HEAD_ROWS, step_score_kernel
 from sglang_ets.kernels.step_score import launch_config as step_score_config
+from sglang_ets.kernels.tree_attention import (
+    MAX_SHARED_SLOTS,
+    merge_config,
+    merge_partials_kernel,
+    shared_config,
+    shared_partials_kernel,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = (80, 90, 100)  # A100, H100/H200, B200
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HIDDEN_SIZES = (128, 896, 4096, 8192)
+HEADS = ((1, 64), (7, 128), (8, 256))  # query heads of a KV head, and its size
+STOCK_SPLITS = 8  # slots of the stock kernel, sglang's --triton-attention-num-kv-splits
 BLACKWELL = 100  # from here on Triton assembles with its second ptxas
 TENSOR_CORE_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-ALIGNED = [["tt.divisibility", 16]]  # what the launcher finds for torch's allocations and usual hidden sizes
+POOL_STRIDES = ("stride_query_row", "stride_keys_slot", "stride_values_slot")
+# Multiples of 16 in a launch: pointers of torch's allocations, and strides of usual sizes.
+ALIGNED_STRIDES = ("num_cols", "stride_row", "stride_head_row", *POOL_STRIDES)
+ALIGNED = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Build:
     kernel: str
     function: triton.JITFunction
     dtype: torch.dtype
-    hidden_size: int
+    hidden_size: int  # of attention: the size of a head
     types: Mapping[str, str]  # pointer and integer arguments; strides along contiguous rows are constants
     unit_strides: tuple[str, ...]
     config: LaunchConfig
@@ -74,6 +86,9 @@ def builds() -> Iterator[Build]:
             yield _step_pool_build(dtype, pointer, hidden_size)
             yield _step_score_build(dtype, pointer, hidden_size)
         yield _pairwise_cosine_build(dtype, pointer)
+        for group, head_size in HEADS:
+            yield _shared_partials_build(dtype, pointer, group, head_size)
+        yield _merge_partials_build(dtype, pointer, HEADS[-1][1])
 
 
 def _step_pool_build(dtype: torch.dtype, pointer: str, hidden_size: int) -> Build:
@@ -99,6 +114,22 @@ def _pairwise_cosine_build(dtype: torch.dtype, pointer: str) -> Build:
     return Build("pairwise_cosine", pairwise_cosine_kernel, dtype, HIDDEN_SIZES[-1], types, ("stride_col",), config)
 
 
+def _shared_partials_build(dtype: torch.dtype, pointer: str, group: int, head_size: int) -> Build:
+    types = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), pointer)
+    types |= {"page_table_ptr": "*i32", "table_rows_ptr": "*i64", "items_ptr": "*i32", "order_ptr": "*i32"}
+    types |= {"out_ptr": "*fp32", "lse_ptr": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys((*POOL_STRIDES, "stride_table_row", "num_slots"), "i32")
+    config = shared_config(dtype, group, head_size, head_size)
+    return Build("shared_partials", shared_partials_kernel, dtype, head_size, types, (), config)
+
+
+def _merge_partials_build(dtype: torch.dtype, pointer: str, head_size: int) -> Build:
+    types = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "output_ptr": pointer}
+    types |= dict.fromkeys(("num_heads", "stride_output_row", "stride_output_head"), "i32")
+    config = merge_config(STOCK_SPLITS + MAX_SHARED_SLOTS, head_size)
+    return Build("merge_partials", merge_partials_kernel, dtype, head_size, types, (), config)
+
+
 def compile_for(build: Build, capability: int) -> BuildReport:
     """Compiles one build for one GPU generation and reads the assembler's report.
 
@@ -114,7 +145,7 @@ def compile_for(build: Build, capability: int) -> BuildReport:
     attributes = {
         (names.index(name),): ALIGNED
         for name, kind in build.types.items()
-        if kind.startswith("*") or name in ("num_cols", "stride_row", "stride_head_row")
+        if kind.startswith("*") or name in ALIGNED_STRIDES
     }
     source = ASTSource(build.function, signature, constants, attributes)
     options = {"num_warps": build.config.num_warps, "num_stages": build.config.num_stages}

@@ -319,7 +319,8 @@ def _add_rows(
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _head(tokens: NDArray[np.int64], row: int, heads: int, group: int, shape: tuple[int, int, int]) -> int:
     """Where the vector of a row begins: rows are the heads of one group, token by token."""
-    return (tokens[row // group] * shape[1] + heads + row % group) * shape[2]
+    start: int = (tokens[row // group] * shape[1] + heads + row % group) * shape[2]
+    return start
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -366,7 +367,7 @@ def _exponentials(scores: NDArray[np.float32], largest: np.float32) -> None:
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, error_model="numpy")
 def _largest(scores: NDArray[np.float32]) -> np.float32:
-    largest = scores[0]
+    largest: np.float32 = scores[0]
     for at in range(scores.shape[0]):
         largest = max(largest, scores[at])
     return largest

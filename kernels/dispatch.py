@@ -24,7 +24,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 class LaunchConfig:
     """Compile-time settings of one launch; the launcher and the ahead-of-time build take them from one function."""
 
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, float]  # most are integers or booleans
     num_warps: int
     num_stages: int
 

@@ -19,23 +19,23 @@ def pairwise_cosine_reference(embeddings: torch.Tensor) -> torch.Tensor:  # floa
     """The specification of `pairwise_cosine` in plain torch; the CPU path."""
     rows = embeddings.float()
     unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=NORM_FLOOR)
-    upper = (1.0 - unit @ unit.T).clamp(0.0, 2.0).triu(diagonal=1)
+    upper: torch.Tensor = (1.0 - unit @ unit.T).clamp(0.0, 2.0).triu(diagonal=1)
     return upper + upper.T
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it differs from batch to batch: compiled once for all
 def pairwise_cosine_kernel(
-    embeddings_ptr,  # float [num_rows, num_cols], any strides
-    out_ptr,  # float32 [num_rows, num_rows]
-    num_rows,
-    num_cols,
-    stride_row,
-    stride_col,
+    embeddings_ptr: tl.tensor,  # float [num_rows, num_cols], any strides
+    out_ptr: tl.tensor,  # float32 [num_rows, num_rows]
+    num_rows: tl.tensor,
+    num_cols: tl.tensor,
+    stride_row: tl.tensor,
+    stride_col: tl.tensor,
     NORM_FLOOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DOT_IN_FLOAT32: tl.constexpr,
-):
+) -> None:
     tile_row = tl.program_id(0)
     tile_col = tl.program_id(1)
     if tile_col < tile_row:  # below the diagonal: its mirror image writes this tile

@@ -32,19 +32,19 @@ def step_pool_reference(
     return torch.where(lengths.unsqueeze(1) > 0, unit, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it differs from batch to batch: compiled once for all
 def step_pool_kernel(
-    hidden_ptr,  # float [num_rows, num_cols], any strides
-    offsets_ptr,  # int64 [programs + 1]
-    out_ptr,  # float32 [programs, num_cols]
-    num_rows,
-    num_cols,
-    stride_row,
-    stride_col,
+    hidden_ptr: tl.tensor,  # float [num_rows, num_cols], any strides
+    offsets_ptr: tl.tensor,  # int64 [programs + 1]
+    out_ptr: tl.tensor,  # float32 [programs, num_cols]
+    num_rows: tl.tensor,
+    num_cols: tl.tensor,
+    stride_row: tl.tensor,
+    stride_col: tl.tensor,
     NORM_FLOOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     ROWS_IN_FLIGHT: tl.constexpr,
-):
+) -> None:
     segment = tl.program_id(0)
     start = tl.load(offsets_ptr + segment)
     end = tl.load(offsets_ptr + segment + 1)

@@ -40,27 +40,27 @@ def step_score_reference(
     return logits[:, index].sigmoid() if activation == "sigmoid" else logits[:, index]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it differs from batch to batch: compiled once for all
 def step_score_kernel(
-    hidden_ptr,  # float [num_rows, num_cols], any strides
-    positions_ptr,  # int64 [programs]
-    head_ptr,  # float [NUM_HEAD_ROWS, num_cols], any strides
-    bias_ptr,  # float [NUM_HEAD_ROWS]
-    out_ptr,  # float32 [programs]
-    num_rows,
-    num_cols,
-    stride_row,
-    stride_col,
-    stride_head_row,
-    stride_head_col,
-    index,
+    hidden_ptr: tl.tensor,  # float [num_rows, num_cols], any strides
+    positions_ptr: tl.tensor,  # int64 [programs]
+    head_ptr: tl.tensor,  # float [NUM_HEAD_ROWS, num_cols], any strides
+    bias_ptr: tl.tensor,  # float [NUM_HEAD_ROWS]
+    out_ptr: tl.tensor,  # float32 [programs]
+    num_rows: tl.tensor,
+    num_cols: tl.tensor,
+    stride_row: tl.tensor,
+    stride_col: tl.tensor,
+    stride_head_row: tl.tensor,
+    stride_head_col: tl.tensor,
+    index: tl.tensor,
     NUM_HEAD_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     SIGMOID: tl.constexpr,
-):
+) -> None:
     which = tl.program_id(0)
     position = tl.load(positions_ptr + which)
     # Positions on the device cannot be checked without a synchronisation: a bad one reads nothing and yields NaN.

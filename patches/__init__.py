@@ -7,7 +7,16 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sglang_ets.patches import cpu_sampler, guards, openai_api, scheduler, server_args, server_info, torch_native
+from sglang_ets.patches import (
+    cpu_sampler,
+    guards,
+    openai_api,
+    scheduler,
+    server_args,
+    server_info,
+    torch_native,
+    tree_attention,
+)
 from sglang_ets.patches.messages import PatchDrift, broken_message, untested_message, untested_warning
 from sglang_ets.patches.record import Kind, Patch
 from sglang_ets.patches.sources import Sources
@@ -20,6 +29,7 @@ PATCHES: tuple[Patch, ...] = (
     *scheduler.PATCHES,
     *server_info.PATCHES,
     *guards.PATCHES,
+    *tree_attention.PATCHES,
     *torch_native.PATCHES,
     *cpu_sampler.PATCHES,
 )

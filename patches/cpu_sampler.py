@@ -50,10 +50,27 @@ def sample_rows(
     token_ids, capture = torch.empty(len(probs), dtype=torch.int32), None
     if not is_seeded.all():
         # Rows of searches are drawn here too, and drawn again below.
-        token_ids, capture = original(sampler, probs, replace(info, sampling_seed=None), positions, is_simple)
+        token_ids, capture = original(sampler, drawable(probs), replace(info, sampling_seed=None), positions, is_simple)
     if is_seeded.any():
         _draw_seeded(token_ids, probs, info, positions, is_seeded)
     return token_ids, capture
+
+
+def drawable(probs: torch.Tensor) -> torch.Tensor:
+    """float[N, V], the same unless a row is no distribution: that one has its first token alone.
+
+    A grammar that allows no token leaves such a row, and so do penalties beyond all measure. Where a row of the batch has
+    top-p, top-k or min-p, sglang raises on it, which ends the scheduler; elsewhere it takes the first token too. The grammar
+    then refuses that token, and the request ends with an error.
+    """
+    totals = probs.sum(dim=1)
+    is_broken = ~(totals.isfinite() & (totals > 0))
+    if not is_broken.any():
+        return probs
+    probs = probs.clone()
+    probs[is_broken] = 0.0
+    probs[is_broken, 0] = 1.0
+    return probs
 
 
 def _draw_seeded(

@@ -16,19 +16,28 @@ TOKENIZER_MANAGER = f"{MANAGERS}.tokenizer_manager.TokenizerManager"
 HERE = "sglang_ets.patches.guards"
 
 
-def need_radix_cache(result: None, server_args: Any) -> None:
-    from sglang_ets.plugin import check_radix_cache
+def check_arguments(result: None, server_args: Any) -> None:
+    from sglang_ets import plugin
 
-    check_radix_cache(server_args)
+    plugin.check_radix_cache(server_args)
+    plugin.check_prm(server_args)
+    plugin.check_prm_ranks(server_args)
     return result
 
 
-def bound_samples(request: Any) -> None:
+def check_request(original: Callable[..., Any], request: Any) -> Any:
     from sglang_ets.api import native
 
-    native.check_grammars(request)
-    native.check_integers(request)
-    native.check_samples(request)
+    native.check_request(request)
+    with native.reading():
+        return original(request)
+
+
+def read_request(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    from sglang_ets.api.native import reading
+
+    with reading():
+        return original(manager, *args, **kwargs)
 
 
 def refuse_unreadable(original: Callable[..., Any], scheduler: Any, recv_req: Any, **kwargs: Any) -> Any:
@@ -80,10 +89,11 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         target="sglang.srt.server_args.ServerArgs.resolve_once",
         kind="after",
-        hook=f"{HERE}:need_radix_cache",
+        hook=f"{HERE}:check_arguments",
         parameters=("self",),
         tested=("0bdf2f58118dde60",),
-        why="without the radix cache a search would compute every prefix again and hold no KV",
+        why="what a search cannot work with stops the server before weights load: no radix cache, a PRM of another kind, one "
+        "that is not there, one that is split wrongly",
         upstream="none: search inside the scheduler is new",
         remove_when="sglang lets plugins check the arguments",
         uses=(
@@ -106,14 +116,35 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         target=f"{MANAGERS}.io_struct.GenerateReqInput.normalize_batch_and_arguments",
-        kind="before",
-        hook=f"{HERE}:bound_samples",
+        kind="around",
+        hook=f"{HERE}:check_request",
         parameters=("self",),
         tested=("e6c3216be96e2dbd",),
-        why="`n` of a million makes a million requests at once and stalls the HTTP process",
+        why="`n` of a million and a stop text of a million characters stall the HTTP process; lists that do not go with the "
+        "prompts are a bare 500; the abort of a refused stream fails and closes the connection under the next request",
         upstream=NOT_REPORTED,
-        remove_when="sglang bounds `n`",
+        remove_when="sglang bounds both and refuses such lists",
         uses=uses.NATIVE,
+    ),
+    Patch(
+        target=f"{TOKENIZER_MANAGER}._init_req_state",
+        kind="around",
+        hook=f"{HERE}:read_request",
+        parameters=("self", "obj", "request"),
+        tested=("79e7c17f97af7eb7",),
+        why="lists that are shorter than the prompts (`lora_path`, `bootstrap_host`) are refused and no bare 500",
+        upstream=NOT_REPORTED,
+        remove_when="sglang refuses such lists",
+    ),
+    Patch(
+        target=f"{TOKENIZER_MANAGER}._create_tokenized_object",
+        kind="around",
+        hook=f"{HERE}:read_request",
+        parameters=("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs", "token_type_ids"),
+        tested=("34b457358fec56cf",),
+        why="parameters that sglang does not know (`session_params`) are refused; they are a bare 500, and cut a stream off",
+        upstream=NOT_REPORTED,
+        remove_when="sglang refuses such parameters",
     ),
     Patch(
         target=f"{TOKENIZER_MANAGER}._validate_one_request",

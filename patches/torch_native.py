@@ -56,11 +56,14 @@ def attend(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Writes and returns the output."""
-    batch = PagedBatch(*tensors, rows.tolist(), kv_lengths.tolist(), new_lengths, kwargs.get("scaling"))
+    query, output, k_cache, v_cache, slots = tensors
+    batch = PagedBatch(
+        query, output, k_cache, v_cache, slots, rows.tolist(), kv_lengths.tolist(), new_lengths, kwargs.get("scaling")
+    )
     current = getattr(backend, PASS, None) or ForwardPass()
     setattr(backend, PASS, current)
     paged_attention(replace(batch, layout=current.layout(batch)))
-    return tensors[1]
+    return output
 
 
 @dataclass

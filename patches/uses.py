@@ -191,6 +191,9 @@ REFUSAL = (
     Use(f"{SCHEDULER}.send_abort_output", ("abort_req", "req")),
 )
 
+# prm/stream.py
+FORWARD_STREAM = (Use(SCHEDULER, ("enable_overlap", "forward_stream", "forward_stream_ctx", "schedule_stream")),)
+
 # engine/startup.py, engine/metrics.py and prm/: a second model in the process
 PRM_START = (
     Use(SCHEDULER, ("server_args", "tp_worker", "tokenizer", "nccl_port", "metrics_collector_context")),
@@ -210,7 +213,7 @@ PRM_START = (
     Use(f"{FIELDS}.device.Device", ("device", "random_seed")),
     Use(f"{FIELDS}.exec_.ExecKernel", ("attention_backend",)),
     Use(f"{FIELDS}.exec_.ExecGraph", ("disable_cuda_graph",)),
-    Use(f"{FIELDS}.parallel.Parallel", ("tp_size",)),
+    Use(f"{FIELDS}.parallel.Parallel", ("tp_size", "tp_group", "pp_group", "world_group")),
     Use(f"{FIELDS}.schedule.Schedule", ("disable_overlap_schedule", "max_total_tokens")),
     Use(f"{FIELDS}.serving.Serving", ("skip_tokenizer_init",)),
     Use(f"{WORKER}.__init__", ("server_args", "gpu_id", "nccl_port")),
@@ -270,6 +273,13 @@ PRM_PASS = (
     Use(f"{SRT}.sampling.sampling_params.SamplingParams.normalize", ("tokenizer",)),
     Use(f"{SRT}.mem_cache.memory_pool.ReqToTokenPool.available_size"),
     Use(f"{SRT}.utils.broadcast_pyobj", ("data", "rank", "dist_group", "src")),
+    Use(f"{SRT}.distributed.parallel_state.GroupCoordinator.all_gather", ("input_", "dim")),
+    Use(f"{SRT}.distributed.parallel_state.GroupCoordinator.all_reduce", ("input_",)),
+    Use(f"{SRT}.layers.vocab_parallel_embedding.VocabParallelEmbedding", ("shard_indices",)),
+    Use(
+        f"{SRT}.layers.vocab_parallel_embedding.VocabParallelEmbeddingShardIndices",
+        ("org_vocab_start_index", "org_vocab_end_index"),
+    ),
 )
 
 # api/serving.py
@@ -297,6 +307,8 @@ NATIVE = (
             "session_params",
             "contains_mm_input",
             "top_logprobs_num",
+            "rid",
+            "is_single",
         ),
     ),
     Use(f"{SRT}.managers.io_struct.AbortReq", ("rid",)),
@@ -306,4 +318,58 @@ NATIVE = (
     Use(f"{TOKENIZER_MANAGER}.flush_cache", ("timeout_s",)),
     Use(f"{TOKENIZER_MANAGER}._dispatch_to_scheduler", ("obj",)),
     Use(f"{SRT}.configs.model_config.ModelConfig", ("vocab_size",)),
+)
+
+# engine/tree_plan.py and engine/tree_attention.py
+TRITON_BACKEND = f"{SRT}.layers.attention.triton_backend.TritonAttnBackend"
+FORWARD_BATCH = f"{SRT}.model_executor.forward_batch_info.ForwardBatch"
+DECODE_KERNELS = "sglang.kernels.ops.attention.decode_attention"
+FIRST_STAGE = (
+    *("q", "k_buffer", "v_buffer", "att_out", "att_lse", "kv_indptr", "kv_indices", "num_kv_splits", "max_kv_splits"),
+    *("sm_scale_withk", "logit_cap", "page_size"),
+)
+TREE_ATTENTION = (
+    Use(SCHEDULER, ("tp_worker", "tree_cache")),
+    Use(f"{BATCH}.NextBatchPlan", ("batch_to_run",)),
+    Use(f"{BATCH}.ScheduleBatch", ("reqs", "forward_mode")),
+    Use(f"{BATCH}.Req", ("rid", "last_node")),
+    Use(f"{TREE_CORE}.UnifiedTreeCoreInterface.collect_path_info", ("end_node_ids",)),
+    Use(f"{TREE_CORE}.TreePathNodeInfo", ("node_id", "path_start", "path_end")),
+    Use(f"{SRT}.model_executor.model_runner.ModelRunner", ("attn_backend", "req_to_token_pool", "dtype")),
+    Use(f"{TRITON_BACKEND}.__init__", ("model_runner",)),
+    Use(f"{TRITON_BACKEND}.init_forward_metadata", ("forward_batch",)),
+    Use(f"{TRITON_BACKEND}.init_forward_metadata_out_graph", ("forward_batch", "in_capture")),
+    Use(f"{TRITON_BACKEND}.init_cuda_graph_state", ("max_bs", "max_num_tokens")),
+    Use(f"{TRITON_BACKEND}.get_num_kv_splits", ("num_kv_splits", "seq_lens")),
+    Use(
+        TRITON_BACKEND,
+        (
+            *("decode_attention_fwd", "forward_metadata", "num_head", "num_kv_head", "v_head_dim", "max_kv_splits"),
+            *("max_context_len", "page_size", "req_to_token", "kv_index_translator", "cuda_graph_kv_indices"),
+            *("use_mla", "dcp_size", "device"),
+        ),
+    ),
+    Use(f"{DECODE_KERNELS}._decode_att_m_fwd", FIRST_STAGE),
+    Use(f"{DECODE_KERNELS}._decode_grouped_att_m_fwd", FIRST_STAGE),
+    Use(
+        f"{DECODE_KERNELS}.decode_attention_fwd",
+        (
+            *("q", "k_buffer", "v_buffer", "o", "kv_indptr", "kv_indices", "attn_logits", "attn_lse"),
+            *("num_kv_splits", "max_kv_splits", "sm_scale", "k_scale", "v_scale"),
+            *("logit_cap", "sinks", "xai_temperature_len", "score_mod"),
+        ),
+    ),
+    Use(
+        f"{SRT}.mem_cache.kv_index_translator.KVIndexTranslator.pack_read_stream",
+        ("plan", "req_pool_indices", "seq_lens", "indptr", "out", "kv_start_idx"),
+    ),
+    Use(f"{SRT}.mem_cache.kv_index_translator.KVIndexTranslator", ("reads_are_translated",)),
+    Use(
+        FORWARD_BATCH,
+        (
+            *("rids", "batch_size", "req_pool_indices", "seq_lens", "seq_lens_sum", "forward_mode", "spec_info"),
+            "kv_loc_plan",
+        ),
+    ),
+    *FORWARD_STREAM,
 )

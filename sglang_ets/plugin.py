@@ -12,6 +12,8 @@ import sys
 from typing import Any
 
 from sglang_ets import flags, patches
+from sglang_ets.patches import tree_attention
+from sglang_ets.prm.split import num_prm_ranks
 
 _state = {"is_registered": False}
 
@@ -21,10 +23,13 @@ def register() -> None:
 
     Raises:
         PatchDrift: the installed sglang does not keep what the patches rely on, or is untested and that is not allowed.
+        SystemExit: a policy of `--search-policy` cannot be loaded.
     """
     _state["is_registered"] = True
+    flags.load_policies(sys.argv)
     if _needs_no_patches():
         return
+    tree_attention.register()
     search_is_on = os.environ.get(flags.SEARCH_ENV, flags.OFF) != flags.OFF
     patches.install(patches.wanted(search_is_on), allows_untested())
 
@@ -80,6 +85,32 @@ def check_radix_cache(server_args: Any) -> None:
         "--search cannot do without the radix cache, which is switched off; leave out --disable-radix-cache (deterministic "
         "inference keeps it with --attention-backend triton or fa3) and what implies it, or give --search off"
     )
+
+
+def check_prm(server_args: Any) -> None:
+    """At the same moment: the PRM is there, and of the kind that its format reads.
+
+    Raises:
+        SystemExit: see `check_checkpoint`.
+    """
+    from sglang_ets.prm.choose import check_checkpoint
+
+    settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
+    if flags.is_on(settings) and settings["prm_model_path"]:
+        check_checkpoint(settings["prm_model_path"], settings["prm_format"])
+
+
+def check_prm_ranks(server_args: Any) -> None:
+    """At the same moment: the PRM can be on as many ranks as --prm-tp says.
+
+    Raises:
+        SystemExit: it cannot.
+    """
+    settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
+    if flags.is_on(settings):
+        own = settings["prm_model_path"]
+        policy = server_args.model_path
+        num_prm_ranks(policy if own is None else own, policy, server_args.tp_size, settings["prm_tp"])
 
 
 def check_scheduler(server_args: Any) -> None:

@@ -13,5 +13,8 @@ RESULT_KEY = "search"  # a list of reports; the last one of an answered search i
 PROGRESS_KEY = "progress"
 TRACE_KEY = "trace"
 
+# The status of a search that was aborted, of which HTTP has none: nobody is to send it again, as clients do with 5xx.
+ABORTED_STATUS = 499
+
 # The id of an abort that ends all searches and no other request: the server has been asked to stop.
 STOP_ID = "\x00ets-stop"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bench import rows
 from sglang_ets import cli, flags
 from sglang_ets.api.protocol import REFUSED, UNSUPPORTED_SERVER
 from sglang_ets.core.config import SearchConfig
@@ -75,6 +77,8 @@ def module_flags(module: str, given: list[str]) -> None:
         spec = importlib.util.find_spec(f"{module}.__main__")
     assert spec is not None and spec.origin is not None, module
     source = Path(spec.origin).read_text(encoding="utf-8")
+    if "rows.add_arguments(" in source:
+        source += inspect.getsource(rows.add_arguments)
     for flag in given:
         assert not flag.startswith("--") or f'"{flag}"' in source, f"{module} knows no {flag}"
 

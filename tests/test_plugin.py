@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,15 @@ def test_a_search_without_the_radix_cache_is_refused(
     with pytest.raises(SystemExit) as caught:
         plugin.check_radix_cache(resolved(monkeypatch, "ets", **settings))
     assert sentence in str(caught.value)
+
+
+def test_a_prm_is_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
+    settings = {"search": "ets", "prm_model_path": str(tmp_path / "none"), "prm_format": "auto"}
+    with pytest.raises(SystemExit, match="--prm-model-path must name a checkpoint"):
+        plugin.check_prm(SimpleNamespace(_ets=settings))
+    plugin.check_prm(SimpleNamespace(_ets={**settings, "search": "off"}))
+    plugin.check_prm(SimpleNamespace(_ets={**settings, "prm_model_path": None}))
+    plugin.check_prm(SimpleNamespace())
 
 
 def test_without_search_or_with_the_radix_cache_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from bench.client_search import wire
 from bench.client_search.choose import choose, cost_tree, needs_embedding
-from bench.client_search.servers import Server
 from sglang_ets.core.answer import RankedAnswer, rank
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.search import Action, Expand, Finish, Score, Search, Select
@@ -24,6 +23,7 @@ from sglang_ets.core.tree import Node
 
 PARTS = ("generate", "score", "encode", "select")
 Part = Literal["generate", "score", "encode", "select"]
+Generate = Callable[[Mapping[str, Any]], Any]  # answer to a body for `/generate` of a server
 Encoder = Callable[[Sequence[str]], NDArray[np.float32]]
 
 
@@ -43,8 +43,8 @@ class Solved:
 class Client:
     """The two servers and the encoder that all problems share; `solve` may run in many threads at once."""
 
-    policy: Server
-    prm: Server
+    policy: Generate
+    prm: Generate
     tokenizer: Any  # of both models
     marker: str | None  # of the PRM: a step counts after it
     encoder: Encoder | None
@@ -103,15 +103,13 @@ class _Run:
 
     def _generate(self, expansions: list[Expand]) -> list[Node]:
         tree = self.search.tree
-        growths = [
-            wire.Growth(self._path_ids(tree.nodes[e.parent_id]), e.node_ids, e.max_new_tokens) for e in expansions
-        ]
+        growths = [(self._path_ids(tree.nodes[expand.parent_id]), expand) for expand in expansions]
         with self._timed("generate"):
-            answers = self.client.policy.generate(wire.generate_request(growths, self.config, self.client.temperature))
-        steps = wire.read_steps(answers, self.config)
-        nodes = [tree.nodes[node_id] for growth in growths for node_id in growth.node_ids]
-        for node, step in zip(nodes, steps, strict=True):
-            asked = self.search.on_step(node.id, step.token_ids, step.text, step.finish)
+            answers = self.client.policy(wire.generate_request(growths, self.config, self.client.temperature))
+        nodes = [tree.nodes[node_id] for expand in expansions for node_id in expand.node_ids]
+        for node, answer in zip(nodes, wire.listed(answers), strict=True):
+            finish = wire.finish_of(answer, self.config)
+            asked = self.search.on_step(node.id, tuple(answer["output_ids"]), answer["text"], finish)
             if not all(isinstance(action, Score) for action in asked):
                 raise ValueError(f"this driver goes level by level; {self.config.algorithm} does not: use another one")
         return nodes
@@ -127,8 +125,10 @@ class _Run:
                 scorings[path] = wire.scoring_of(before, node.token_ids, texts, self.client.marker)
         wanted = list(scorings.values())
         with self._timed("score"):
-            answers = self.client.prm.generate(wire.score_request(wanted))
-        own = dict(zip(scorings, wire.read_scores(answers, wanted), strict=True))
+            answers = wire.listed(self.client.prm(wire.score_request(wanted)))
+        own = {
+            path: wire.score_of(*pair) for path, pair in zip(scorings, zip(answers, wanted, strict=True), strict=True)
+        }
         self.prm_tokens += sum(len(scoring.token_ids) - scoring.start for scoring in wanted)
         worst = [1.0 if node.parent is None or node.parent.score is None else node.parent.score for node in nodes]
         return [min(parent, own[path]) for parent, path in zip(worst, paths, strict=True)]

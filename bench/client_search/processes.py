@@ -7,14 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 
+from bench.embedded import MODELS
 from bench.server import running_server
-
-MODELS = Path(__file__).resolve().parents[2] / "sglang_ets" / "models"
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,29 @@
-"""One sglang server seen by a client: a pool of connections that stay open."""
+"""One sglang server seen by a client: connections that stay open, and calls that must succeed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import urllib3
+import httpx
 
 TIMEOUT_S = 600.0
+IDLE_S = 1.0  # a server closes a connection that was idle for five; a frozen one could not say so
 
 
-class Server:
-    """`POST` of JSON over connections that are kept alive. Thread-safe."""
+def connect(url: str) -> httpx.Client:
+    """Thread-safe."""
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S)
+    return httpx.Client(base_url=url, timeout=TIMEOUT_S, limits=limits)
 
-    def __init__(self, url: str, num_connections: int) -> None:
-        self._url = url
-        # A server closes a connection that was idle for some seconds; a call that meets such a one is made again.
-        again = urllib3.Retry(1, allowed_methods=None)
-        self._pool = urllib3.PoolManager(maxsize=num_connections, retries=again, timeout=TIMEOUT_S)
 
-    def reconnect(self) -> None:
-        """Forget the open connections: a frozen server could not say that it wants to close them."""
-        self._pool.clear()
+def post(server: httpx.Client, path: str, body: Mapping[str, Any]) -> Any:
+    """Answer of an endpoint.
 
-    def generate(self, body: Mapping[str, Any]) -> Any:
-        """Answer of `/generate`: a list of objects, or one.
-
-        Raises:
-            RuntimeError: the server refused the request.
-        """
-        return self.post("/generate", body)
-
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Answer of any endpoint.
-
-        Raises:
-            RuntimeError: the server refused the request.
-        """
-        answer = self._pool.request("POST", self._url + path, json=body)
-        if answer.status != 200:
-            raise RuntimeError(
-                f"{self._url}{path} answered {answer.status}: {answer.data[:500].decode(errors='replace')}"
-            )
-        return json.loads(answer.data)
+    Raises:
+        RuntimeError: the server refused the request.
+    """
+    answer = server.post(path, json=body)
+    if answer.status_code != 200:
+        raise RuntimeError(f"{answer.url} answered {answer.status_code}: {answer.text[:500]}")
+    return answer.json()

@@ -1,1 +1,1 @@
-"""Studies that settled a default once. They still run; what they found stands in docs/results.md."""
+"""Studies that settled a default once; what they found stands in docs/results.md."""

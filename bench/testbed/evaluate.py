@@ -1,4 +1,4 @@
-"""Measures the shipped models on held-out test problems; writes REPORT.md and report.json beside this file.
+"""Measures the shipped models on held-out test problems; writes REPORT.md beside this file.
 
 Takes about five minutes on one CPU thread:
 
@@ -10,16 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
 
+from bench.rows import markdown
 from bench.testbed.likelihood import area_under_curve, path_scores, step_scores
-from bench.testbed.sampling import greedy_accuracy, sample
+from bench.testbed.sampling import greedily_right, sample
 from bench.testbed.task import Problem, answer_of, split_steps, step_is_right
 from bench.testbed.train import MODELS
 
@@ -34,15 +36,13 @@ class Row:
     metric: str
     value: float
     standard_error: float | None
-    num_items: int
-    items: str
+    items: str  # how many of what
 
 
 def mean_row(metric: str, values: Sequence[float]) -> Row:
     """The mean over problems and its standard error."""
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Row(metric, mean, math.sqrt(variance / len(values)), len(values), "problems")
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Row(metric, statistics.fmean(values), error, f"{len(values)} problems")
 
 
 def load_problems(path: Path) -> list[Problem]:
@@ -99,35 +99,32 @@ def verifier_rows(flat: Sequence[tuple[Problem, str]], scores: Sequence[Sequence
                 break
     share = sum(labels) / len(labels)
     return [
-        Row("policy, step right given that its prefix is", share, None, len(labels), "steps"),
-        Row("PRM, AUC on steps whose prefix is right", area_under_curve(values, labels), None, len(labels), "steps"),
-        Row("policy, first errors at the first step", depths[0] / depths.total(), None, depths.total(), "errors"),
+        Row("policy, step right given that its prefix is", share, None, f"{len(labels)} steps"),
+        Row("PRM, AUC on steps whose prefix is right", area_under_curve(values, labels), None, f"{len(labels)} steps"),
+        Row("policy, first errors at the first step", depths[0] / depths.total(), None, f"{depths.total()} errors"),
     ]
 
 
-def write_report(rows: Sequence[Row], seed: int) -> None:
-    """Writes the rows as JSON and as a table."""
-    record = {"seed": seed, "rows": [asdict(row) for row in rows]}
-    (HERE / "report.json").write_text(json.dumps(record, indent=2) + "\n")
-    lines = [
-        "# The testbed's models, measured",
-        "",
-        f"Written by `python -m bench.testbed.evaluate` (sampling seed {seed}, one CPU thread). The problems are the",
-        "first of `sglang_ets/models/problems.jsonl`, which no training or validation problem equals.",
-        "",
-        "| | value | standard error | measured on |",
-        "|---|---|---|---|",
+PAGE = """\
+# The testbed's models, measured
+
+Written by `python -m bench.testbed.evaluate` (sampling seed {seed}, one CPU thread). The problems are the
+first of `sglang_ets/models/problems.jsonl`, which no training or validation problem equals.
+
+{table}
+
+The PRM is the policy model after further training and solves more problems than it: a vote weighted by it
+measures the search, not what a PRM of the policy's own strength would give. One training seed.
+"""
+
+
+def report(measured: Sequence[Row], seed: int) -> str:
+    """The page with the table of all rows."""
+    cells = [
+        [row.metric, f"{row.value:.3f}", "" if row.standard_error is None else f"{row.standard_error:.3f}", row.items]
+        for row in measured
     ]
-    for row in rows:
-        error = "" if row.standard_error is None else f"{row.standard_error:.3f}"
-        lines.append(f"| {row.metric} | {row.value:.3f} | {error} | {row.num_items} {row.items} |")
-    lines += [
-        "",
-        "The PRM is the policy model after further training and solves more problems than it: a vote weighted by it",
-        "measures the search, not what a PRM of the policy's own strength would give. One training seed.",
-        "",
-    ]
-    (HERE / "REPORT.md").write_text("\n".join(lines))
+    return PAGE.format(seed=seed, table=markdown(["", "value", "standard error", "measured on"], cells))
 
 
 def main() -> None:
@@ -140,17 +137,14 @@ def main() -> None:
     policy = LlamaForCausalLM.from_pretrained(arguments.models / "policy", dtype=torch.float32)
     prm = LlamaForCausalLM.from_pretrained(arguments.models / "prm", dtype=torch.float32)
     chosen = load_problems(arguments.models / "problems.jsonl")
-    rows = [
-        Row("policy, greedy", *_proportion(greedy_accuracy(policy, chosen), len(chosen)), "problems"),
-        Row("PRM as a solver, greedy", *_proportion(greedy_accuracy(prm, chosen), len(chosen)), "problems"),
+    measured = [
+        mean_row("policy, greedy", greedily_right(policy, chosen)),
+        mean_row("PRM as a solver, greedy", greedily_right(prm, chosen)),
         *sampled_rows(policy, prm, chosen[: arguments.num_problems], arguments.seed),
     ]
-    write_report(rows, arguments.seed)
-    print((HERE / "REPORT.md").read_text())
-
-
-def _proportion(share: float, count: int) -> tuple[float, float, int]:
-    return share, math.sqrt(share * (1 - share) / count), count
+    text = report(measured, arguments.seed)
+    (HERE / "REPORT.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

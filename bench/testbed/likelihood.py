@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from scipy.stats import mannwhitneyu
 from transformers import LlamaForCausalLM
 
 from bench.testbed.task import Problem, split_steps
@@ -59,8 +60,7 @@ def area_under_curve(scores: Sequence[float], labels: Sequence[bool]) -> float:
         ValueError: all labels are equal.
     """
     values, is_right = np.asarray(scores), np.asarray(labels, dtype=bool)
-    right, wrong = values[is_right], np.sort(values[~is_right])
+    right, wrong = values[is_right], values[~is_right]
     if not len(right) or not len(wrong):
         raise ValueError(f"labels must hold both classes, got {len(right)} right of {len(values)}; score more steps.")
-    below = np.searchsorted(wrong, right, "left") + np.searchsorted(wrong, right, "right")
-    return float(below.sum() / (2 * len(right) * len(wrong)))
+    return float(mannwhitneyu(right, wrong).statistic / (len(right) * len(wrong)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -73,8 +74,12 @@ def _continue(
     return made
 
 
-def greedy_accuracy(network: LlamaForCausalLM, chosen: Sequence[Problem]) -> float:
-    """The share of problems whose greedy solution ends in the right answer."""
+def greedily_right(network: LlamaForCausalLM, chosen: Sequence[Problem]) -> list[float]:
+    """1 for each problem whose greedy solution ends in the right answer, else 0."""
     solutions = sample(network, chosen, num_samples=1, temperature=0.0, seed=0)
-    right = [answer_of(texts[0]) == problem.answer for texts, problem in zip(solutions, chosen, strict=True)]
-    return sum(right) / len(right)
+    return [float(answer_of(texts[0]) == one.answer) for texts, one in zip(solutions, chosen, strict=True)]
+
+
+def greedy_accuracy(network: LlamaForCausalLM, chosen: Sequence[Problem]) -> float:
+    """The share of problems that are solved greedily."""
+    return statistics.fmean(greedily_right(network, chosen))

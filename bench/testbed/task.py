@@ -12,6 +12,7 @@ that mean the same differ in text. Both favour semantic clustering by design. La
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 import zlib
@@ -32,7 +33,9 @@ LARGEST_VALUE = 200
 _NUM_BUCKETS = 8
 _SPLIT_OF_BUCKET: dict[int, Split] = {0: "test", 1: "validation"}
 
-_NUMBER = re.compile(r"\d+")
+_EXPRESSION = re.compile(r"[0-9()*+-]+")
+_LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
+_OPERATORS: dict[type, Operator] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 _STEP = re.compile(r"([a-z]+) (\d+)([-+*])(\d+)=(\d+):(.+)")
 
 
@@ -100,38 +103,21 @@ def parse(text: str) -> Expression:
     Raises:
         ValueError: the text is no expression of integers, + - * and parentheses.
     """
-    tokens = re.findall(r"\d+|.", text, re.DOTALL)
-    expression, end = _parse_sum(tokens, 0)
-    if end != len(tokens):
-        raise ValueError(f"an expression must end after its last operand, got {text!r}; remove what follows.")
-    return expression
+    try:
+        if not _EXPRESSION.fullmatch(text):
+            raise SyntaxError
+        return _from_python(ast.parse(_LEADING_ZEROS.sub("", text), mode="eval").body)
+    except (SyntaxError, KeyError):
+        raise ValueError(f"an expression must have integers, + - * and parentheses, got {text!r}; rewrite it") from None
 
 
-def _parse_sum(tokens: list[str], at: int) -> tuple[Expression, int]:
-    left, at = _parse_product(tokens, at)
-    while at < len(tokens) and tokens[at] in ("+", "-"):
-        operator: Operator = "+" if tokens[at] == "+" else "-"
-        right, at = _parse_product(tokens, at + 1)
-        left = Operation(operator, left, right)
-    return left, at
-
-
-def _parse_product(tokens: list[str], at: int) -> tuple[Expression, int]:
-    left, at = _parse_operand(tokens, at)
-    while at < len(tokens) and tokens[at] == "*":
-        right, at = _parse_operand(tokens, at + 1)
-        left = Operation("*", left, right)
-    return left, at
-
-
-def _parse_operand(tokens: list[str], at: int) -> tuple[Expression, int]:
-    if at < len(tokens) and tokens[at] == "(":
-        inner, at = _parse_sum(tokens, at + 1)
-        if at < len(tokens) and tokens[at] == ")":
-            return inner, at + 1
-    elif at < len(tokens) and _NUMBER.fullmatch(tokens[at]):
-        return int(tokens[at]), at + 1
-    raise ValueError(f"an operand must be an integer or (...), got {''.join(tokens)!r}; check the text at {at}.")
+def _from_python(node: ast.expr) -> Expression:
+    match node:
+        case ast.Constant(int(value)):
+            return value
+        case ast.BinOp(left, operator, right):
+            return Operation(_OPERATORS[type(operator)], _from_python(left), _from_python(right))
+    raise SyntaxError
 
 
 def random_expression(rng: random.Random, num_integers: int = NUM_INTEGERS) -> Expression:
@@ -189,23 +175,6 @@ def solve(problem: Problem, rng: random.Random) -> list[str]:
         is_last = isinstance(expression, int)
         steps.append(f"{line}{ANSWER_PREFIX}{expression}" if is_last else f"{line}{render(expression)}\n")
     return steps
-
-
-def reductions(text: str) -> list[str]:
-    """Every right line that may follow an expression, without its connector, once each.
-
-    Raises:
-        ValueError: the text is no expression.
-    """
-    expression = parse(text)
-    if not isinstance(expression, Operation):
-        return []
-    lines = set()
-    for pair in _reducible(expression):
-        left = _replace(expression, pair, evaluate(pair))
-        rest = f"{ANSWER_PREFIX}{left}" if isinstance(left, int) else f"{render(left)}\n"
-        lines.add(f"{render(pair)}={evaluate(pair)}:{rest}")
-    return sorted(lines)
 
 
 def _reducible(expression: Expression) -> Iterator[Operation]:

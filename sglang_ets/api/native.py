@@ -3,35 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 
-from sglang_ets.core.settings import wrong
+from sglang_ets.core.settings import shown, wrong
 from sglang_ets.wire import STOP_ID
 
 MAX_SAMPLES = 8192  # of one request, prompts times n: sglang makes as many requests at once, on the event loop
 MAX_N = 1024
-MAX_GRAMMAR_CHARS = {"regex": 10_000, "ebnf": 100_000, "json_schema": 1_000_000}
+MAX_TEXT_CHARS = {"regex": 10_000, "ebnf": 100_000, "json_schema": 1_000_000, "stop": 10_000}
 MAX_INTEGER, MAX_SEED = 2**31 - 1, 2**63 - 1
 SEEDS = ("sampling_seed", "seed")
 IDLE_WAIT_S = 2.0
+# What Python raises when a value has not the type or the length that the code expects.
+UNREADABLE = (TypeError, IndexError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
-def check_grammars(request: GenerateReqInput) -> None:
-    """Refuse grammars that take minutes to compile, and embeddings without a vector, which sglang looks into unasked.
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around sglang's code that takes a client's values apart before anything is sent on.
 
     Raises:
-        ValueError: one of both.
+        ValueError: a value has a type or a length that nothing has checked; elsewhere a bare HTTP 500.
+    """
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = shown(str(error))
+        raise ValueError(
+            f"the request could not be read ({type(error).__name__}: {reason}); check the types of its fields and the "
+            "lengths of its lists"
+        ) from error
+
+
+def check_request(request: GenerateReqInput) -> None:
+    """All that is checked before sglang looks into a request.
+
+    Raises:
+        ValueError: see the checks.
+    """
+    # sglang's abort of a stream reads it, and sets it only in requests that it does not refuse.
+    request.is_single = not isinstance(request.rid, list)
+    check_lists(request)
+    check_texts(request)
+    check_integers(request)
+    check_samples(request)
+
+
+def check_lists(request: GenerateReqInput) -> None:
+    """Refuse lists that do not go with the prompts.
+
+    Raises:
+        ValueError: ids of several requests for one, or no sampling parameters in a list of them.
+    """
+    if isinstance(request.rid, list) and (isinstance(request.text, str) or _is_ids(request.input_ids)):
+        raise wrong("rid", "one text for one prompt", request.rid, "send one text, or a list of prompts")
+    if request.sampling_params == []:
+        raise wrong("sampling_params", "an object, or one for each prompt", [], "leave it out for the defaults")
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
+
+
+def check_texts(request: GenerateReqInput) -> None:
+    """Refuse grammars that take minutes to compile, stop texts that are tokenised for seconds on the event loop, and
+    embeddings without a vector, which sglang looks into unasked.
+
+    Raises:
+        ValueError: one of these.
     """
     if isinstance(request.input_embeds, list) and not (request.input_embeds and request.input_embeds[0]):
         raise wrong("input_embeds", "lists of vectors", request.input_embeds, "leave it out")
     params = request.sampling_params
     for own in params if isinstance(params, list) else [params]:
-        for name, most in MAX_GRAMMAR_CHARS.items():
-            text = own.get(name) if isinstance(own, dict) else None
-            if isinstance(text, str) and len(text) > most:
-                raise wrong(name, f"text of at most {most} characters", text, "send a shorter one")
+        for name, most in MAX_TEXT_CHARS.items():
+            given = own.get(name) if isinstance(own, dict) else None
+            texts = given if isinstance(given, list) else [given]
+            if sum(len(text) for text in texts if isinstance(text, str)) > most:
+                raise wrong(name, f"text of at most {most} characters", given, "send a shorter one")
 
 
 def check_integers(request: GenerateReqInput) -> None:

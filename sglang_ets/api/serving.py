@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from sglang_ets.api.protocol import check_server, error_body, question_of, response_body, search_config
+from sglang_ets.api.protocol import check_server, error_body, error_kind, question_of, response_body, search_config
 from sglang_ets.api.streaming import last_report, stream_chunks
 from sglang_ets.api.trace import TRACES
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.presets import TEMPERATURES
 from sglang_ets.core.settings import shown
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY, TRACE_PARAM
 
-RETRY_AFTER_S = 5  # of a client whose search found all places taken
+# OpenAI's clients send again what a 5xx answers. A search whose time is up is not wanted any more, and would cost it all again.
+RETRY_HEADERS: Mapping[int, dict[str, str]] = {
+    HTTPStatus.TOO_MANY_REQUESTS: {"Retry-After": "5"},
+    HTTPStatus.GATEWAY_TIMEOUT: {"x-should-retry": "false"},
+}
 TITLE_CHARS = 80
 
 
@@ -43,8 +48,7 @@ async def answer(serving: Any, request: Any, raw_request: Any) -> Any:
     except ValueError as error:
         return _error(str(error), "BadRequest", 400)
     except HTTPException as error:
-        kind = "ServerBusy" if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else "SearchFailed"
-        return _error(str(error.detail), kind, error.status_code)
+        return _error(str(error.detail), error_kind(error.status_code), error.status_code)
     rid = answered["meta_info"]["id"]
     if request.stream:
         # The first report is here, so a search that is refused has been answered with its status and not with a stream.
@@ -71,6 +75,8 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
     internal, _ = serving._convert_to_internal_request(plain, raw_request)
     sampling = internal.sampling_params
     sampling["max_new_tokens"] = config.max_tokens
+    if request.temperature is None and config.preset in TEMPERATURES:
+        sampling["temperature"] = TEMPERATURES[config.preset]
     sampling["stream_interval"] = 1  # progress carries no tokens, and must not wait for any
     sampling["custom_params"] = {
         **(sampling.get("custom_params") or {}),
@@ -135,14 +141,15 @@ def _report(answered: dict[str, Any]) -> dict[str, Any]:
         return report
     message = reason.get("message") or "the scheduler returned no result"
     # Outside a stream the tokenizer manager raises these itself.
-    if reason.get("status_code") == HTTPStatus.BAD_REQUEST:
+    status = reason.get("status_code") or HTTPStatus.INTERNAL_SERVER_ERROR
+    if status == HTTPStatus.BAD_REQUEST:
         raise ValueError(message)
-    if reason.get("status_code") == HTTPStatus.TOO_MANY_REQUESTS:
-        raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, message)
-    raise HTTPException(reason.get("status_code") or 500, f"search failed: {message.removeprefix('search failed: ')}")
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        message = f"search failed: {message.removeprefix('search failed: ')}"
+    raise HTTPException(status, message)
 
 
 def _error(message: str, kind: str, status: int) -> Response:
     """In ASCII, so that any text can be sent: half a character, which a client can send as an escape, has no UTF-8."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.TOO_MANY_REQUESTS else None
-    return Response(json.dumps(error_body(message, kind, status)), status, headers, media_type="application/json")
+    body = json.dumps(error_body(message, kind, status))
+    return Response(body, status, RETRY_HEADERS.get(status), media_type="application/json")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
+from http import HTTPStatus
 from typing import Any
 
-from sglang_ets.api.protocol import details_of, error_body, finish_reason_of, head_of, metadata_of, usage_of
+from sglang_ets.api.protocol import details_of, error_body, error_kind, figures_of, finish_reason_of, head_of, usage_of
 from sglang_ets.wire import PROGRESS_KEY, RESULT_KEY
 
 DONE = "data: [DONE]\n\n"
@@ -32,7 +33,7 @@ async def stream_chunks(
         following = await anext(rest, None)
         reason = (following or {"meta_info": {}})["meta_info"].get("finish_reason")
         if following is None or (reason and reason.get("type") == "abort"):
-            yield writer.error((reason or {}).get("message") or "the scheduler returned no result")
+            yield writer.error(reason or {})
             yield DONE
             return
         answered = following
@@ -69,7 +70,7 @@ class _Writer:
         text = progress["text"][len(self._sent) :]
         self._sent, self._level = progress["text"], progress["level"]
         choice = {"index": 0, **self._text(0, text), "finish_reason": None}
-        return self._event([choice], metadata={"search": {PROGRESS_KEY: figures}})
+        return self._event([choice], search={PROGRESS_KEY: figures})
 
     def result(self, result: Mapping[str, Any]) -> Iterator[str]:
         last = len(result["results"]) - 1
@@ -78,14 +79,16 @@ class _Writer:
             choice = {"index": index, **self._text(index, answer["text"][len(sent) :]), "finish_reason": None}
             yield self._event([choice])
             end = {"finish_reason": finish_reason_of(answer), "search": details_of(answer)}
-            figures = {"metadata": metadata_of(result)} if index == last else {}
+            figures = {"search": figures_of(result)} if index == last else {}
             yield self._event([{"index": index, **self._text(index, ""), **end}], **figures)
         options = self._request.stream_options
         if options is not None and options.include_usage:
             yield self._event([], usage=usage_of(result))
 
-    def error(self, message: str) -> str:
-        error = error_body(message, "SearchFailed", 500)["error"]
+    def error(self, reason: Mapping[str, Any]) -> str:
+        status = reason.get("status_code") or HTTPStatus.INTERNAL_SERVER_ERROR
+        message = reason.get("message") or "the scheduler returned no result"
+        error = error_body(message, error_kind(status), status)["error"]
         return f"data: {json.dumps({'error': error}, ensure_ascii=False)}\n\n"
 
     def _text(self, index: int, text: str) -> dict[str, Any]:

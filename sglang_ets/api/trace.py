@@ -58,7 +58,7 @@ class Trace:
             unpacked: dict[str, Any] = json.loads(zlib.decompress(self._packed))
             return unpacked
         tree = {"prompt_tokens": self._prompt_tokens, "nodes": [self._nodes[i] for i in sorted(self._nodes)]}
-        plain: dict[str, Any] = {"metadata": {"search": {**self.figures, "tree": tree}}}
+        plain: dict[str, Any] = {"search": {**self.figures, "tree": tree}}
         if self._choices is not None:
             plain["choices"] = self._choices
         return plain

@@ -122,7 +122,7 @@ def _view_of(trace: Trace) -> Any:
     title, is_live, note = trace.title, trace.is_live, trace.note
 
     def view_of(content: dict[str, Any]) -> SearchView:
-        has_steps = bool(content["metadata"]["search"]["tree"]["nodes"])
+        has_steps = bool(content["search"]["tree"]["nodes"])
         view = read_view(content, title) if has_steps else empty_view(content, title)
         return replace(view, is_live=is_live, note=note)
 
@@ -140,7 +140,7 @@ def _row(trace: Trace) -> dict[str, Any]:
         "width": figures.get("width"),
         "levels": figures.get("levels", 0),
         "state": trace.state,
-        "note": trace.note,
+        "note": trace.note or "; ".join(figures.get("warnings") or ()),
         "seconds": None if seconds is None else round(seconds, 2),
     }
 

@@ -1,6 +1,6 @@
 """`sglang-ets view TREE.json`: one search's tree as one HTML file that needs no network.
 
-TREE.json is a whole answer to a request with `return_tree`, its `metadata.search`, or the bare tree. The page is this
+TREE.json is a whole answer to a request with `return_tree`, its `search` object, or the bare tree. The page is this
 package's `view_page.html` with its style, its script and the tree inside; all figures are made here.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from sglang_ets.api.view_tree import KvLevel, ViewNode, kv_levels, read_nodes
 
-# What of `metadata.search` the page shows, if it is there.
+# What of the figures the page shows, if it is there.
 FIGURES = ("algorithm", "width", "seed", "finish_reason", "kv_tokens_peak", "kv_tokens_mean", "seconds")
 EXIT_BAD_INPUT = 2
 # Inside <script> only these can end the element or open a comment, and JSON reads the escapes back.
@@ -50,6 +50,7 @@ class SearchView:
     rebase_temperature: float
     is_live: bool = False  # the search still runs, and the page follows it
     note: str = ""  # why it has no answer
+    warnings: tuple[str, ...] = ()  # what makes the answer less than it could be, a sentence each
 
 
 def read_view(data: Any, title: str, rebase_temperature: float | None = None) -> SearchView:
@@ -71,14 +72,16 @@ def read_view(data: Any, title: str, rebase_temperature: float | None = None) ->
     shown = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), (str, int, float))}
     choices = data.get("choices") if isinstance(data, dict) else None
     answers = _given_answers(choices, nodes) if isinstance(choices, list) else _complete_nodes(nodes)
-    return SearchView(title, shown, prompt_tokens, nodes, levels, answers, rebase_temperature)
+    warnings = _warnings_of(figures)
+    return SearchView(title, shown, prompt_tokens, nodes, levels, answers, rebase_temperature, warnings=warnings)
 
 
 def empty_view(data: Mapping[str, Any], title: str) -> SearchView:
     """The content of a search that has no steps yet, or never got any; `data` as `read_view` takes it."""
     figures, tree = _parts(data)
     shown = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), (str, int, float))}
-    return SearchView(title, shown, tree["prompt_tokens"], (), (), (), _temperature_of(figures))
+    warnings = _warnings_of(figures)
+    return SearchView(title, shown, tree["prompt_tokens"], (), (), (), _temperature_of(figures), warnings=warnings)
 
 
 def render(view: SearchView) -> str:
@@ -103,6 +106,11 @@ def _temperature_of(figures: Mapping[str, Any]) -> float:
     return float(value) if is_number else DEFAULT_TEMPERATURE  # type: ignore[arg-type]
 
 
+def _warnings_of(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    warnings = figures.get("warnings")
+    return tuple(text for text in warnings if isinstance(text, str)) if isinstance(warnings, list) else ()
+
+
 def _asset(kind: str) -> str:
     return resources.files("sglang_ets.api").joinpath(f"view_page.{kind}").read_text(encoding="utf-8")
 
@@ -113,13 +121,12 @@ def _parts(data: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(
             f"a tree is a JSON object, got {type(data).__name__}; save the answer of a request with search.return_tree"
         )
-    metadata = data.get("metadata")
-    figures = metadata.get("search") if isinstance(metadata, dict) else data
+    figures = data.get("search", data)
     figures = figures if isinstance(figures, dict) else {}
     tree = figures if "nodes" in figures else figures.get("tree")
     if not isinstance(tree, dict):
         raise ValueError(
-            "the answer must hold metadata.search.tree, got none; send the request again with search.return_tree true"
+            "the answer must hold search.tree, got none; send the request again with search.return_tree true"
         )
     return figures, tree
 

@@ -315,7 +315,7 @@
   // ---- the page around the tree ----
 
   function fill() {
-    for (const id of ["answers", "levels"]) $(id).replaceChildren();
+    for (const id of ["answers", "levels", "warnings"]) $(id).replaceChildren();
     document.title = `${data.title}: search tree`;
     $("title").textContent = data.title;
     const f = data.figures, shown = [];
@@ -326,6 +326,8 @@
     if (f.finish_reason || data.note) shown.push(data.note || f.finish_reason);
     $("live").hidden = !data.is_live; $("live").textContent = "running";
     $("figures").textContent = shown.join(" · ");
+    $("warnings").hidden = !data.warnings.length;
+    for (const text of data.warnings) add($("warnings"), "li", `Warning: ${text}`);
     $("low").textContent = Number(least.toPrecision(3)); $("high").textContent = Number(most.toPrecision(3));
     $("cluster-key").hidden = !hasClusters;
     $("cluster-key").style.display = hasClusters ? "" : "none";

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 # reduction, in buffers of fixed size; these are estimates. The kernel for the CPU gained from every segment that was measured.
 MIN_SAVED_TOKENS, MAX_SEGMENTS = 256, 4
 MIN_SAVED_TOKENS_CPU, MAX_SEGMENTS_CPU = 16, 64
+TREE_BACKEND = "ets_tree"  # the name of our backend among sglang's
 WINDOW = 256  # positions compared at once
 Span = tuple[Hashable, int, int]  # what holds positions start to end: equal ids are the same KV
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_ets.core.answer import Trajectory
-from sglang_ets.core.clusters import RunningCenter
+from sglang_ets.core.answer import Trajectory, aggregate
+from sglang_ets.core.clusters import Distances, RunningCenter, cosine_distances
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.patterns import extract_answer
 from sglang_ets.core.selection import Level, Selection, num_groups
+from sglang_ets.core.stopping import Ballot, EarlyEnd, EarlyReason, early_reason, highest_score
+from sglang_ets.core.token_budget import TokenBudget
 from sglang_ets.core.tree import Node, SearchTree, StepFinish
 
 
@@ -77,26 +80,32 @@ Action = Expand | Score | Measure | Select | Prune | Complete | Finish
 class Search:
     """One search from the first expansion to its trajectories."""
 
-    def __init__(self, config: SearchConfig, prompt_tokens: int) -> None:
+    def __init__(self, config: SearchConfig, prompt_tokens: int, distances: Distances = cosine_distances) -> None:
         self.config = config
         self.tree = SearchTree(prompt_tokens)
         self.remaining_width = config.width
         self.is_over = False
+        self.early_end: EarlyEnd | None = None  # what ended it before its last trajectory
+        self.num_given_up = 0  # trajectories that the token budget did not let grow to their end
         self._open: dict[int, None] = {}  # nodes without a score yet, in order of creation
         self._level: list[Node] = []  # nodes of the level that is being made
         self._leaves: list[Node] = []  # what `Select` asked about
         self._num_measured = 0
+        self._distances = distances
         self._center = RunningCenter()
+        self._answers: dict[int, str | None] = {}  # of complete trajectories, by their last node
+        self._budget = TokenBudget(config)
 
     @property
     def _waits_for_levels(self) -> bool:
         return self.config.algorithm != "best_of_n"
 
     def start(self) -> list[Action]:
-        """The first level: `width` steps from the prompt. DVTS deals them out to its subtrees."""
+        """The first level: `width` steps from the prompt, or what the token budget allows. DVTS deals them out to subtrees."""
         root = self.tree.root
-        groups = num_groups(self.config.width)
-        nodes = [self.tree.add_child(root, subtree=place % groups) for place in range(self.config.width)]
+        self._narrow(self._budget.width_at_start)
+        groups = num_groups(self.remaining_width)
+        nodes = [self.tree.add_child(root, subtree=place % groups) for place in range(self.remaining_width)]
         return [self._expand(root, nodes)]
 
     def on_step(self, node_id: int, token_ids: Sequence[int], text: str, finish: StepFinish) -> list[Action]:
@@ -105,6 +114,7 @@ class Search:
             return []
         node = self.tree.nodes[node_id]
         self.tree.set_step(node, token_ids, text, finish)
+        self._budget.spent_tokens += len(node.token_ids)
         actions: list[Action] = [Score(node_id)]
         if not self._waits_for_levels and not self._is_complete(node):
             node.state = "retained"
@@ -118,7 +128,7 @@ class Search:
             return []
         node = self.tree.nodes[node_id]
         node.score, node.embedding = score, embedding
-        return self._settled(node)
+        return self._node_done(node)
 
     def on_failed(self, node_id: int, reason: str) -> list[Action]:
         """A child died; the others go on without it."""
@@ -126,12 +136,12 @@ class Search:
             return []
         node = self.tree.nodes[node_id]
         node.state, node.reason = "failed", reason
-        return self._settled(node)
+        return self._node_done(node)
 
     def level(self, kv: CostTree | None) -> Level:
         """The level that the last `Select` asked about; `kv` is the radix ledger's account of its leaves, in order.
 
-        It has what the policy reads: costs if an integer program decides (else `kv` is None), embeddings if it covers.
+        It has what the policy reads; without costs `kv` is None.
         To be asked for once a level: its embeddings become part of the running center.
         """
         leaves = self._leaves
@@ -139,11 +149,17 @@ class Search:
         return Level(
             scores=np.array([leaf.score for leaf in leaves], dtype=np.float64),
             kv=kv,
-            nodes=self._node_costs(leaves) if self.config.is_solved and self.config.kv_cost == "nodes" else None,
-            embeddings=self._embeddings(leaves) if self.config.algorithm == "ets" else None,
+            nodes=self._node_costs(leaves) if self.config.reads_costs and self.config.kv_cost == "nodes" else None,
+            embeddings=self._embeddings(leaves) if self.config.reads_embeddings else None,
             subtree=np.array([leaf.subtree for leaf in leaves], dtype=np.int64),
             growth_tokens=self.remaining_width * sum(steps) / len(steps),
             remaining_width=self.remaining_width,
+            depth=leaves[0].depth,
+            seed=self.config.seed,
+            texts=tuple(leaf.text for leaf in leaves),
+            path_scores=tuple(self._step_scores(leaf) for leaf in leaves),
+            parents=np.array([leaf.parent.id for leaf in leaves if leaf.parent is not None], dtype=np.int64),
+            distances=self._distances,
         )
 
     def on_selected(self, selection: Selection) -> list[Action]:
@@ -169,6 +185,17 @@ class Search:
             expansions.append(self._expand(leaf, children))
         return [Prune(tuple(pruned)), *expansions] if pruned else expansions
 
+    def is_last_step(self, node_id: int, num_tokens: int, finish: StepFinish) -> bool:
+        """Whether a step of this length, not in the tree yet, is the last one of its trajectory, whatever its score.
+
+        Raises:
+            ValueError: the root was asked about, which is no step.
+        """
+        node = self.tree.nodes[node_id]
+        if node.parent is None:
+            raise ValueError("the root of a search tree is no step")
+        return self._ends(node.depth, node.parent.trajectory_tokens + num_tokens, finish)
+
     def stop(self, reason: str) -> list[Action]:
         """End now with what there is."""
         return [] if self.is_over else self._finish(reason)
@@ -181,7 +208,7 @@ class Search:
                 end.id,
                 self.tree.trajectory_token_ids(end),
                 self.tree.trajectory_text(end),
-                tuple(node.score for node in self.tree.path(end) if node.score is not None),
+                self._step_scores(end),
                 "stop" if end.finish == "stop" else "length",
             )
             for end in ends
@@ -190,17 +217,23 @@ class Search:
     def _expand(self, node: Node, children: list[Node]) -> Expand:
         self._level += children
         self._open |= dict.fromkeys(child.id for child in children)
-        room = self.config.max_tokens - node.trajectory_tokens
-        return Expand(node.id, tuple(child.id for child in children), min(self.config.max_step_tokens, room))
+        room = min(self._most_tokens - node.trajectory_tokens, self.config.max_step_tokens)
+        if self._waits_for_levels:
+            room = min(room, self._budget.share(self.remaining_width))
+        return Expand(node.id, tuple(child.id for child in children), room)
+
+    @property
+    def _most_tokens(self) -> int:
+        """Length of one trajectory at most. Those of best-of-N never meet, so each has its own share of a token budget."""
+        return self.config.max_tokens if self._waits_for_levels else self._budget.longest_trajectory
 
     def _is_complete(self, node: Node) -> bool:
-        return (
-            node.finish == "stop"
-            or node.trajectory_tokens >= self.config.max_tokens
-            or node.depth >= self.config.max_steps
-        )
+        return self._ends(node.depth, node.trajectory_tokens, node.finish)
 
-    def _settled(self, node: Node) -> list[Action]:
+    def _ends(self, depth: int, trajectory_tokens: int, finish: StepFinish | None) -> bool:
+        return finish == "stop" or trajectory_tokens >= self._most_tokens or depth >= self.config.max_steps
+
+    def _node_done(self, node: Node) -> list[Action]:
         """A node got its score or failed: is the level, or the search, complete?"""
         del self._open[node.id]
         if self._waits_for_levels:
@@ -208,7 +241,9 @@ class Search:
         actions: list[Action] = self._measures()
         if node.state == "open":  # not expanded, so this step was its trajectory's last
             actions += self._complete(node)
-        return actions + (self._finish_all() if not self._open else [])
+        if not self._open:
+            return actions + self._finish_all()
+        return actions + self._end_early([self.tree.nodes[node_id] for node_id in self._open])
 
     def _measures(self) -> list[Action]:
         """Depths of best-of-N that no open node can reach any more."""
@@ -227,6 +262,9 @@ class Search:
         self._leaves = [node for node in scored if node.state == "open"]
         if not self._leaves or self.remaining_width <= 0:
             return actions + self._finish_all()
+        ended = self._end_early(self._leaves) or self._fit_budget()
+        if ended:
+            return actions + ended
         return [*actions, Select(tuple(leaf.id for leaf in self._leaves))]
 
     def _complete(self, node: Node) -> list[Action]:
@@ -234,6 +272,54 @@ class Search:
         self._forget_embedding(node)
         self.remaining_width -= 1
         return [Complete(node.id)]
+
+    def _end_early(self, growing: Sequence[Node]) -> list[Action]:
+        """End if no trajectory that still grows can, or is likely to, change the answer; else nothing."""
+        reason = self._early_reason(growing)
+        if reason is None:
+            return []
+        complete, width = self.tree.complete(), self.remaining_width
+        tokens, levels = (
+            sum(values) / len(complete) - sum(others) / len(growing)
+            for values, others in (
+                ([n.trajectory_tokens for n in complete], [n.trajectory_tokens for n in growing]),
+                ([n.depth for n in complete], [n.depth for n in growing]),
+            )
+        )
+        a_step = sum(n.trajectory_tokens for n in complete) / sum(n.depth for n in complete)
+        self.early_end = EarlyEnd(reason, width, max(1, round(levels)), round(width * max(tokens, a_step)))
+        return self._finish(reason)
+
+    def _early_reason(self, growing: Sequence[Node]) -> EarlyReason | None:
+        config, complete = self.config, self.tree.complete()
+        if config.early_stop == "off" or not complete or config.has_own_pattern:
+            return None
+        rule = config.score_aggregation
+        for node in complete:
+            if node.id not in self._answers:
+                self._answers[node.id] = extract_answer(self.tree.trajectory_text(node), config.answer_pattern)
+        ballot = Ballot(
+            scores=tuple(aggregate(self._step_scores(node), rule) for node in complete),
+            answers=tuple(self._answers[node.id] for node in complete),
+            num_left=self.remaining_width,
+            ceiling=max(highest_score(self._step_scores(node), rule, config.max_steps) for node in growing),
+        )
+        return early_reason(config, ballot)
+
+    def _step_scores(self, node: Node) -> tuple[float, ...]:
+        return tuple(step.score for step in self.tree.path(node) if step.score is not None)
+
+    def _fit_budget(self) -> list[Action]:
+        """Narrow to the trajectories that the token budget can still finish; end if it holds no token for each of these."""
+        affordable = self._budget.affordable(self._leaves, self.tree.complete())
+        self._narrow(affordable)
+        if affordable:
+            return []
+        return self._finish("max_total_tokens")
+
+    def _narrow(self, width: int) -> None:
+        self.num_given_up += max(0, self.remaining_width - width)
+        self.remaining_width = min(self.remaining_width, width)
 
     def _finish_all(self) -> list[Action]:
         return self._finish("complete" if self.tree.complete() else "failed")

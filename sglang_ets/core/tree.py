@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 State = Literal["open", "retained", "pruned", "complete", "failed"]
 StepFinish = Literal["step", "stop", "length"]
+NOT_FINITE = "the policy model's logits are not finite"  # a reason for which a step fails
 
 
 class TreeBroken(RuntimeError):

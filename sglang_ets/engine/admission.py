@@ -72,7 +72,7 @@ def _native_config(req: Any, given: object, settings: Mapping[str, Any], room: i
     )
 
 
-def refusal(config: SearchConfig, req: Any, pool_tokens: int, num_ranks: int) -> str | None:
+def refusal(config: SearchConfig, req: Any, pool_tokens: int) -> str | None:
     """Why this server cannot run the search of `req`, in one sentence for the client; None if it can."""
     prompt_tokens = len(req.origin_input_ids)
     if not prompt_tokens:
@@ -83,8 +83,6 @@ def refusal(config: SearchConfig, req: Any, pool_tokens: int, num_ranks: int) ->
             f"one trajectory may need {need} KV tokens (prompt {prompt_tokens} + max_tokens {config.max_tokens} + 1) "
             f"but the pool holds {pool_tokens}; lower max_tokens or raise --max-total-tokens"
         )
-    if config.deadline_s is not None and num_ranks > 1:
-        return "deadline_s needs tensor parallel size 1, because ranks must not decide by their own clocks; omit it"
     return None
 
 

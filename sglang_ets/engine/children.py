@@ -22,6 +22,7 @@ from sglang.srt.managers.schedule_batch import (
     Req,
 )
 
+from sglang_ets.core.tree import NOT_FINITE
 from sglang_ets.kv import Hold
 
 SEED_RANGE = 2**61 - 1
@@ -210,7 +211,7 @@ def step_end(child: ChildReq) -> StepEnd:
         return StepEnd("step" if reason.matched in child.spec.step_delimiter and not is_own else "stop")
     if isinstance(reason, FINISH_MATCHED_STR):
         if reason.matched == NAN_STOP:
-            return StepEnd("failed", "the policy model's logits are not finite")
+            return StepEnd("failed", NOT_FINITE)
         if reason.matched in (own_params.stop_strs or ()):
             return StepEnd("stop", stop_text=reason.matched)
         return StepEnd("step")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from importlib.metadata import version
+from operator import attrgetter
 from typing import Any
 
 from sglang.srt.disaggregation.utils import prepare_abort
@@ -24,7 +24,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from sglang_ets.core.answer import RankedAnswer
 from sglang_ets.core.capacity import Need, NeedEstimates, SearchQueue
-from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.clusters import Distances, cosine_distances
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.kv_pressure import under_pressure
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
@@ -39,6 +40,7 @@ from sglang_ets.engine.children import (
     new_search_id,
     step_end,
 )
+from sglang_ets.engine.decisions import Decision, Decisions, Failed
 from sglang_ets.engine.figures import default_settings, finished_line, lost_level, result_of, state_of
 from sglang_ets.engine.forks import Forks, can_fork
 from sglang_ets.engine.live import ROOT, Branch, ForkMode, LiveSearch
@@ -50,28 +52,36 @@ from sglang_ets.engine.scoring import Outcome, StepScoring
 from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
 from sglang_ets.engine.strands import DRAW_KEY, Draw, Strands, can_share, tokens_computed
+from sglang_ets.engine.tree_plan import make_planner
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmEngine, PrmError
-from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
+from sglang_ets.prm.ranks import ONE_RANK, Ranks
+from sglang_ets.wire import ABORTED_STATUS, CUSTOM_KEY, RESULT_KEY
 
 logger = logging.getLogger(__name__)
 
 STOPPING = "the server is stopping; send the search again when it is back, or to another one"
-IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a selection
+ABORTED = "the search was aborted: its client went away, or /abort_request named it"
 
 
 class SearchCoordinator:
     """All searches of one scheduler. `searches` is empty when, and only when, the engine is stock sglang."""
 
     def __init__(
-        self, scheduler: Any, prm: PrmEngine, policies: Mapping[Algorithm, SelectionPolicy], num_ranks: int = 1
+        self,
+        scheduler: Any,
+        prm: PrmEngine,
+        ranks: Ranks = ONE_RANK,
+        *,
+        distances: Distances = cosine_distances,
+        policy_of: Callable[[SearchConfig], SelectionPolicy] = attrgetter("policy"),
     ) -> None:
         self.scheduler = scheduler
         self.prm = prm
         self.searches: dict[str, LiveSearch] = {}  # oldest first
-        self._policies = policies
-        self._num_ranks = num_ranks  # tensor-parallel ranks, which must all take each decision in the same tick
+        self._distances = distances
+        self._policy_of = policy_of
         self._settings = scheduler.server_args._ets
         self._defaults = default_settings(self._settings)
         self._num_done = 0
@@ -81,7 +91,7 @@ class SearchCoordinator:
         self._scoring = StepScoring(prm, self._metrics)
         self._valve = PressureValve(scheduler)
         self._estimates = NeedEstimates()
-        self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-ets")
+        self._decisions = Decisions(ranks)
         self._voting = Voting()
 
     @cached_property
@@ -120,6 +130,11 @@ class SearchCoordinator:
             return "extend"
         return "shared" if asked == "shared" and can_share(self.scheduler) else "decode"
 
+    @cached_property
+    def plan_attention(self) -> Callable[[Any], None] | None:
+        """What is told the batch of each tick if the attention reads shared KV once; None with other backends."""
+        return make_planner(self.scheduler)
+
     # ---- admission ----
 
     def admit(self, req: Any, is_retracted: bool) -> bool:
@@ -137,7 +152,7 @@ class SearchCoordinator:
             self.scheduler.output_streamer.stream_output([req], False)
             return True
         spec = ChildSpec(new_search_id(), req, config.seed, config.step_delimiter)
-        live = LiveSearch(spec, Search(config, len(req.origin_input_ids)))
+        live = LiveSearch(spec, Search(config, len(req.origin_input_ids), self._distances))
         live.forks = "extend" if counts_outputs(req.sampling_params) else self._fork_mode
         with self.guard(live):
             self._begin(live)
@@ -148,7 +163,7 @@ class SearchCoordinator:
         if self._is_stopping:
             self._answer_error(live, STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
             return
-        refused = refusal(config, req, self.scheduler.max_total_num_tokens, self._num_ranks) or self.prm.refusal(
+        refused = refusal(config, req, self.scheduler.max_total_num_tokens) or self.prm.refusal(
             req.origin_input_ids, prompt_text(req), config.max_tokens
         )
         if refused:
@@ -208,11 +223,12 @@ class SearchCoordinator:
 
         Returns the running batch with the children that start in it.
         """
-        self._wait_if_idle()
-        for live in list(self.searches.values()):
+        searches = list(self.searches.values())
+        if self.scheduler.running_batch.is_empty() and not self.scheduler.waiting_queue:
+            self._decisions.wait_for_one(searches)
+        for live, decision in self._decisions.due(searches):
             with self.guard(live):
-                self._take_result(live)
-                self._check_deadline(live)
+                self._take_in(live, decision)
         self._score_due()
         self._forget_drained()
         return self._feed(running_batch)
@@ -228,6 +244,7 @@ class SearchCoordinator:
             running_batch = self._forks.join(entered.forks, running_batch)
         for child in (*entered.forks, *entered.queued):
             self._locks.start_from(self.searches[child.spec.search_id], child.rid)
+            child.source = None  # from here on it may have more tokens than that path
         return running_batch
 
     def after_plan(self, plan: Any) -> None:
@@ -273,7 +290,7 @@ class SearchCoordinator:
         """
         for live in list(self.searches.values()):
             if not live.is_answered and (recv_req.abort_all or live.rid.startswith(recv_req.rid)):
-                self._abort(live, recv_req.abort_message or "Aborted", None)
+                self._abort(live, recv_req.abort_message or ABORTED, ABORTED_STATUS)
 
     def stop(self) -> None:
         """The server has been asked to stop: it does not wait for searches, and begins none."""
@@ -282,7 +299,7 @@ class SearchCoordinator:
             if not live.is_answered:
                 self._abort(live, STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
 
-    def _abort(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+    def _abort(self, live: LiveSearch, message: str, status: int) -> None:
         with self.guard(live):
             live.end_reason = "aborted"
             self._answer_error(live, message, status)
@@ -355,7 +372,7 @@ class SearchCoordinator:
         step_ids, first = child.step_ids, child.node_id
         for node_id, hold in zip(child.node_ids, holds, strict=True):
             live.branches[node_id] = Branch(hold)
-        step = _step_text(live, first, step_ids, is_last=live.is_last_step(first, len(step_ids), finish))
+        step = _step_text(live, first, step_ids, is_last=live.search.is_last_step(first, len(step_ids), finish))
         text = step.text.split(stop_text, 1)[0] if stop_text else step.text
         actions: list[Action] = []
         for node_id in child.node_ids:
@@ -477,13 +494,11 @@ class SearchCoordinator:
         live.select_started_s = time.perf_counter()
         config = self._pressed(live)
         with live.on_loop():
-            policy = self._policies[config.algorithm]
-            if config.is_solved and self._num_ranks == 1:
-                live.awaited = ("select", self._workers.submit(live.decide, policy, action.leaf_ids, config))
-                selection = None
-            else:
-                # Ranks must take the decision in the same tick, so with tensor parallelism the loop waits for it.
-                selection = live.decide(policy, action.leaf_ids, config)
+            policy = self._policy_of(config)
+            choose = partial(live.decide, policy, action.leaf_ids, config)
+            selection = choose() if self._decisions.in_loop(getattr(policy, "is_cheap", False)) else None
+            if selection is None:
+                self._decisions.select(live, choose)
         live.select_blocked_ms.append(live.loop_ms[-1])
         if selection is not None:
             self._selected(live, selection)
@@ -519,20 +534,22 @@ class SearchCoordinator:
             live.req.customized_info = {RESULT_KEY: [progress_report(live, self.ledger.held_tokens(live.id))]}
             self.scheduler.output_streamer.stream_output([live.req], False)
 
-    def _take_result(self, live: LiveSearch) -> None:
-        if live.awaited is None or not live.awaited[1].done():
+    def _take_in(self, live: LiveSearch, decision: Decision) -> None:
+        if decision.kind == "deadline":
+            self._time_is_up(live)
             return
-        (kind, future), live.awaited = live.awaited, None
-        if kind == "select":
-            self._selected(live, future.result())
+        live.awaited = None
+        if isinstance(decision.value, Failed):
+            self.fail(live, decision.value.message)
+        elif decision.kind == "select":
+            self._selected(live, decision.value)
         else:
-            self._answer(live, future.result())
+            self._answer(live, decision.value)
 
     # ---- time and memory run out ----
 
-    def _check_deadline(self, live: LiveSearch) -> None:
-        limit = live.search.config.deadline_s
-        if limit is None or live.has_ended or time.monotonic() - live.started_s < limit:
+    def _time_is_up(self, live: LiveSearch) -> None:
+        if live.has_ended:
             return
         if not live.search.trajectories():
             self._keep_unfinished_steps(live)
@@ -564,13 +581,13 @@ class SearchCoordinator:
 
     def _finish(self, live: LiveSearch, reason: str) -> None:
         live.end_reason = reason
-        ranked = self._voting.submit(answerable(live), live.search.config, self._num_ranks, live.notes.append)
-        live.awaited = ("answer", ranked)
+        trajectories = answerable(live)
+        self._decisions.answer(live, lambda: self._voting.submit(trajectories, live.search.config, live.notes.append))
         self._abort_children(live)
 
     def _answer(self, live: LiveSearch, answers: list[RankedAnswer]) -> None:
         if not answers:
-            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            self._end_without_text(live)
             return
         req = live.req
         live.num_prm_releases = self.prm.num_releases(live.id)
@@ -586,6 +603,16 @@ class SearchCoordinator:
             logger.warning("search %s: %s", live.rid, warning)
         self._close(live)
 
+    def _end_without_text(self, live: LiveSearch) -> None:
+        """Too little time is no fault: a client can tell the two by the status."""
+        if live.end_reason != "deadline":
+            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            return
+        passed = f"deadline_s of {live.search.config.deadline_s:g} passed"
+        message = f"{passed} before the search had any text; raise it, or send fewer requests at once"
+        self._answer_error(live, message, HTTPStatus.GATEWAY_TIMEOUT)
+        self._close(live)
+
     def fail(self, live: LiveSearch, message: str) -> None:
         """End a search with an error, unless it has its answer already; nothing of it stays behind."""
         if not live.is_answered:
@@ -593,7 +620,7 @@ class SearchCoordinator:
             self._answer_error(live, f"search failed: {message}", HTTPStatus.INTERNAL_SERVER_ERROR)
         self._close(live)
 
-    def _answer_error(self, live: LiveSearch, message: str, status: HTTPStatus | None) -> None:
+    def _answer_error(self, live: LiveSearch, message: str, status: int) -> None:
         self._num_failed += 1
         logger.warning("search %s ended without an answer: %s", live.rid, message)
         live.req.finished_reason = FINISH_ABORT(message, status)
@@ -635,13 +662,6 @@ class SearchCoordinator:
                 self.ledger.end_owner(live.id)
                 self.prm.end_owner(live.id)
             self._metrics.sync(len(self.searches), self.ledger)
-
-    def _wait_if_idle(self) -> None:
-        """With nothing else to do, let the worker thread have the interpreter instead of spinning."""
-        if self.scheduler.running_batch.is_empty() and not self.scheduler.waiting_queue:
-            futures = [live.awaited[1] for live in self.searches.values() if live.awaited is not None]
-            if futures:
-                wait(futures, timeout=IDLE_WAIT_S, return_when=FIRST_COMPLETED)
 
     def describe(self) -> dict[str, Any]:
         """For `/server_info`: what this server is and what its searches hold right now."""

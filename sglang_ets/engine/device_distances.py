@@ -11,11 +11,20 @@ from numpy.typing import NDArray
 from sglang_ets.core.clusters import Distances, cosine_distances, zeros_together
 from sglang_ets.kernels import choose_backend, pairwise_cosine
 
+WARM_UP_COLUMNS = (
+    64  # the kernel is compiled once for all sizes that are multiples of 16, as those of hidden states are
+)
+
 
 def step_distances(device: torch.device | str) -> Distances:
     """What the searches of a server on `device` cluster by."""
     device = torch.device(device)
     return cosine_distances if choose_backend(device) == "reference" else DeviceDistances(device)
+
+
+def warm_up(distances: Distances) -> None:
+    """Compile what is compiled at its first use, so that the first search need not wait for it."""
+    distances(np.ones((2, WARM_UP_COLUMNS), dtype=np.float32))
 
 
 class DeviceDistances:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sglang_ets.core.answer import RankedAnswer
-from sglang_ets.core.config import MIN_WIDTH, OUTER_FIELDS, SearchConfig
+from sglang_ets.core.config import OUTER_FIELDS, SearchConfig
 from sglang_ets.core.tree import Node
 from sglang_ets.engine.live import ROOT, LiveSearch
 from sglang_ets.engine.tree_changes import TreeChanges
@@ -56,7 +56,7 @@ def changes_of(live: LiveSearch, changes: TreeChanges) -> dict[str, Any]:
 
 
 def figures_of(live: LiveSearch) -> dict[str, Any]:
-    """`metadata.search` of a response without the tree, or how far it is while the search runs."""
+    """`search` of an answer without the tree, or how far it is while the search runs."""
     nodes = [node for node in live.search.tree.nodes if node.id != ROOT]
     config = live.search.config
     held = [sample.held_tokens for sample in live.kv] or [0]
@@ -67,9 +67,12 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
         "algorithm": config.algorithm,
         "width": config.width,
         "seed": config.seed,
+        "preset": config.preset,
+        "preset_settings": config.preset_settings,
         "rebase_temperature": config.rebase_temperature,
         **config.weights._asdict(),
         "finish_reason": live.end_reason,
+        "early_stop": None if live.search.early_end is None else asdict(live.search.early_end),
         "levels": len(live.kv),
         "nodes_made": len(nodes),
         "nodes_retained": sum(node.state in ("retained", "complete") for node in nodes),
@@ -141,6 +144,11 @@ def warnings_of(live: LiveSearch) -> list[str]:
             f"deadline_s of {config.deadline_s:g} ended the search after {len(live.kv)} levels with "
             f"{len(tree.complete())} of {config.width} trajectories complete"
         )
+    if live.search.num_given_up:
+        warnings.append(
+            f"max_total_tokens of {config.max_total_tokens} did not suffice: {live.search.num_given_up} of {config.width} "
+            f"trajectories were not grown to their end, {len(tree.complete())} are complete; raise it or lower search_width"
+        )
     return warnings + live.notes
 
 
@@ -166,7 +174,7 @@ def _reasons(failed: list[Node]) -> dict[str, int]:
 
 def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a search whose request gives none; `diversity_weight` None follows the width."""
-    config = SearchConfig.from_request(MIN_WIDTH, None, settings, n=None, max_tokens=None, seed=None)
+    config = SearchConfig.of_defaults(settings)
     own = {name: value for name, value in asdict(config).items() if name not in OUTER_FIELDS}
     return {**own, "step_delimiter": list(config.step_delimiter), "max_tokens": config.max_tokens}
 

@@ -14,8 +14,8 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Search
-from sglang_ets.core.selection import Selection, SelectionPolicy
-from sglang_ets.core.tree import Node, StepFinish
+from sglang_ets.core.selection import Selection, SelectionPolicy, checked
+from sglang_ets.core.tree import Node
 from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
 from sglang_ets.wire import TRACE_PARAM
@@ -65,7 +65,7 @@ class LiveSearch:
     forks: ForkMode = "extend"
     parted: dict[str, Hold] = field(default_factory=dict)  # what children that left a strand start from, by their ids
     tokens_computed: int = 0  # by the policy model for steps; the prompt aside
-    awaited: tuple[Literal["select", "answer"], Future[Any]] | None = None
+    awaited: tuple[Literal["select", "answer"], Future[Any] | None] | None = None  # no future: on the first rank
     # Of all holds when the last level was complete.
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
@@ -127,6 +127,11 @@ class LiveSearch:
         return self.is_answered or self.end_reason != ""
 
     @property
+    def deadline_s(self) -> float | None:
+        """After how long it must be answered with what it has; None: nothing waits for a clock."""
+        return None if self.has_ended else self.search.config.deadline_s
+
+    @property
     def is_over(self) -> bool:
         """Answered, and none of its internal requests is left in the engine."""
         return self.is_answered and not self.children
@@ -151,12 +156,6 @@ class LiveSearch:
             raise ValueError("the root of a search tree has no parent")
         return node.parent
 
-    def is_last_step(self, node_id: int, num_tokens: int, finish: StepFinish) -> bool:
-        """Whether a step of this length, not in the tree yet, is the last one of its trajectory, whatever its score."""
-        node, config = self.search.tree.nodes[node_id], self.search.config
-        trajectory_tokens = self.parent_of(node).trajectory_tokens + num_tokens
-        return finish == "stop" or trajectory_tokens >= config.max_tokens or node.depth >= config.max_steps
-
     def holds(self) -> list[Hold]:
         """Locks of the trajectories that may still grow, in the order of their nodes."""
         held = [branch.hold for _, branch in sorted(self.branches.items())]
@@ -178,9 +177,10 @@ class LiveSearch:
         Pure, on a worker thread as a rule: the search does not change while it waits for this.
         """
         tree, costs = self.search.tree, None
-        if config.is_solved:
+        if config.reads_costs:
             costs = token_costs([tree.trajectory_token_ids(tree.nodes[leaf_id]) for leaf_id in leaf_ids])
-        return policy.select(self.search.level(costs), config)
+        level = self.search.level(costs)
+        return checked(policy.select(level, config), level, config.algorithm)
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""

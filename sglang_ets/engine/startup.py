@@ -6,14 +6,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from sglang.srt.runtime_context import get_device, get_parallel
+from sglang.srt.runtime_context import get_device
 
-from sglang_ets.core.config import MIN_WIDTH, SearchConfig
-from sglang_ets.core.selection import make_policies
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.presets import DIVERSITY_WEIGHTS, TEMPERATURES
 from sglang_ets.engine.coordinator import SearchCoordinator
-from sglang_ets.engine.device_distances import step_distances
+from sglang_ets.engine.device_distances import step_distances, warm_up
 from sglang_ets.kernels.dispatch import describe_backend
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
+from sglang_ets.prm.ranks import current_ranks
 from sglang_ets.prm.sizing import SIZED_WIDTH, PoolNeed
 
 logger = logging.getLogger(__name__)
@@ -29,13 +30,29 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
         need=pool_need(flags),
         format=flags["prm_format"],
         max_total_tokens=flags["prm_max_total_tokens"],
+        num_ranks=flags["prm_tp"],
     )
-    policies = make_policies(step_distances(device))
-    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies, get_parallel().tp_size)
+    preset = SearchConfig.of_defaults(flags)
+    if preset.preset_settings:
+        logger.info("search preset %s: %s", preset.preset, preset_text(preset))
+    prm = PrmEngine.load(scheduler, settings)
+    distances = step_distances(device)
+    warm_up(distances)
+    return SearchCoordinator(scheduler, prm, current_ranks(), distances=distances)
+
+
+def preset_text(config: SearchConfig) -> str:
+    """What a server's preset sets, for its log; what depends on the width is that of each request."""
+    shown = {
+        **config.preset_settings,
+        "diversity_weight": DIVERSITY_WEIGHTS,
+        "temperature": TEMPERATURES[config.preset],
+    }
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def pool_need(flags: Mapping[str, Any]) -> PoolNeed:
     """What the flags say that a search may need of the PRM's pool."""
-    defaults = SearchConfig.from_request(MIN_WIDTH, None, flags, n=None, max_tokens=None, seed=None)
+    defaults = SearchConfig.of_defaults(flags)
     trajectory = min(defaults.max_tokens, defaults.max_steps * defaults.max_step_tokens)
     return PoolNeed(min(flags["max_width"], SIZED_WIDTH), trajectory)

@@ -95,9 +95,9 @@ class StepQueue:
         """Forget the search's children that are not in the engine. Returns them."""
         return list(self._pending.pop(owner, ()))
 
-    def pending(self, owner: str) -> list[Any]:
-        """Children of this search that are not in the engine."""
-        return list(self._pending.get(owner, ()))
+    def pending(self, owner: str) -> Sequence[Any]:
+        """Children of this search that are not in the engine, in order. Those that were taken back may have output."""
+        return tuple(self._pending.get(owner, ()))
 
     @property
     def num_inside(self) -> int:

@@ -34,17 +34,9 @@ class Voting:
         self,
         trajectories: Sequence[Trajectory],
         config: SearchConfig,
-        num_ranks: int = 1,
         warn: Callable[[str], None] = logger.warning,
     ) -> Future[list[RankedAnswer]]:
-        """Ranked answers, best first: see `answer.rank`. What was not as it should be goes to `warn` before they are there.
-
-        With several tensor-parallel ranks all must have the answer in the same tick: texts decide, at once.
-        """
-        if num_ranks > 1:
-            done: Future[list[RankedAnswer]] = Future()
-            done.set_result(rank(trajectories, config))
-            return done
+        """Ranked answers, best first: see `answer.rank`. What was not as it should be goes to `warn` before they are there."""
         same = partial(self.labels, warn=warn) if config.answer_equality == "math" else None
         return self._thread.submit(rank, trajectories, config, same)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sglang_ets.prm.formats import (
@@ -36,8 +37,12 @@ NAMES = (
 )
 WITHOUT_PRM = ("judge", "confidence")  # the policy model's own weights serve, if no PRM is named
 CONFIG_FILE = "prm_config.json"  # beside the checkpoint: {"format": ..., "score_after": ...}
-CLASSIFIER_SUFFIX = "ForTokenClassification"
-ARCHITECTURES = {"Qwen2ForProcessRewardModel": "qwen_prm", "Qwen2ForPrmModel": "skywork"}
+# Formats that read a head of their own, and the architectures that have it. All others read the language model's.
+HEADS = {
+    "qwen_prm": "Qwen2ForProcessRewardModel",
+    "skywork": "Qwen2ForPrmModel",
+    "token_classification": "*ForTokenClassification",
+}
 KNOWN_NAMES = {"math-shepherd": "math_shepherd", "llemma-reward": "llemma", "llama3.1-8b-prm": "rlhflow"}
 LLEMMA_LABEL = 8094  # the token whose logit is the reward
 
@@ -48,24 +53,54 @@ def choose_format(model_path: str, wanted: str, tokenizer: Tokenizer) -> PrmForm
     Raises:
         SystemExit: the name is unknown, nothing tells the format, or the tokenizer lacks a token that it needs.
     """
-    own = read_json(model_path, CONFIG_FILE)
-    name = _recognised(model_path, own) if wanted == AUTO else wanted
+    return _build(_format_name(model_path, wanted), read_json(model_path, CONFIG_FILE), tokenizer)
+
+
+def check_checkpoint(model_path: str, wanted: str) -> None:
+    """Before anything is loaded: there is a checkpoint, and its head is the one that the format reads.
+
+    Raises:
+        SystemExit: there is none, nothing tells the format, or scores in this format would mean nothing.
+    """
+    try:
+        config = read_json(model_path, "config.json")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"--prm-model-path must name a checkpoint, got {model_path!r} ({reason})") from error
+    if not config:
+        raise SystemExit(
+            f"--prm-model-path must name a folder with a checkpoint or a model on the Hub, got {model_path!r}, in which no "
+            "config.json is found"
+        )
+    name, architecture = _format_name(model_path, wanted), _architecture(config)
+    own = next((format_name for format_name, head in HEADS.items() if fnmatchcase(architecture, head)), None)
+    if architecture and own != (name if name in HEADS else None):
+        reads = f"the head of {HEADS[name]}" if name in HEADS else "the head of a language model"
+        remedy = f"give --prm-format {own}" if own else "give another --prm-format, or another checkpoint"
+        raise SystemExit(f"--prm-format {name} reads {reads}, and {model_path} is a {architecture}; {remedy}")
+
+
+def _format_name(model_path: str, wanted: str) -> str:
+    name = _recognised(model_path, read_json(model_path, CONFIG_FILE)) if wanted == AUTO else wanted
     if name not in NAMES:
         raise SystemExit(
             f"--prm-format must be one of {', '.join((AUTO, *NAMES))}, got {wanted!r}, and {model_path} does not tell "
             "its own; name the format"
         )
-    return _build(name, own, tokenizer)
+    return name
+
+
+def _architecture(config: dict[str, object]) -> str:
+    return str((config.get("architectures") or [""])[0])  # type: ignore[index]
 
 
 def _recognised(model_path: str, own: dict[str, object]) -> str | None:
     if "format" in own:
         return str(own["format"])
-    architecture = str((read_json(model_path, "config.json").get("architectures") or [""])[0])  # type: ignore[index]
-    if architecture in ARCHITECTURES:
-        return ARCHITECTURES[architecture]
-    if architecture.endswith(CLASSIFIER_SUFFIX):
-        return "token_classification"
+    architecture = _architecture(read_json(model_path, "config.json"))
+    for format_name, head in HEADS.items():
+        if fnmatchcase(architecture, head):
+            return format_name
     name = model_path.rstrip("/").lower()
     return next((known for part, known in KNOWN_NAMES.items() if part in name), None)
 

@@ -9,10 +9,16 @@ from sglang.srt.runtime_context import SpawnRanks, create_context, get_context, 
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import get_available_gpu_memory
 
+from sglang_ets.core.attention_plan import TREE_BACKEND
 from sglang_ets.prm import models
 from sglang_ets.prm.sizing import budget_bytes
 
 MAX_BATCH_STEPS = 256  # rows: each is as long as the context, and a batch ends at pool.MAX_BATCH_TOKENS anyhow
+# Attention of other kinds than a PRM's, sparse or latent, which the policy model may have.
+OTHER_ATTENTION = {
+    *("dsa", "nsa", "qsa", "dsv4", "compressed"),
+    *("flashmla", "cutlass_mla", "trtllm_mla", "cutedsl_mla", "tokenspeed_mla"),
+}
 # What the operator said about the policy model's checkpoint; it holds for the PRM only if that is the same one.
 CHECKPOINT_FIELDS = ("revision", "quantization", "context_length")
 
@@ -27,31 +33,47 @@ def prm_arguments(policy: Any, model_path: str) -> dict[str, Any]:
         "load_format": "dummy" if is_shared else "auto",
         "trust_remote_code": policy.trust_remote_code,
         "dtype": policy.dtype,
-        "attention_backend": policy.attention_backend,
+        "attention_backend": _attention_backend(policy.attention_backend),
         "enable_deterministic_inference": policy.enable_deterministic_inference,
         "random_seed": policy.random_seed or 1,
         **same,
     }
 
 
-def start_worker(scheduler: Any, model_path: str, max_total_tokens: int | None) -> tuple[Any, TpModelWorker]:
-    """The PRM's runtime context, and its worker with loaded weights and no memory pool yet."""
+def _attention_backend(of_policy: str | None) -> str | None:
+    """The policy model's where it can serve a PRM, which never decodes; None: what sglang chooses for the PRM."""
+    if of_policy == TREE_BACKEND:
+        return "triton"
+    return None if of_policy in OTHER_ATTENTION else of_policy
+
+
+def start_worker(
+    scheduler: Any, model_path: str, max_total_tokens: int | None, num_ranks: int
+) -> tuple[Any, TpModelWorker]:
+    """The PRM's runtime context, and its worker with loaded weights and no memory pool yet.
+
+    `num_ranks` is the policy model's tensor-parallel size, or 1: then each rank has a whole PRM and talks to no other.
+    """
     models.register()
     main = get_context()
     args = ServerArgs(
         **prm_arguments(scheduler.server_args, model_path),
         device=get_device().device,
-        tp_size=get_parallel().tp_size,
+        tp_size=num_ranks,
         disable_overlap_schedule=True,
         skip_tokenizer_init=True,
         max_total_tokens=max_total_tokens,
         max_running_requests=MAX_BATCH_STEPS,
         disable_cuda_graph=True,
     )
-    ranks = SpawnRanks(world_rank=get_parallel().tp_rank, dp_rank=main.parallel.dp_rank, gpu_id=get_device().gpu_id)
+    is_whole = num_ranks < get_parallel().tp_size
+    rank = 0 if is_whole else get_parallel().tp_rank
+    ranks = SpawnRanks(world_rank=rank, dp_rank=main.parallel.dp_rank, gpu_id=get_device().gpu_id)
     context = create_context(args, role="scheduler", ranks=ranks)
     # Process groups exist once per process: the PRM's context borrows those of the policy model.
     groups = {name: group for name, group in main.parallel._stamp.items() if name not in context.parallel._stamp}
+    if is_whole:  # a search has no pipeline, so that group is each rank alone
+        groups |= {name: main.parallel.pp_group for name in groups if name.endswith("_group") and name != "world_group"}
     context.parallel.override_permanently(**groups)
     with use_context(context):
         return context, TpModelWorker(server_args=args, gpu_id=get_device().gpu_id, nccl_port=scheduler.nccl_port)
@@ -67,9 +89,9 @@ def token_bytes(worker: TpModelWorker) -> int:
 
 
 def pool_budget() -> int:
-    """Bytes that the PRM's KV pool may take, the same on every rank."""
-    parallel, device = get_parallel(), get_device()
-    is_split = parallel.tp_size > 1
-    group = parallel.world_group.cpu_group if is_split else None
-    free_gb = get_available_gpu_memory(device.device, device.gpu_id, distributed=is_split, cpu_group=group)
+    """Bytes that the PRM's KV pool may take, the same on every rank, also where each has a whole PRM."""
+    world, device = get_parallel().world_group, get_device()
+    free_gb = get_available_gpu_memory(
+        device.device, device.gpu_id, distributed=world.world_size > 1, cpu_group=world.cpu_group
+    )
     return budget_bytes(free_gb * 2**30, is_host=device.device == "cpu")

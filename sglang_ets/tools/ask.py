@@ -1,6 +1,6 @@
 """`sglang-ets ask "question"`: one search on a running server, watched in the terminal.
 
-The request is an ordinary stream of the openai client. Progress rides in `metadata.search.progress` of its chunks, text
+The request is an ordinary stream of the openai client. Progress rides in `search.progress` of its chunks, text
 that can no longer change in their choices, the figures of the whole search in the last chunk of the last choice.
 """
 
@@ -13,15 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import openai
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-
-from sglang_ets.core.config import Algorithm
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 DEFAULT_WIDTH = 16
@@ -67,7 +65,7 @@ class Watched:
     def as_answer(self) -> dict[str, Any]:
         """The same as a response without streaming would hold, for a file that `sglang-ets view` reads."""
         choices = [self.choices[index] for index in sorted(self.choices)]
-        return {"choices": choices, "usage": self.usage, "metadata": {"search": self.figures}}
+        return {"choices": choices, "usage": self.usage, "search": self.figures}
 
 
 def watch(client: openai.OpenAI, question: Question) -> Iterator[Watched]:
@@ -132,7 +130,7 @@ def _take(watched: Watched, chunk: Mapping[str, Any]) -> None:
         known["finish_reason"] = choice.get("finish_reason") or known["finish_reason"]
         if choice.get("search") is not None:
             known["search"] = choice["search"]
-    search = (chunk.get("metadata") or {}).get("search") or {}
+    search = chunk.get("search") or {}
     if "progress" in search:
         watched.progress.append(search["progress"])
     elif search:
@@ -212,6 +210,8 @@ def show(console: Console, client: openai.OpenAI, question: Question) -> Watched
     console.print(Text(watched.final_text.rstrip(), style="bold"), soft_wrap=True)
     console.print(answers_table(watched))
     console.print(Text(summary_line(watched)), soft_wrap=True)
+    for warning in (watched.figures or {}).get("warnings") or ():
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     return watched
 
 
@@ -252,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags_parser.add_argument("--width", type=int, default=DEFAULT_WIDTH, help="trajectories to grow (default 16)")
     flags_parser.add_argument("--base-url", default=DEFAULT_URL, help=f"of the server (default {DEFAULT_URL})")
-    flags_parser.add_argument("--algorithm", choices=get_args(Algorithm), help="default: the server's --search")
+    flags_parser.add_argument("--algorithm", metavar="NAME", help="default: the server's --search")
     flags_parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the search"
     )

@@ -1,4 +1,4 @@
-"""Suggest a cluster cut for a PRM: `python -m sglang_ets.tools.calibrate --url http://127.0.0.1:30000 --prompts FILE`.
+"""Suggest a cluster cut for a PRM: `sglang-ets calibrate --base-url http://127.0.0.1:30000 --prompts FILE`.
 
 A few searches with plain REBASE return their trees with embeddings. Of every level, the cosine distances of all pairs of
 leaves whose text differs go into a histogram over log distance. Steps that mean the same lie in its lower part, steps that do
@@ -11,22 +11,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 from numpy.typing import NDArray
 
 from sglang_ets.core.clusters import RunningCenter, cluster_labels, cosine_distances
+from sglang_ets.tools.ask import DEFAULT_URL, AskFailed, Question, watch
 
 SMALLEST = 1e-5  # distances below this are rounding
 NUM_BINS = 48
 BAR_CHARS = 50
 EMBEDDED_PROBLEMS = Path(__file__).parents[1] / "models" / "problems.jsonl"
 NUM_EMBEDDED = 8
+SETTINGS = {"algorithm": "rebase", "return_tree": True, "return_embeddings": True}
+TIMEOUT_S = 600.0
 
 
 def level_embeddings(nodes: Sequence[dict[str, Any]]) -> list[tuple[list[str], NDArray[np.float32]]]:
@@ -85,52 +88,74 @@ def histogram(distances: NDArray[np.float64], cut: float) -> str:
     return "\n".join(lines)
 
 
-def ask(url: str, prompt: str, width: int, max_tokens: int) -> list[dict[str, Any]]:
-    """Nodes of one REBASE search's tree.
+def nodes_of(client: openai.OpenAI, question: Question) -> list[dict[str, Any]]:
+    """Nodes of one search's tree.
 
     Raises:
-        SystemExit: the server is not there, or refuses.
+        AskFailed: see `ask.watch`.
     """
-    body = {
-        "model": "default",
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "search_width": width,
-        "search": {"algorithm": "rebase", "return_tree": True, "return_embeddings": True},
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    for watched in watch(client, question):
+        figures = watched.figures
+    return list(figures["tree"]["nodes"])  # type: ignore[index]  # `watch` raises without figures
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; a line that is a JSON object has it, with whatever newlines belong to it, under `prompt`.
+
+    Raises:
+        SystemExit: the file cannot be read, or holds no prompt.
+    """
     try:
-        with urllib.request.urlopen(request, timeout=600) as response:
-            metadata = json.load(response)["metadata"]
-    except urllib.error.HTTPError as error:
-        raise SystemExit(f"the server at {url} refused the search: {error.read().decode(errors='replace')}") from error
-    except urllib.error.URLError as error:
-        raise SystemExit(f"no server answers at {url} ({error.reason}); start one with --search ets") from error
-    return list(metadata["search"]["tree"]["nodes"])
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--prompts must name a file of text, got {path} ({error}); give one prompt a line") from error
+    if not lines:
+        raise SystemExit(f"--prompts must name a file with one prompt a line, got {path}, which has none")
+    return [_prompt_of(line.rstrip("\r")) for line in lines]
+
+
+def _prompt_of(line: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return line
+    return str(row["prompt"]) if isinstance(row, dict) and "prompt" in row else line
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="sglang-ets calibrate", description=(__doc__ or "").split("\n\n")[0])
+    flags.add_argument("--base-url", default=DEFAULT_URL, help=f"of the server (default {DEFAULT_URL})")
+    flags.add_argument(
+        "--prompts",
+        type=Path,
+        help='one prompt a line, as text or as {"prompt": ...}; default: problems of the embedded task',
+    )
+    flags.add_argument("--chat", action="store_true", help="send prompts as chat messages, not as plain prompts")
+    flags.add_argument("--width", type=int, default=16)
+    flags.add_argument("--max-tokens", type=int, default=256)
+    flags.add_argument("--model", default="default")
+    flags.add_argument("--api-key", default="none", help="if the server asks for one")
+    return flags
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sglang_ets.tools.calibrate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:30000", help="a running server with --search")
-    parser.add_argument("--prompts", type=Path, help="one prompt a line; default: problems of the embedded task")
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=256)
-    args = parser.parse_args(arguments)
-    if args.prompts:
-        prompts = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        lines = EMBEDDED_PROBLEMS.read_text(encoding="utf-8").splitlines()[-NUM_EMBEDDED:]
-        prompts = [json.loads(line)["prompt"] for line in lines]
-    levels = [
-        level for prompt in prompts for level in level_embeddings(ask(args.url, prompt, args.width, args.max_tokens))
-    ]
-    distances = np.concatenate([np.zeros(0), *(pair_distances(*level) for level in levels)])
+    args = parser().parse_args(arguments)
+    prompts = read_prompts(args.prompts) if args.prompts else read_prompts(EMBEDDED_PROBLEMS)[-NUM_EMBEDDED:]
+    base_url = args.base_url.rstrip("/").removesuffix("/v1")
+    client = openai.OpenAI(base_url=f"{base_url}/v1", api_key=args.api_key, timeout=TIMEOUT_S, max_retries=0)
+    asked = Question("", args.width, args.chat, args.model, 1, args.max_tokens, settings=SETTINGS)
     try:
+        trees = [nodes_of(client, replace(asked, text=prompt)) for prompt in prompts]
+        levels = [level for nodes in trees for level in level_embeddings(nodes)]
+        distances = np.concatenate([np.zeros(0), *(pair_distances(*level) for level in levels)])
         cut = suggest_cut(distances)
-    except ValueError as error:
-        sys.exit(str(error))
+    except (AskFailed, ValueError) as error:
+        sys.exit(f"sglang-ets calibrate: {error}")
+    show(levels, distances, cut)
+
+
+def show(levels: Sequence[tuple[list[str], NDArray[np.float32]]], distances: NDArray[np.float64], cut: float) -> None:
+    """Print the histogram, the cut, and how many clusters it and its neighbours make of a level."""
     print(f"cosine distance of {distances.size} pairs of different steps in {len(levels)} levels\n")
     print(histogram(distances, cut))
     print(

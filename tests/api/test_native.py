@@ -10,15 +10,18 @@ import pytest
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 
 from sglang_ets.api.native import (
-    MAX_GRAMMAR_CHARS,
     MAX_N,
     MAX_SAMPLES,
-    check_grammars,
+    MAX_TEXT_CHARS,
     check_integers,
+    check_lists,
     check_prompt,
     check_release,
+    check_request,
     check_samples,
+    check_texts,
     end_searches,
+    reading,
 )
 from sglang_ets.wire import STOP_ID
 
@@ -47,16 +50,23 @@ class Manager:
         self.sent.append(obj)
 
 
-@pytest.mark.parametrize("name", MAX_GRAMMAR_CHARS)
+def test_stop_texts_are_bounded_together() -> None:
+    half = "x" * (MAX_TEXT_CHARS["stop"] // 2)
+    check_texts(GenerateReqInput(text="1=", sampling_params={"stop": [half, half]}))
+    with pytest.raises(ValueError, match=r"^stop must be text of at most \d+ characters, got "):
+        check_texts(GenerateReqInput(text="1=", sampling_params={"stop": [half, half, "x"]}))
+
+
+@pytest.mark.parametrize("name", MAX_TEXT_CHARS)
 @pytest.mark.parametrize("is_list", [False, True])
-def test_a_grammar_has_a_bounded_length(name: str, is_list: bool) -> None:
+def test_a_text_has_a_bounded_length(name: str, is_list: bool) -> None:
     def request(length: int) -> GenerateReqInput:
         params = {name: "x" * length}
         return GenerateReqInput(text="1=", sampling_params=[{}, params] if is_list else params)
 
-    check_grammars(request(MAX_GRAMMAR_CHARS[name]))
-    with pytest.raises(ValueError, match=f"^{name} must be text of at most {MAX_GRAMMAR_CHARS[name]} characters, got "):
-        check_grammars(request(MAX_GRAMMAR_CHARS[name] + 1))
+    check_texts(request(MAX_TEXT_CHARS[name]))
+    with pytest.raises(ValueError, match=f"^{name} must be text of at most {MAX_TEXT_CHARS[name]} characters, got "):
+        check_texts(request(MAX_TEXT_CHARS[name] + 1))
 
 
 @pytest.mark.parametrize(
@@ -71,11 +81,58 @@ def test_integers_fit_into_tensors(params: dict[str, Any]) -> None:
             check_integers(GenerateReqInput(text="1=", sampling_params=sent))
 
 
+@pytest.mark.parametrize(
+    "fields", [{"rid": "a"}, {"rid": ["a"], "text": ["1="]}, {"sampling_params": [{}]}, {"rid": None}]
+)
+def test_lists_that_go_with_the_prompts_pass(fields: dict[str, Any]) -> None:
+    check_lists(GenerateReqInput(**{"text": "1=", **fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"text": "1=", "rid": ["a"]}, r"^rid must be one text for one prompt, got \['a'\]; "),
+        ({"input_ids": [1, 2], "rid": ["a"]}, r"^rid must be one text for one prompt, got \['a'\]; "),
+        ({"text": "1=", "sampling_params": []}, r"^sampling_params must be an object, .* got \[\]; "),
+    ],
+)
+def test_other_lists_are_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_lists(GenerateReqInput(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_single"), [({}, True), ({"rid": "a"}, True), ({"rid": ["a"]}, False), ({"stream": True}, True)]
+)
+def test_a_refused_request_can_be_aborted(fields: dict[str, Any], is_single: bool) -> None:
+    """sglang aborts a stream that has ended in any way, and asks the request whether it is a single one."""
+    request = GenerateReqInput(text="1=", sampling_params={"n": 0}, **fields)
+    with pytest.raises(ValueError, match=r"n must be|rid must be"):
+        check_request(request)
+    assert request.is_single is is_single
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("no\nkey"), IndexError(), KeyError("a"), AttributeError(), OverflowError()]
+)
+def test_what_sglang_cannot_read_is_a_mistake_of_the_client(error: Exception) -> None:
+    with pytest.raises(ValueError, match="could not be read") as caught, reading():
+        raise error
+    assert type(error).__name__ in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    for error in (ValueError("as it is"), OSError("as it is")):
+        with pytest.raises(type(error), match=r"^as it is$"), reading():
+            raise error
+
+
 @pytest.mark.parametrize("embeds", [[], [[]]])
 def test_embeddings_hold_a_vector(embeds: list[Any]) -> None:
-    check_grammars(GenerateReqInput(input_embeds=[[0.5]]))
+    check_texts(GenerateReqInput(input_embeds=[[0.5]]))
     with pytest.raises(ValueError, match=r"^input_embeds must be lists of vectors, got "):
-        check_grammars(GenerateReqInput(input_embeds=embeds))
+        check_texts(GenerateReqInput(input_embeds=embeds))
 
 
 @pytest.mark.parametrize("params", [None, {}, {"n": None}, {"n": 1}, {"n": MAX_N}, [{"n": 2}], []])

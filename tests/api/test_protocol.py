@@ -31,6 +31,7 @@ from sglang_ets.api.protocol import (
     search_config,
 )
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.registry import BUILT_IN, names, own_settings
 from sglang_ets.core.settings import setting, shown
 from sglang_ets.engine import admission
 from sglang_ets.engine.admission import carried_config, prompt_text
@@ -287,13 +288,20 @@ def test_openapi_shows_typed_fields_that_match_the_config() -> None:
         options = properties["search"]["anyOf"][0]
         assert options["additionalProperties"] is False
     outer = {"width", "num_results", "max_tokens", "seed"}
-    assert set(SearchOptions.model_fields) == set(SearchConfig.__dataclass_fields__) - outer
+    own = {name for name in BUILT_IN if own_settings(name)}
+    assert (
+        set(SearchOptions.model_fields) == (set(SearchConfig.__dataclass_fields__) - outer - {"policy_settings"}) | own
+    )
 
 
 def test_the_schema_of_search_holds_types_choices_ranges_and_help() -> None:
     properties = SearchOptions.model_json_schema()["properties"]
     assert properties["max_steps"]["anyOf"] == [{"type": "integer", "minimum": 1, "maximum": 1024}, {"type": "null"}]
     assert properties["max_steps"]["description"] == "Steps of one trajectory at most."
+    assert properties["algorithm"]["anyOf"][0]["enum"] == list(names())
+    particles = properties["particles"]["anyOf"][0]
+    assert particles["additionalProperties"] is False
+    assert particles["properties"]["temperature"]["anyOf"][0] == {"type": "number", "minimum": 1e-3, "maximum": 1e3}
     assert properties["coverage"]["anyOf"][0]["enum"] == ["uniform", "reward"]
     assert properties["deadline_s"]["anyOf"][0] == {"type": "number", "minimum": 1e-3, "maximum": 1e6}
     kinds = properties["step_delimiter"]["anyOf"]
@@ -320,8 +328,9 @@ def test_body_holds_ranked_choices_usage_and_figures(make: Any) -> None:
     assert body["choices"][0]["search"] == {"score": 0.5, "step_scores": [0.7, 0.5], "answer": "3", "votes": 2.0}
     assert (body["usage"]["completion_tokens"], body["usage"]["total_tokens"]) == (90, 100)
     assert body["usage"]["completion_tokens_details"]["answer_tokens"] == 4
-    assert body["metadata"] == {"search": RESULT["search"]}
-    assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["metadata"]["search"]["tree"] == {"nodes": []}
+    assert body["search"] == RESULT["search"]
+    assert "metadata" not in body  # a dictionary of texts in newer clients' chats, which warn of all else
+    assert response_body(make(), "id", {**RESULT, "tree": {"nodes": []}})["search"]["tree"] == {"nodes": []}
 
 
 class Serving(OpenAIServingBase):
@@ -397,6 +406,23 @@ def test_a_search_in_a_literal_extra_body_is_read(make: Any) -> None:
         search_config(make(search_width=None, extra_body={"search": {}}), SETTINGS, CONTEXT_TOKENS)
 
 
+@pytest.mark.parametrize("make", [completion, chat])
+def test_a_search_in_metadata_is_read(make: Any) -> None:
+    """sglang-router passes on nothing of a chat that it does not know; of metadata, texts."""
+    texts = {"search_width": "8", "search": '{"algorithm": "beam"}', "team": "a"}
+    for metadata in (texts, {"search_width": 8, "search": {"algorithm": "beam"}}):
+        config = search_config(make(search_width=None, metadata=metadata), SETTINGS, CONTEXT_TOKENS)
+        assert (config.width, config.algorithm) == (8, "beam")
+    assert search_config(make(search_width=4, metadata=texts), SETTINGS, CONTEXT_TOKENS).width == 4
+    assert make(search_width=None, metadata={"search": "the tag of a client"}).search is None
+
+
+@pytest.mark.parametrize("text", ["wide", "8.5", "true", '"8"', "[" * 100_000, "9" * 5000, "1"])
+def test_a_width_in_metadata_that_is_none_is_refused_for_what_it_is(text: str) -> None:
+    with pytest.raises(ValueError, match="search_width must be "):
+        search_config(chat(search_width=None, metadata={"search_width": text}), SETTINGS, CONTEXT_TOKENS)
+
+
 def test_a_list_of_one_prompt_counts_with_a_literal_extra_body_too() -> None:
     assert completion(search_width=None, prompt=["1+2="], extra_body={"search_width": 8}).prompt == "1+2="
 
@@ -430,6 +456,31 @@ def test_errors_have_a_status_and_one_sentence(outcome: Any, fields: dict[str, A
     assert "\n" not in message
     assert {key: body[key] for key in body["error"]} == body["error"], "sglang's shape holds the same"
     assert (body["object"], body["error"]["code"], body["error"]["param"]) == ("error", status, None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "kind", "headers"),
+    [
+        (429, "ServerBusy", {"retry-after": "5"}),
+        (499, "SearchAborted", {}),
+        (500, "SearchFailed", {}),
+        (503, "ServerStopping", {}),
+        (504, "DeadlinePassed", {"x-should-retry": "false"}),
+    ],
+)
+def test_a_client_can_tell_why_there_is_no_answer(
+    status: int, kind: str, headers: dict[str, str], stream: bool
+) -> None:
+    outcome: Any = HTTPException(status, "why")
+    if stream:
+        outcome = {"finish_reason": {"type": "abort", "message": "why", "status_code": status}}
+    response, _ = post(outcome, stream=stream)
+    error = json.loads(response.body)["error"]
+    message = "search failed: why" if status == 500 and stream else "why"
+    assert (response.status_code, error["code"], error["type"], error["message"]) == (status, status, kind, message)
+    given = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+    assert given == headers
 
 
 def test_an_error_holds_any_text() -> None:
@@ -496,7 +547,7 @@ def test_the_official_client_writes_answers_out_without_a_warning() -> None:
         whole = answering(200, response_body(completion(), "id", RESULT)).completions.create(model="m", prompt="p")
         turn = answering(200, response_body(chat(), "id", RESULT)).chat.completions.create(model="m", messages=[])
         for done in (whole, turn):
-            assert done.to_dict()["metadata"] == {"search": RESULT["search"]}
+            assert done.to_dict()["search"] == RESULT["search"]
             assert json.loads(done.to_json())["choices"][0]["search"]["score"] == 0.5
             assert "kv_tokens_peak" in repr(done)
 

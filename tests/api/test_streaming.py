@@ -62,7 +62,7 @@ def test_a_stream_joins_to_the_answer(make: Any, with_usage: bool, early: list[s
         assert [choice["finish_reason"] for choice in mine[:-1]] == [None] * (len(mine) - 1)
         assert mine[-1]["finish_reason"] == ("stop" if index == 0 else "length")
         assert make is completion or mine[0]["delta"]["role"] == "assistant"
-    shown = [chunk["metadata"]["search"] for chunk in chunks if "metadata" in chunk]
+    shown = [chunk["search"] for chunk in chunks if "search" in chunk]
     levels = [{"progress": {**FIGURES, "level": level}} for level in range(1, len(early) + 1)]
     assert shown == [*levels, RESULT["search"]]
 
@@ -114,11 +114,18 @@ def test_a_client_of_completions_joins_the_texts(early: list[str]) -> None:
     assert usage is not None and usage.completion_tokens == 90
 
 
-@pytest.mark.parametrize("answers", [[reported(progress("1"))], [reported(progress("1")), "abort"]])
-def test_a_search_that_fails_on_the_way_ends_with_an_error(answers: list[Any]) -> None:
-    reason = {"type": "abort", "message": "no\nKV", "status_code": 500}
-    answers = [reported(progress("1"), finish_reason=reason) if answer == "abort" else answer for answer in answers]
-    *_, error, done = events_of(completion(stream=True), answers)
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (None, "SearchFailed", "the scheduler returned no result"),
+        (500, "SearchFailed", "no KV"),
+        (503, "ServerStopping", "no KV"),
+    ],
+)
+def test_a_search_that_fails_on_the_way_ends_with_an_error(status: int | None, kind: str, message: str) -> None:
+    reason = {"type": "abort", "message": "no\nKV", "status_code": status}
+    ends = [] if status is None else [reported(progress("1"), finish_reason=reason)]
+    *_, error, done = events_of(completion(stream=True), [reported(progress("1")), *ends])
     assert done == DONE
-    message = json.loads(error[6:])["error"]["message"]
-    assert message == ("no KV" if len(answers) == 2 else "the scheduler returned no result")
+    sent = json.loads(error[6:])["error"]
+    assert (sent["code"], sent["type"], sent["message"]) == (status or 500, kind, message)

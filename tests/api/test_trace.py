@@ -26,8 +26,8 @@ TRACED = {**SETTINGS, "trace": True}
 
 
 def search_of(name: str = "tree") -> dict[str, Any]:
-    """`metadata.search` of a recorded answer."""
-    found: dict[str, Any] = real(name)["metadata"]["search"]
+    """`search` of a recorded answer."""
+    found: dict[str, Any] = real(name)["search"]
     return found
 
 
@@ -70,7 +70,7 @@ def followed(store: TraceStore, reports: list[dict[str, Any]], **reason: Any) ->
         trace = store.begin("a", "1+2=", {"algorithm": "ets", "width": 16})
         sizes = []
         async for _ in store.follow(trace, sent_by_scheduler(reports, **reason)):
-            sizes.append(len(trace.content()["metadata"]["search"]["tree"]["nodes"]))
+            sizes.append(len(trace.content()["search"]["tree"]["nodes"]))
         return trace, sizes
 
     return asyncio.run(run())
@@ -112,7 +112,7 @@ def test_a_trace_grows_level_by_level_and_ends_as_the_answer() -> None:
     assert sizes == [16, 32, 48, 64, 80, 96]
     assert (trace.state, trace.note, trace.is_live) == ("complete", "", False)
     content = trace.content()
-    assert content["metadata"]["search"]["tree"] == search_of()["tree"]
+    assert content["search"]["tree"] == search_of()["tree"]
     assert [choice["text"] for choice in content["choices"]] == [choice["text"] for choice in real()["choices"]]
 
 
@@ -145,7 +145,7 @@ def test_a_search_without_an_answer_keeps_its_levels_and_says_why(
     store = TraceStore()
     trace, _ = followed(store, [progress(1), progress(2)], **reason)
     assert (trace.state, trace.note) == (state, note)
-    assert len(trace.content()["metadata"]["search"]["tree"]["nodes"]) == 32
+    assert len(trace.content()["search"]["tree"]["nodes"]) == 32
     assert store.get("a") is trace
 
 
@@ -286,6 +286,10 @@ def test_the_list_is_json_or_a_page_and_hostile_text_stays_text() -> None:
         (hostile_id, "running", 0),
         ("a", "complete", 6),
     ]
+    trace = store.get(hostile_id)
+    assert trace is not None
+    trace.figures["warnings"] = ["2 of 8 steps failed", HOSTILE]
+    assert client.get("/search").json()["searches"][0]["note"] == f"2 of 8 steps failed; {HOSTILE}"
     page = client.get("/search", headers={"accept": "text/html,*/*"})
     assert page.headers["content-type"].startswith("text/html")
     assert "<script" not in page.text and "&lt;/script&gt;" in page.text

@@ -83,7 +83,7 @@ def embedded(page: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["tree", "tree_rebase"])
 def test_kv_from_the_tree_is_what_the_radix_cache_counted(name: str) -> None:
     levels = read_view(real(name), name).levels
-    assert len(levels) == len(real(name)["metadata"]["search"]["kv_levels"])
+    assert len(levels) == len(real(name)["search"]["kv_levels"])
     for level in levels:
         assert level.held_tokens == level.measured_held_tokens
         assert level.retained_tokens == level.measured_retained_tokens
@@ -100,10 +100,8 @@ def test_rebase_on_another_tree_is_its_own_choice() -> None:
     assert levels[0].rebase_tokens > levels[0].retained_tokens
 
 
-@pytest.mark.parametrize(
-    "pick", [lambda d: d, lambda d: d["metadata"]["search"], lambda d: d["metadata"]["search"]["tree"]]
-)
-def test_answer_metadata_and_bare_tree_are_all_read(pick: Any) -> None:
+@pytest.mark.parametrize("pick", [lambda d: d, lambda d: d["search"], lambda d: d["search"]["tree"]])
+def test_answer_figures_and_bare_tree_are_all_read(pick: Any) -> None:
     found = read_view(pick(real()), "")
     assert len(found.nodes) == 96
     assert [level.held_tokens for level in found.levels] == [337, 686, 801, 629, 882, 1055]
@@ -119,14 +117,27 @@ def test_answers_stand_at_the_node_that_ends_them() -> None:
 
 
 def test_nothing_is_invented_where_it_is_not_known() -> None:
-    found = real()["metadata"]["search"]
+    found = real()["search"]
     found["algorithm"] = "best_of_n"  # its levels are never complete at one time
     levels = read_view(found, "").levels
     assert {(level.held_tokens, level.retained_tokens, level.rebase_tokens) for level in levels} == {(None, None, None)}
-    tree = real()["metadata"]["search"]["tree"]
+    tree = real()["search"]["tree"]
     for node in tree["nodes"]:
         del node["token_ids"]
     assert {(level.held_tokens, level.rebase_tokens) for level in read_view(tree, "").levels} == {(None, None)}
+
+
+def test_warnings_stand_on_the_page_and_no_text_of_them_is_markup() -> None:
+    answer = real()
+    assert read_view(answer, "").warnings == ()
+    answer["search"]["warnings"] = [HOSTILE, "2 of 8 steps failed: no memory", 5]
+    found = read_view(answer, "")
+    assert found.warnings == (HOSTILE, "2 of 8 steps failed: no memory")
+    page = render(found)
+    assert embedded(page)["warnings"] == [HOSTILE, "2 of 8 steps failed: no memory"]
+    assert page.count("</script>") == 2
+    answer["search"]["warnings"] = "none"
+    assert read_view(answer, "").warnings == ()
 
 
 # ---- hostile and bad input ----
@@ -151,8 +162,8 @@ def test_page_asks_for_nothing_outside() -> None:
 
 BAD_TREES: list[tuple[Any, str]] = [
     ([], "JSON object, got list"),
-    ({}, "metadata.search.tree, got none"),
-    ({"metadata": {"search": {"id": "x"}}}, "return_tree true"),
+    ({}, "search.tree, got none"),
+    ({"search": {"id": "x"}}, "return_tree true"),
     ({"prompt_tokens": -1, "nodes": [step(1, 0, 1)]}, "prompt_tokens must be an integer of 0 or more, got -1"),
     ({"prompt_tokens": 1, "nodes": []}, "at least one step"),
     ({"prompt_tokens": 1, "nodes": ["x"]}, r"nodes\[0\] must be an object, got str"),
@@ -213,11 +224,11 @@ def test_temperature_of_rebase_must_be_positive() -> None:
 def test_rebase_is_compared_at_the_temperature_of_the_search() -> None:
     answer = real()
     assert read_view(answer, "").rebase_temperature == 0.2  # recorded before servers told it
-    answer["metadata"]["search"]["rebase_temperature"] = 5.0
+    answer["search"]["rebase_temperature"] = 5.0
     flat = read_view(answer, "")
     assert flat.rebase_temperature == 5.0
     assert flat.levels != read_view(answer, "", 0.2).levels
-    answer["metadata"]["search"]["rebase_temperature"] = "hot"
+    answer["search"]["rebase_temperature"] = "hot"
     assert read_view(answer, "").rebase_temperature == 0.2
 
 
@@ -296,7 +307,7 @@ def test_chromium_draws_the_tree_and_a_click_selects_a_path(tmp_path: Path) -> N
     assert found["seen"] == 58 and found["matching"] == found["seen"]
     assert "The answer is" in found["tip"] and "score" in found["tip"]
     assert found["clicked"] == "83" and found["steps"] == 6
-    nodes = {node["id"]: node for node in real()["metadata"]["search"]["tree"]["nodes"]}
+    nodes = {node["id"]: node for node in real()["search"]["tree"]["nodes"]}
     assert found["up"] == str(nodes[83]["parent"])
 
 
@@ -308,11 +319,22 @@ def test_chromium_selects_what_the_address_names_and_shows_the_whole_text(tmp_pa
     assert console == ""
     assert 'data-selected="83"' in dom
     steps = dom[dom.index('<ol id="steps">') : dom.index("</section>", dom.index('<ol id="steps">'))]
-    nodes = {node["id"]: node for node in real()["metadata"]["search"]["tree"]["nodes"]}
+    nodes = {node["id"]: node for node in real()["search"]["tree"]["nodes"]}
     at = nodes[83]
     while at["parent"]:
         assert at["text"].strip() in steps
         at = nodes[at["parent"]]
+
+
+@needs_chromium
+def test_chromium_shows_warnings(tmp_path: Path) -> None:
+    answer = real()
+    answer["search"]["warnings"] = ["2 of 8 steps failed: <b>no memory</b>"]
+    page = tmp_path / "tree.html"
+    page.write_text(render(read_view(answer, "tree")))
+    dom, console = browse(page)
+    assert console == ""
+    assert '<ul id="warnings"><li>Warning: 2 of 8 steps failed: &lt;b&gt;no memory&lt;/b&gt;</li></ul>' in dom
 
 
 @needs_chromium

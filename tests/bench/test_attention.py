@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, rows
-
-ROOT = Path(__file__).parents[2]
+from bench import attention
 
 
 @pytest.mark.parametrize("case", attention.SMOKE, ids=lambda case: f"{case.new_tokens} new")
@@ -52,9 +50,3 @@ def test_a_plan_that_changes_a_result_is_not_timed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "paged_attention", lambda batch: batch.output.normal_())
     with pytest.raises(RuntimeError, match="the plan changes the result"):
         attention.measure_tree(attention.SMOKE_TREES[0], repetitions=1)
-
-
-def test_the_table_of_trees_is_made_of_rows() -> None:
-    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    _, after = text.split("<!-- rows: bench/results/attention_tree.jsonl -->\n")
-    assert after.split("\n<!-- end -->")[0] == attention.tree_table(rows.read(rows.RESULTS / "attention_tree.jsonl"))

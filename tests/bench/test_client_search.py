@@ -15,11 +15,11 @@ from bench.client_search.choose import choose, cost_tree, kept_leaves
 from bench.client_search.driver import Client
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import objective, solve
-from sglang_ets.core.selection import Level, get_policy
+from sglang_ets.core.search import Expand
+from sglang_ets.core.selection import Level, Rebase
 from sglang_ets.core.tree import SearchTree
 
 CONFIG = SearchConfig(width=4, step_delimiter=("\n",), algorithm="rebase", max_tokens=64)
-NEWLINE = 3
 
 
 def answer(ids: list[int], reason: dict[str, Any], text: str = "") -> dict[str, Any]:
@@ -30,28 +30,20 @@ def answer(ids: list[int], reason: dict[str, Any], text: str = "") -> dict[str, 
 
 
 def test_one_trajectory_asks_for_n_and_several_for_a_row_each() -> None:
-    first = wire.generate_request([wire.Growth((1, 2), (1, 2, 3), 9)], CONFIG, 1.0)
+    first = wire.generate_request([((1, 2), Expand(0, (1, 2, 3), 9))], CONFIG, 1.0)
     assert first["input_ids"] == [1, 2]
     assert first["sampling_params"]["n"] == 3
-    level = wire.generate_request([wire.Growth((1, 2), (4, 5), 9), wire.Growth((1, 7), (6,), 5)], CONFIG, 1.0)
+    level = wire.generate_request([((1, 2), Expand(1, (4, 5), 9)), ((1, 7), Expand(2, (6,), 5))], CONFIG, 1.0)
     assert level["input_ids"] == [[1, 2], [1, 2], [1, 7]]
     assert [params["max_new_tokens"] for params in level["sampling_params"]] == [9, 9, 5]
     assert all(params["stop"] == ["\n"] and params["no_stop_trim"] for params in level["sampling_params"])
 
 
-def test_delimiters_that_are_token_ids_are_stops_too() -> None:
-    body = wire.generate_request([wire.Growth((1,), (1,), 9)], SearchConfig(step_delimiter=("\n", 7)), 1.0)
-    assert body["sampling_params"]["stop"] == ["\n"]
-    assert body["sampling_params"]["stop_token_ids"] == [7]
-
-
 def test_finish_reasons_become_ends_of_steps() -> None:
     reasons = [{"type": "stop", "matched": "\n"}, {"type": "stop", "matched": 1}, {"type": "length", "length": 9}]
-    steps = wire.read_steps([answer([5, 6], reason, "ab") for reason in reasons], CONFIG)
-    assert [step.finish for step in steps] == ["step", "stop", "length"]
-    assert steps[0] == wire.Step((5, 6), "ab", "step")
+    assert [wire.finish_of(answer([], reason), CONFIG) for reason in reasons] == ["step", "stop", "length"]
     with pytest.raises(RuntimeError, match="abort"):
-        wire.read_steps(answer([], {"type": "abort", "message": "full"}), CONFIG)
+        wire.finish_of(answer([], {"type": "abort", "message": "full"}), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +69,14 @@ def test_score_is_the_product_of_the_counted_probabilities() -> None:
     probabilities = [None, 0.01, 0.5, 0.25]  # of tokens 2 (not known), 3 (not counted), 4 and 5
     entries = [[None if p is None else math.log(p), 0, None] for p in probabilities]
     said = {"meta_info": {"input_token_logprobs": entries}}
-    assert wire.read_scores(said, [scoring]) == [pytest.approx(0.125)]
-    assert wire.read_scores([said, said], [scoring, wire.Scoring((1, 2, 3, 4, 5), 2, 2)])[1] == pytest.approx(0.00125)
+    assert wire.score_of(said, scoring) == pytest.approx(0.125)
+    assert wire.score_of(said, wire.Scoring((1, 2, 3, 4, 5), 2, 2)) == pytest.approx(0.00125)
 
 
 @pytest.mark.parametrize("entries", [[[-1.0, 4, None]], [[-1.0, 3, None], [None, 4, None], [-1.0, 5, None]]])
 def test_a_missing_log_probability_is_an_error(entries: list[list[Any]]) -> None:
     with pytest.raises(RuntimeError, match="expected a number for each"):
-        wire.read_scores({"meta_info": {"input_token_logprobs": entries}}, [wire.Scoring((1, 2, 3, 4, 5), 2, 3)])
+        wire.score_of({"meta_info": {"input_token_logprobs": entries}}, wire.Scoring((1, 2, 3, 4, 5), 2, 3))
 
 
 # ---- selection ----
@@ -139,13 +131,13 @@ def test_the_client_selects_as_well_as_the_core(
     config = SearchConfig(
         algorithm=algorithm, width=16, kv_cost_weight=weight, cluster_distance=0.3, coverage="uniform"
     )
-    client, core = choose(level, config), get_policy(algorithm).select(level, config)
+    client, core = choose(level, config), config.policy.select(level, config)
     assert client.allocation.sum() == core.allocation.sum() == 16
     if algorithm in ("rebase", "dvts"):
         assert client.allocation.tolist() == core.allocation.tolist()
         return
     assert (client.clusters is None) == (algorithm == "ets_kv")
-    shares = get_policy("rebase").select(level, config).allocation / 16
+    shares = Rebase().select(level, config).allocation / 16
     coverage = config.weights.diversity_weight if algorithm == "ets" else 0.0
     kept = kept_leaves(level, config, client.clusters)
     best, _ = solve(shares, costs, weight, core.clusters, coverage)
@@ -185,7 +177,7 @@ class FakePolicy:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+    def __call__(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         self.calls.append(body)
         is_first = not isinstance(body["input_ids"][0], list)
         count = body["sampling_params"]["n"] if is_first else len(body["input_ids"])
@@ -200,7 +192,7 @@ class FakePrm:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+    def __call__(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         self.calls.append(body)
         pairs = zip(body["input_ids"], body["logprob_start_len"], strict=True)
         wanted = [
@@ -216,7 +208,7 @@ def test_a_search_makes_two_calls_a_level(algorithm: Any) -> None:
     def encode(texts: Any) -> Any:
         return np.array([[1.0, float(text[0] == "0")] for text in texts], dtype=np.float32)
 
-    client = Client(policy, prm, Letters(), "=", encode)  # type: ignore[arg-type]
+    client = Client(policy, prm, Letters(), "=", encode)
     config = SearchConfig(
         coverage="uniform",
         width=4,
@@ -238,7 +230,7 @@ def test_a_search_makes_two_calls_a_level(algorithm: Any) -> None:
 
 
 def test_best_of_n_is_refused_because_it_knows_no_levels() -> None:
-    client = Client(FakePolicy(), FakePrm(), Letters(), "=", None)  # type: ignore[arg-type]
+    client = Client(FakePolicy(), FakePrm(), Letters(), "=", None)
     with pytest.raises(ValueError, match="level by level"):
         client.solve("1\n", SearchConfig(width=4, algorithm="best_of_n", step_delimiter=("\n",)))
 
@@ -252,7 +244,6 @@ def row(system: str, number: int, seconds: float, **more: float) -> dict[str, An
         "algorithm": "rebase",
         "width": 16,
         "in_flight": 8,
-        "client_engine": "ours",
         "round": number,
         "problems": 8,
     }
@@ -268,7 +259,7 @@ def test_ratios_are_taken_within_rounds_and_open_rounds_left_out() -> None:
     assert "3.00x (2.00 to 4.00)" in text
     assert "75 % (50 to 100)" in text
     assert "1.00 (20 %)" in text
-    assert "| 16 | rebase | 8 | ours | 1 | 2 | 16 |" in text
+    assert "| 16 | rebase | 8 | 1 | 2 | 16 |" in text
 
 
 def test_a_client_is_compared_with_every_number_of_servers() -> None:
@@ -276,5 +267,5 @@ def test_a_client_is_compared_with_every_number_of_servers() -> None:
     done = [row("in_scheduler", 0, 8.0), row("in_scheduler", 0, 4.0, replicas=2), row("client", 0, 8.0, **parts)]
     done += [row("sampling", 0, 8.0), row("sampling", 0, 2.0, replicas=2), row("sampling", 0, 1.0, replicas=4)]
     one, two = table.tables(done).split("\n\n")[0].splitlines()[2:]
-    assert "| ours | 1 | 1 | 8 |" in one and "1.00x (1.00 to 1.00)" in one
-    assert "| ours | 2 | 1 | 8 |" in two and "2.00x (2.00 to 2.00)" in two
+    assert "| 8 | 1 | 1 | 8 |" in one and "1.00x (1.00 to 1.00)" in one
+    assert "| 8 | 2 | 1 | 8 |" in two and "2.00x (2.00 to 2.00)" in two

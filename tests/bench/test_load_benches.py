@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
+import httpx
 import pytest
 
 from bench import capacity, fairness, soak
-from bench.fuzz import FuzzReport
-from bench.hostile import PATHS, hostile_request
-from bench.soak import SoakReport, slopes
+from bench.fuzz import FAULTS, FuzzReport, outcome_of
+from bench.hostile import PATHS, HostileRequest, hostile_request
+from bench.soak import SoakReport, after_warm_up, slopes
 
 
 def test_a_seed_names_the_hostile_requests() -> None:
@@ -51,40 +53,103 @@ def test_each_rule_of_a_fuzz_can_be_broken(broken: dict[str, object], said: str)
     assert said in breach
 
 
+GRAMMAR = "Grammar accept_token failed: Tokens not accepted: 0\nAccepted tokens: [29, 34]\nKey string: null"
+UNFINISHED = "search failed: no trajectory was completed (kv_budget)"
+TOO_LATE = "deadline_s of 1e-300 passed before the search had any text; raise it, or send fewer requests at once"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message", "name"),
+    [
+        ({"regex": "null"}, 500, GRAMMAR, "a grammar that no token of the model fits"),
+        ({"sampling_params": {"ebnf": "x"}}, 500, GRAMMAR, "a grammar that no token of the model fits"),
+        ({"prompt": "x"}, 500, GRAMMAR, None),
+        ({"regex": "null"}, 503, GRAMMAR, None),
+        ({"regex": "null"}, 500, "Grammar accept_token failed", None),
+        ({"search_width": 4}, 500, UNFINISHED, "a search without an answer"),
+        ({"sampling_params": {"custom_params": {}}}, 500, UNFINISHED, "a search without an answer"),
+        ({"search_width": 4}, 504, f"{TOO_LATE}", "a deadline before any text"),
+        ({"search_width": 4}, 500, f"{TOO_LATE}", None),
+        ({"search_width": 4}, 500, f"{UNFINISHED} and more", None),
+        ({"regex": "null"}, 500, UNFINISHED, None),
+        ([], 500, UNFINISHED, None),
+    ],
+)
+def test_a_documented_fault_is_known_by_field_and_message(
+    body: object, status: int, message: str, name: str | None
+) -> None:
+    request = HostileRequest("/generate", json.dumps(body).encode())
+    assert next((key for key, fault in FAULTS.items() if fault.explains(request, status, message)), None) == name
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "outcome"),
+    [
+        (200, '{"choices": []}', (200, '{"choices": []}')),
+        (200, "[1]", (200, "[1]")),
+        (500, "Internal Server Error", (500, "Internal Server Error")),
+        (500, '{"object": "error", "message": "no", "code": 7}', (500, "no")),
+        (400, '{"error": {"message": "no", "code": 7}}', (400, "no")),
+        (200, 'data: {"id": 1}\n\ndata: {"error": {"message": "no", "code": 500}}\n\ndata: [DONE]\n', (500, "no")),
+        (200, 'data: {"error": {"message": "no", "code": null}}\n', (200, "no")),
+    ],
+)
+def test_an_error_event_is_the_outcome_of_its_stream(status: int, text: str, outcome: tuple[int, str]) -> None:
+    assert outcome_of(httpx.Response(status, text=text)) == outcome
+
+
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
         ({"errors": ["search 500"]}, "1 errors that nobody caused"),
         ({"ordinary": 3, "ordinary_failed": 1}, "ordinary requests failed"),
-        ({"slopes_mb_per_min": {"scheduler": 50.0}}, "memory grows"),
+        ({"slopes_mb_per_min": {"scheduler": 3.0}, "memory_mb": {"scheduler": (900.0, 960.0)}}, "memory grows"),
         ({"locks": 1}, "1 locks are left"),
     ],
 )
 def test_each_rule_of_a_soak_can_be_broken(broken: dict[str, object], said: str) -> None:
-    assert SoakReport(minutes=1, seed=0, slopes_mb_per_min={"scheduler": -1.0}).breaches() == []
+    memory = {"python": (900.0, 940.0), "scheduler": (900.0, 960.0)}
+    sound = SoakReport(minutes=1, seed=0, slopes_mb_per_min={"python": 9.0, "scheduler": 1.5}, memory_mb=memory)
+    assert sound.breaches() == []
     (breach,) = SoakReport(minutes=1, seed=0, **broken).breaches()  # type: ignore[arg-type]
     assert said in breach
 
 
 def test_a_soak_is_one_line_of_a_table() -> None:
-    row = {**vars(SoakReport(minutes=3, seed=0)), "num_errors": 0, "slopes_mb_per_min": {"sched": 0.25}, "ordinary": 9}
+    row = {**vars(SoakReport(minutes=3, seed=0)), "num_errors": 0, "ordinary": 9}
+    row |= {"slopes_mb_per_min": {"sglang::sched": 0.25}, "memory_mb": {"sglang::sched": [900.0, 901.2]}}
     row["outcomes"] = {
         "search 200": 5,
         "search 429": 1,
-        "search 400": 1,
+        "search 504": 1,
         "left 200": 2,
         "hostile 400": 7,
         "hostile 200": 1,
     }
     line = soak.table([row]).splitlines()[-1]
     assert [cell.strip() for cell in line.split("|")][1:8] == ["3", "5", "2", "2", "8", "0", "9"]
-    assert "sched +0.2" in line
+    assert "| sched 900 to 901 | sched +0.2 |" in line
 
 
 def test_memory_slopes_leave_the_warm_up_out() -> None:
     samples = [(60.0 * minute, {"a": 100.0 + 10 * minute, "b": 500.0 if minute < 2 else 50.0}) for minute in range(9)]
-    assert slopes(samples) == pytest.approx({"a": 10.0, "b": 0.0}, abs=1e-6)
+    assert slopes(after_warm_up(samples)) == pytest.approx({"a": 10.0, "b": 0.0}, abs=1e-6)
     assert slopes(samples[:2]) == {}
+
+
+def test_only_a_deadline_makes_a_late_search_the_clients_own_doing() -> None:
+    assert soak.is_expected({"search": {"deadline_s": 1.0}}, 504)
+    assert [soak.is_expected({"search": {}}, status) for status in (200, 429, 504, 500, 400)] == [True, True] + [
+        False
+    ] * 3
+
+
+def test_requests_without_an_answer_are_errors_and_end_no_client() -> None:
+    report = SoakReport(minutes=0, seed=0)
+    clients = soak.SoakClients("http://127.0.0.1:1", report, time.monotonic() + 1.0, soak.WIDTHS)
+    clients.run()
+    assert {"search unanswered", "left unanswered", "hostile unanswered"} == set(report.outcomes)
+    assert len(report.errors) == report.outcomes.total()
 
 
 def capacity_row(policy: str, in_flight: int, rate: float, round_: int = 0) -> dict[str, object]:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from bench.testbed import sampling, task
-from bench.testbed.evaluate import load_problems, verifier_rows, vote
+from bench.testbed.evaluate import HERE, Row, load_problems, mean_row, report, verifier_rows, vote
 from bench.testbed.likelihood import area_under_curve, path_scores, step_scores
 from bench.testbed.sampling import greedy_accuracy, sample
 from bench.testbed.task import Operation, Problem
@@ -192,6 +192,13 @@ def test_area_under_curve_counts_ties_as_half() -> None:
     assert area_under_curve([0.9, 0.5, 0.5, 0.1], [True, True, False, False]) == 0.875
     with pytest.raises(ValueError, match="both classes"):
         area_under_curve([0.1, 0.2], [True, True])
+
+
+def test_the_report_is_a_table_of_its_rows() -> None:
+    text = report([mean_row("greedy", [1.0, 0.0, 1.0, 1.0]), Row("AUC", 0.9, None, "7 steps")], seed=3)
+    assert "| greedy | 0.750 | 0.250 | 4 problems |\n| AUC | 0.900 |  | 7 steps |" in text
+    head, tail = (HERE / "REPORT.md").read_text().replace("seed 0", "seed 3").split("|---|---|---|---|\n")
+    assert text.startswith(head) and text.endswith(tail.split("\n\n")[1])
 
 
 def test_vote_adds_weights_and_ignores_texts_without_an_answer() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ets.core.answer import rank
-from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
-from sglang_ets.core.selection import Selection, get_policy
+from sglang_ets.core.selection import Selection, checked
+from sglang_ets.core.stopping import EarlyEnd
 from sglang_ets.core.tree import StepFinish
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(BUILT_IN)
 PROMPT_TOKENS = 5
 
 
@@ -30,6 +32,7 @@ class Driver:
     seed: int
     failure_rate: float = 0.0
     stop_rate: float = 0.2
+    num_tokens: int = 50  # different ones; a few make trajectories agree
     log: list[Action] = field(default_factory=list)
     widths: list[tuple[int, int]] = field(default_factory=list)  # allocated, remaining
     ended: set[int] = field(default_factory=set)  # pruned or complete
@@ -70,14 +73,15 @@ class Driver:
             return self.search.on_failed(node_id, "aborted")
         length = int(self.draw.integers(1, room + 1))
         finish = "stop" if self.draw.random() < self.stop_rate else "length" if length == room else "step"
-        ids = self.draw.integers(0, 50, length).tolist()
+        ids = self.draw.integers(0, self.num_tokens, length).tolist()
         return self.search.on_step(node_id, ids, " ".join(map(str, ids)), finish)  # type: ignore[arg-type]
 
     def _select(self, action: Select) -> list[Action]:
         num = len(action.leaf_ids)
         kv = apart(num)
         level = self.search.level(kv)
-        selection = get_policy(self.config.algorithm).select(level, self.config)
+        selection = self.config.policy.select(level, self.config)
+        checked(selection, level, self.config.algorithm)
         self.widths.append((int(selection.allocation.sum()), self.search.remaining_width))
         return self.search.on_selected(selection)
 
@@ -145,9 +149,12 @@ def test_a_level_has_what_its_policy_reads(algorithm: str, kv_cost: str) -> None
         return  # never asks
     assert [type(action) for action in actions] == [Measure, Select]
     is_solved = algorithm in ("ets", "ets_kv")
+    has_clusters = algorithm in ("ets", "dora")
     level = search.level(apart(4) if is_solved else None)
     assert (level.kv is not None, level.nodes is not None) == (is_solved, is_solved and kv_cost == "nodes")
-    assert (level.embeddings is not None) == (algorithm == "ets")
+    assert (level.embeddings is not None) == has_clusters
+    assert (level.depth, level.texts, level.path_scores) == (1, ("7",) * 4, ((0.5,),) * 4)
+    assert level.parents is not None and level.parents.tolist() == [0] * 4
 
 
 def test_a_step_has_the_room_that_both_limits_leave() -> None:
@@ -171,6 +178,100 @@ def test_a_trajectory_at_its_limit_is_complete_and_says_that_it_was_cut(limits: 
     (expand,) = ended.start()
     grow(ended, expand, 4, "stop")
     assert [one.finish_reason for one in ended.trajectories()] == ["stop", "stop"]
+
+
+@pytest.mark.parametrize("finish", ["step", "stop", "length"])
+@pytest.mark.parametrize("algorithm", ["rebase", "best_of_n"])
+def test_a_last_step_is_known_before_it_is_in_the_tree(algorithm: str, finish: StepFinish) -> None:
+    for tokens in range(1, 5):
+        for steps in (1, 2):
+            limits = {"max_tokens": 4, "max_steps": steps, "max_step_tokens": 4}
+            search = Search(config_of(algorithm, 2, early_stop="off", **limits), PROMPT_TOKENS)
+            search.start()
+            expected = search.is_last_step(1, tokens, finish)
+            search.on_step(1, range(tokens), "x", finish)
+            search.on_step(2, [1], "x", "stop")
+            for node_id in (1, 2):
+                search.on_scored(node_id, 0.5, None)
+            assert (search.tree.nodes[1].state == "complete") is expected
+            assert expected is (finish == "stop" or tokens == 4 or steps == 1)
+    with pytest.raises(ValueError, match="no step"):
+        search.is_last_step(0, 1, "step")
+
+
+@pytest.mark.parametrize("rule", ["best", "majority", "weighted_majority"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@settings(max_examples=25)
+@given(
+    aggregation=st.sampled_from(["last", "min", "mean", "prod"]), width=st.integers(2, 20), seed=st.integers(0, 10_000)
+)
+def test_settled_searches_have_the_answer_of_whole_ones(
+    algorithm: str, rule: str, aggregation: str, width: int, seed: int
+) -> None:
+    made = {}
+    for early_stop in ("off", "settled"):
+        config = config_of(
+            algorithm,
+            width,
+            answer=rule,
+            score_aggregation=aggregation,
+            answer_pattern="last_number",
+            early_stop=early_stop,
+        )
+        search = Driver(config, seed, stop_rate=0.3, num_tokens=2).run()
+        made[early_stop] = (rank(search.trajectories(), config)[0], search)
+    (whole, full), (early, short) = made["off"], made["settled"]
+    assert (early.score if rule == "best" else early.answer) == (whole.score if rule == "best" else whole.answer)
+    assert full.early_end is None
+    if short.early_end is not None:
+        assert len(short.tree.nodes) <= len(full.tree.nodes)
+        assert short.early_end.trajectories_saved == len(full.tree.complete()) - len(short.tree.complete())
+
+
+def test_an_early_end_reports_what_it_saved() -> None:
+    config = config_of("rebase", 4, answer="majority", answer_pattern="last_number", max_step_tokens=3)
+    search = Search(config, PROMPT_TOKENS)
+    (expand,) = search.start()
+    for node_id, finish in zip(expand.node_ids, ("stop", "stop", "stop", "step"), strict=True):
+        search.on_step(node_id, range(2), "7 ", finish)  # type: ignore[arg-type]
+        actions = search.on_scored(node_id, 0.5, None)
+    assert actions == [Measure(1), Complete(1), Complete(2), Complete(3), Finish("settled")]
+    assert search.early_end == EarlyEnd("settled", trajectories_saved=1, levels_saved=1, tokens_saved=2)
+
+
+def test_an_expression_of_a_client_is_not_run_on_the_way() -> None:
+    config = config_of("rebase", 8, answer="majority", answer_pattern=r"(\d+)")
+    assert Driver(config, seed=0, num_tokens=1).run().early_end is None
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@settings(max_examples=25)
+@given(width=st.integers(2, 30), budget=st.integers(1, 400), seed=st.integers(0, 10_000))
+def test_a_token_budget_holds_and_its_search_still_answers(algorithm: str, width: int, budget: int, seed: int) -> None:
+    driver = Driver(config_of(algorithm, width, max_total_tokens=budget, early_stop="off"), seed)
+    search = driver.run()
+    assert sum(len(node.token_ids) for node in search.tree.nodes) <= budget
+    assert search.trajectories()
+    assert all(allocated == remaining for allocated, remaining in driver.widths)
+    given_up = search.num_given_up + sum(node.finish == "length" for node in search.tree.complete())
+    assert len(search.tree.complete()) + search.num_given_up == width
+    assert given_up or len(search.tree.complete()) == width
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_budget_that_suffices_changes_nothing(algorithm: str) -> None:
+    plain, ample = (Driver(config_of(algorithm, 16, max_total_tokens=limit), seed=3) for limit in (None, 16 * 14))
+    plain.run()
+    ample.run()
+    assert plain.log == ample.log
+
+
+def test_a_search_narrows_as_its_budget_runs_out() -> None:
+    search = Search(config_of("rebase", 8, max_total_tokens=60, max_step_tokens=6, early_stop="off"), PROMPT_TOKENS)
+    (expand,) = search.start()
+    grow(search, expand, 5)  # 40 of 60 tokens: each of the leaves is expected to need 5 more
+    assert search.remaining_width == 4
+    assert [action.max_new_tokens for action in selected(search, 4, *[0] * 7)[1:]] == [5]
 
 
 def test_what_selection_decided_stands_in_the_tree() -> None:

@@ -14,11 +14,12 @@ from typing import Any
 
 import openai
 
-import sglang_ets
+from bench.embedded import held_out_problems
 from bench.server import LAUNCHER, running_server
 
-PROBLEM_FILE = Path(sglang_ets.__file__).parent / "models" / "problems.jsonl"
-PROBLEMS = [json.loads(line) for line in PROBLEM_FILE.read_text(encoding="utf-8").splitlines()]
+PROBLEMS = held_out_problems()
+KEY = "a-key-for-tests"
+ONE_TRAJECTORY_TOKENS = 600  # of a KV pool: one trajectory fits; the locks of a search of width 32 do not
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,21 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, timeout=300, max_retries=0)
 
     @property
-    def _headers(self) -> dict[str, str]:
+    def headers(self) -> dict[str, str]:
         return {"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"}
 
     def get(self, path: str) -> Any:
-        request = urllib.request.Request(self.url + path, headers=self._headers)
+        return json.loads(self.text(path))
+
+    def text(self, path: str) -> str:
+        request = urllib.request.Request(self.url + path, headers=self.headers)
         with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+            return str(response.read().decode())
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and decoded body; an error status is an answer too."""
         data = json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self._headers)
+        request = urllib.request.Request(self.url + path, data, self.headers)
         try:
             with urllib.request.urlopen(request, timeout=300) as response:
                 return response.status, json.load(response)
@@ -71,7 +75,7 @@ def grown_tree(server: Server, prompt: str, width: int, *, algorithm: str, **fie
     """The tree of one search: every node by its place, with its tokens and what became of it."""
     answer = server.search(prompt, width, search={"algorithm": algorithm, "return_tree": True}, **fields)
     keys = ("id", "parent", "token_ids", "state", "allocation", "cluster")
-    return [tuple(node[key] for key in keys) for node in answer["metadata"]["search"]["tree"]["nodes"]]
+    return [tuple(node[key] for key in keys) for node in answer["search"]["tree"]["nodes"]]
 
 
 @contextmanager

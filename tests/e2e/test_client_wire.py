@@ -85,7 +85,7 @@ def test_usage_adds_up(name: str, answers: Answers) -> None:
 
 @pytest.mark.parametrize("name", SEARCHED)
 def test_the_search_is_the_one_that_was_asked_for(name: str, answers: Answers) -> None:
-    figures, body = json.loads(answers[name][1])["metadata"]["search"], CASES[name]["body"]
+    figures, body = json.loads(answers[name][1])["search"], CASES[name]["body"]
     asked = (body.get("search") or {}).get("algorithm", "ets")
     assert (figures["algorithm"], figures["width"]) == (asked, body["search_width"])
     if body.get("seed") is not None:
@@ -94,7 +94,7 @@ def test_the_search_is_the_one_that_was_asked_for(name: str, answers: Answers) -
 
 def test_width_1_is_an_ordinary_answer(answers: Answers) -> None:
     answered = json.loads(answers["langchain_chat_width_1"][1])
-    assert "search" not in (answered.get("metadata") or {})
+    assert "search" not in answered
     assert "search" not in answered["choices"][0]
 
 

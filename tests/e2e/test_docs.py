@@ -17,7 +17,7 @@ from tests.e2e.serving import Server
 pytestmark = pytest.mark.server
 
 # What a command says: it asks the server at the default address, and draws a fresh seed. Here: this server, and one seed.
-ADDED = {"ask": ["--base-url", URL, "--seed", "0"], "calibrate": ["--url", URL]}
+ADDED = {"ask": ["--base-url", URL, "--seed", "0"], "calibrate": ["--base-url", URL]}
 
 
 def typed(command: Command, server: Server, folder: Path) -> str:
@@ -55,7 +55,7 @@ def test_it_does_what_its_page_says(command: Command, server: Server, tmp_path: 
             answer = json.loads(out)
             assert len(answer["choices"]) == 2
             assert answer["choices"][0]["text"].endswith("The answer is 139")
-            search = answer["metadata"]["search"]
+            search = answer["search"]
             assert (search["width"], search["algorithm"], search["kv_cost_weight"]) == (16, "ets", 2.0)
             assert (search["warnings"], search["kv_cost_weight_max"]) == ([], None)
         case ["import", "openai"]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import time
 from typing import Any
 
 import pytest
 
+from bench.fuzz import FAULTS
+from bench.hostile import HostileRequest
 from tests.e2e.serving import PROBLEMS, Server
 
 pytestmark = pytest.mark.server
@@ -13,6 +18,7 @@ pytestmark = pytest.mark.server
 PROMPT = PROBLEMS[0]["prompt"]
 OUT_OF_VOCABULARY = 10**6
 MAX_MESSAGE_CHARS = 1000
+ABORTED_S = 2.3  # sglang waits for 2
 
 
 def native(search: Any, text: str = PROMPT, **custom: Any) -> dict[str, Any]:
@@ -49,6 +55,67 @@ def test_the_request_is_refused_and_the_scheduler_goes_on(server: Server, body: 
     assert "\n" not in message
     assert len(message) < MAX_MESSAGE_CHARS
     assert server.wait_until_no_search()["live"] == 0
+
+
+# Ordinary requests that stock sglang answers with a bare HTTP 500.
+UNREADABLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no sampling parameters in a list": (
+        "/generate",
+        {"text": PROMPT, "sampling_params": []},
+        "sampling_params must be",
+    ),
+    "ids of two requests for one": ("/generate", {"text": PROMPT, "rid": ["a", "b"]}, "rid must be one text"),
+    "the same in a completion": ("/v1/completions", {"prompt": PROMPT, "rid": ["a"]}, "rid must be one text"),
+    "fewer adapters than prompts": (
+        "/v1/completions",
+        {"prompt": [PROMPT] * 2, "lora_path": ["a"]},
+        "could not be read",
+    ),
+    "parameters of a session that nobody knows": (
+        "/generate",
+        {"text": PROMPT, "session_params": {"": 1}},
+        "could not be read",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "sentence"), UNREADABLE.values(), ids=[*UNREADABLE])
+def test_an_ordinary_request_that_sglang_cannot_read_is_refused(
+    server: Server, path: str, body: dict[str, Any], sentence: str
+) -> None:
+    status, answer = server.post(path, {"model": "default", **body} if path.startswith("/v1") else body)
+    assert status == 400, answer
+    message = (answer.get("error") or answer)["message"]
+    assert sentence in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("body", [{"sampling_params": {"n": 0}}, {"session_params": {"": 1}}], ids=["early", "late"])
+def test_a_refused_stream_leaves_its_connection_whole(server: Server, body: dict[str, Any]) -> None:
+    """sglang aborts a stream two seconds after its end; if that raises, the connection is closed under the next request."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    for given in ({"stream": True, **body}, {"sampling_params": {"max_new_tokens": 4}}):
+        connection.request(
+            "POST", "/generate", json.dumps({"text": PROMPT, **given}), {"Content-Type": "application/json"}
+        )
+        answer = connection.getresponse().read()
+        assert answer
+        time.sleep(ABORTED_S if "stream" in given else 0)
+    assert json.loads(answer)["meta_info"]["finish_reason"]
+    connection.close()
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}], ids=str)
+def test_a_grammar_that_no_token_fits_fails_alone(server: Server, cut: dict[str, Any]) -> None:
+    """Stock sglang's own error; where the batch was cut, its draw from no distribution ended the scheduler."""
+    body = {"model": "default", "prompt": PROMPT, "max_tokens": 4, "temperature": 1.0, "regex": "\u008f", **cut}
+    status, answer = server.post("/v1/completions", body)
+    assert status == 500
+    assert FAULTS["a grammar that no token of the model fits"].explains(
+        HostileRequest("/v1/completions", json.dumps(body).encode()), status, answer["message"]
+    )
+    assert server.post("/v1/completions", {"model": "default", "prompt": PROMPT, "max_tokens": 4})[0] == 200
 
 
 def test_an_ordinary_request_and_a_search_are_answered_afterwards(server: Server) -> None:

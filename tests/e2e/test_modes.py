@@ -1,7 +1,4 @@
-"""Searches in other modes of the engine: large pages, chunked and mixed prefill, retraction, the overlap schedule; and a key.
-
-The overlap server is started by sglang's own launcher, because ours switches the overlap schedule off on a CPU.
-"""
+"""Searches in other modes of the engine: large pages, chunked and mixed prefill, retraction, overlap; and a key."""
 
 from __future__ import annotations
 
@@ -10,22 +7,19 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
-from sglang_ets import cpu_shim
 from sglang_ets.api.trace_pages import add_routes
-from sglang_ets.core.config import Algorithm
-from sglang_ets.launch_server import chosen_flags
-from tests.e2e.serving import PROBLEMS, Server, grown_tree, serving
+from sglang_ets.core.registry import BUILT_IN
+from tests.e2e.serving import KEY, PROBLEMS, Server, grown_tree, serving
 
 pytestmark = pytest.mark.server
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(BUILT_IN)
 WIDTH = 8
-KEY = "a-key-for-tests"
 PAGED = ("--page-size", "16", "--chunked-prefill-size", "64", "--enable-mixed-chunk")
 PREFIX = "1+1=2\n" * 20  # with a problem behind it, longer than a chunk
 
@@ -36,16 +30,6 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("paged") / "log.txt"
     with serving(log, ["--search", "ets", *PAGED], env={"SGLANG_TEST_RETRACT": "1"}) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def overlapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("overlapped") / "log.txt"
-    flags = ["--search-trace", "--api-key", KEY]
-    flags += [flag for flag in chosen_flags(flags, has_cuda=False) if flag != "--disable-overlap-schedule"]
-    env = {"PYTHONPATH": cpu_shim.FOLDER, "SGLANG_USE_CPU_ENGINE": "1"}
-    with serving(log, flags, env=env, module="sglang.launch_server") as running:
-        yield replace(running, api_key=KEY)
 
 
 def assert_every_policy_answers(server: Server) -> None:
@@ -59,7 +43,7 @@ def assert_every_policy_answers(server: Server) -> None:
         }
         answers = {algorithm: search.result() for algorithm, search in searches.items()}
     for algorithm, answer in answers.items():
-        figures = answer["metadata"]["search"]
+        figures = answer["search"]
         assert (figures["algorithm"], figures["nodes_failed"]) == (algorithm, 0)
         assert figures["levels"] >= 2
         assert answer["choices"][0]["text"]
@@ -96,15 +80,17 @@ def test_the_overlap_schedule(overlapped: Server, server: Server) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_seed_grows_the_same_tree_with_the_overlap_schedule(
-    overlapped: Server, server: Server, algorithm: str
+def test_a_seed_grows_the_same_tree_with_the_overlap_schedule_and_with_a_retracted_row_per_node(
+    overlapped: Server, paged: Server, server: Server, algorithm: str
 ) -> None:
+    """Shared decoding on both schedules, and on large pages, where each step is prefilled and some are retracted."""
     for seed, problem in enumerate(PROBLEMS[:3]):
         trees = [
             grown_tree(one, problem["prompt"], WIDTH, algorithm=algorithm, max_tokens=128, seed=seed)
-            for one in (server, overlapped)
+            for one in (server, overlapped, paged)
         ]
         assert trees[0] == trees[1], (algorithm, seed)
+        assert trees[0] == trees[2], (algorithm, seed)
 
 
 def status_of(url: str, key: str | None) -> int:

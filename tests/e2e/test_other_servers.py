@@ -1,37 +1,26 @@
-"""Servers with other flags: KV pools far too small for the search, bounds on searches, and search switched off."""
+"""Servers with other flags: KV pools far too small for the search, and bounds on searches."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.e2e.serving import PROBLEMS, Server, serving
+from tests.e2e.serving import ONE_TRAJECTORY_TOKENS, PROBLEMS, Server, serving
 
 pytestmark = pytest.mark.server
 
-SMALL_POOL_TOKENS = 600  # one trajectory fits; the locks of a search of width 32 do not
 WAIT_LIMIT_S = 20.0  # of an ordinary request beside searches that fill the pool; it was 38 s before searches queued
 
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("crowded") / "log.txt"
-    with serving(log, ["--search", "rebase", "--max-total-tokens", str(SMALL_POOL_TOKENS)]) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One search at a time and none that waits, none wider than 64; and a PRM's pool that holds one trajectory."""
-    flags = ["--search-max-running", "1", "--search-max-waiting", "0", "--search-max-width", "64"]
-    flags += ["--search", "ets", "--prm-max-total-tokens", str(SMALL_POOL_TOKENS)]
-    with serving(tmp_path_factory.mktemp("strict") / "log.txt", flags) as running:
+    with serving(log, ["--search", "rebase", "--max-total-tokens", str(ONE_TRAJECTORY_TOKENS)]) as running:
         yield running
 
 
@@ -57,7 +46,7 @@ def wait_until(is_true: Callable[[], bool], limit_s: float = 60) -> None:
 def test_wide_searches_in_a_pool_too_small_for_their_locks_all_answer(crowded: Server) -> None:
     with ThreadPoolExecutor(4) as clients:
         searches = [clients.submit(crowded.search, problem["prompt"], 64, max_tokens=96) for problem in PROBLEMS[:4]]
-        wait_until(lambda: crowded.search_state()["held_kv_tokens"] > SMALL_POOL_TOKENS // 2)
+        wait_until(lambda: crowded.search_state()["held_kv_tokens"] > ONE_TRAJECTORY_TOKENS // 2)
         waits_s = []
         for problem in PROBLEMS[4:6]:
             started = time.monotonic()
@@ -66,7 +55,7 @@ def test_wide_searches_in_a_pool_too_small_for_their_locks_all_answer(crowded: S
         assert not all(search.done() for search in searches), "ordinary requests were to meet searches"
         answers = [search.result() for search in searches]
     assert max(waits_s) < WAIT_LIMIT_S
-    figures = [answer["metadata"]["search"] for answer in answers]
+    figures = [answer["search"] for answer in answers]
     assert all(answer["choices"][0]["text"] for answer in answers)
     assert [figure["nodes_failed"] for figure in figures] == [0] * 4
     assert sum(figure["kv_pressure_releases"] for figure in figures) > 0
@@ -74,7 +63,7 @@ def test_wide_searches_in_a_pool_too_small_for_their_locks_all_answer(crowded: S
 
 
 def test_what_can_never_fit_is_refused_and_the_server_goes_on(crowded: Server) -> None:
-    body = {"model": "default", "prompt": "1+" * SMALL_POOL_TOKENS, "max_tokens": 8, "search_width": 4}
+    body = {"model": "default", "prompt": "1+" * ONE_TRAJECTORY_TOKENS, "max_tokens": 8, "search_width": 4}
     status, refused = crowded.post("/v1/completions", body)
     assert status == 400, refused
     assert crowded.search(PROBLEMS[0]["prompt"], 2)["choices"][0]["text"]
@@ -82,7 +71,7 @@ def test_what_can_never_fit_is_refused_and_the_server_goes_on(crowded: Server) -
 
 def test_a_search_wider_than_the_prms_pool_answers(strict: Server) -> None:
     answer = strict.search(PROBLEMS[0]["prompt"], 8, seed=1, search={"algorithm": "best_of_n"})
-    assert answer["metadata"]["search"]["nodes_failed"] == 0
+    assert answer["search"]["nodes_failed"] == 0
     assert_nothing_held(strict)
 
 
@@ -112,10 +101,3 @@ def test_a_search_that_may_not_even_wait_is_refused_with_a_time_to_come_again(st
     assert "--search-max-waiting" in refused.value.message
     assert strict.search(PROBLEMS[1]["prompt"], 2)["choices"][0]["text"]
     assert_nothing_held(strict)
-
-
-def test_without_search_the_server_is_stock(server: Server, tmp_path: Path) -> None:
-    patched = [greedy(server, problem) for problem in PROBLEMS[:8]]
-    with serving(tmp_path / "log.txt", ["--search", "off"]) as stock:
-        assert [greedy(stock, problem) for problem in PROBLEMS[:8]] == patched
-        assert "search" not in stock.get("/server_info")["internal_states"][0]

@@ -15,7 +15,11 @@ pytestmark = pytest.mark.server
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{case.format}-{case.architecture}" for case in CASES])
+CHAT = {"model": "default", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 512, "search_width": 4}
+
+
+# Without the first: test_prm_parity.py has one of its format and architecture, saved by transformers.
+@pytest.mark.parametrize("case", CASES[1:], ids=[f"{case.format}-{case.architecture}" for case in CASES[1:]])
 def test_parity(case: Case, tmp_path: Path, record_property: Any) -> None:
     reference = Reference(case, tmp_path / "prm")
     flags = ["--prm-model-path", str(tmp_path / "prm"), "--prm-format", case.given]
@@ -24,6 +28,9 @@ def test_parity(case: Case, tmp_path: Path, record_property: Any) -> None:
         paths = scored_paths(server.search(QUESTION, 8, search=search))
         in_lines = {"step_delimiter": "\n\n", "max_step_tokens": 24}  # the policy model never writes an empty line
         paths += scored_paths(server.search(QUESTION, 8, search=search | in_lines))
+        status, answer = server.post("/v1/chat/completions", {**CHAT, "search": {"return_tree": True}})
+        assert status == 200, answer
+        paths += scored_paths(answer)  # the PRM is asked about the last user message
         state = server.search_state()["prm"]
     assert state["format"] == case.format
     assert 0 < state["tokens_extended"] < state["tokens_if_rescored"]
@@ -57,15 +64,3 @@ def test_confidence_shares_the_policy_models_weights(tmp_path: Path) -> None:
             taken = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
         assert path[-1]["score"] == pytest.approx(float(taken[-length:].mean().exp()), abs=TOLERANCE)
     assert len({round(path[-1]["score"], 3) for path in paths}) > 5
-
-
-def test_a_chat_asks_the_prm_about_the_last_user_message(tmp_path: Path) -> None:
-    reference = Reference(CASES[3], tmp_path / "prm")
-    with serving(tmp_path / "log.txt", ["--prm-model-path", str(tmp_path / "prm")]) as server:
-        messages = [{"role": "user", "content": QUESTION}]
-        body = {"model": "default", "messages": messages, "max_tokens": 512, "search_width": 4}
-        status, answer = server.post("/v1/chat/completions", {**body, "search": {"return_tree": True}})
-    assert status == 200, answer
-    for path in scored_paths(answer):
-        _, scores = reference.step_scores(QUESTION, [node["text"] for node in path])
-        assert path[-1]["score"] == pytest.approx(scores[-1], abs=TOLERANCE)

@@ -22,8 +22,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "policy")
 
 def scored_paths(answer: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """For each scored node of the returned tree the nodes from the first step to it."""
-    metadata = answer["metadata"]
-    nodes = (metadata["tree"] if "tree" in metadata else metadata["search"]["tree"])["nodes"]
+    nodes = answer["search"]["tree"]["nodes"]
     by_id = {node["id"]: node for node in nodes}
     paths = []
     for node in nodes:

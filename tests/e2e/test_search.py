@@ -23,7 +23,7 @@ WIDE = 64
 
 
 def figures(answer: dict[str, Any]) -> dict[str, Any]:
-    return dict(answer["metadata"]["search"])
+    return dict(answer["search"])
 
 
 def assert_nothing_held(server: Server) -> None:
@@ -76,7 +76,7 @@ def test_four_wide_searches_beside_ordinary_traffic(server: Server) -> None:
         body = {"model": "default", "prompt": problem["prompt"], "max_tokens": 64, "temperature": 0}
         status, answer = server.post("/v1/completions", body)
         assert status == 200
-        assert "search" not in answer["metadata"]
+        assert "search" not in answer
         return str(answer["choices"][0]["text"])
 
     alone = [plain(problem) for problem in PROBLEMS[:6]]
@@ -191,7 +191,7 @@ def test_a_search_that_ends_leaves_requests_whose_ids_begin_with_its_own_alone(s
 
 def test_tree_is_returned_on_request(server: Server) -> None:
     answer = server.search(PROBLEMS[3]["prompt"], 8, search={"return_tree": True})
-    tree = answer["metadata"]["tree"] if "tree" in answer["metadata"] else figures(answer)["tree"]
+    tree = figures(answer)["tree"]
     nodes = tree["nodes"]
     assert len(nodes) == figures(answer)["nodes_made"]
     known = {0, *(node["id"] for node in nodes)}

@@ -49,13 +49,13 @@ def test_a_stream_joins_to_the_best_trajectory_of_its_tree(server: Server, algor
         chunks = chunks_of(server, "/v1/completions", body)
         assert chunks[-1]["usage"]["completion_tokens"] > WIDTH
         end = chunks[-2]
-        tree = end["metadata"]["search"]["tree"]
+        tree = end["search"]["tree"]
         texts = path_texts(tree)
         complete = [node for node in tree["nodes"] if node["state"] == "complete"]
         best = max(complete, key=lambda node: (node["score"], -node["id"]))
         assert joined(chunks) == texts[best["id"]]
         assert end["choices"][0]["search"]["score"] == best["score"]
-        told = [chunk["metadata"]["search"]["progress"] for chunk in chunks[:-3] if "metadata" in chunk]
+        told = [chunk["search"]["progress"] for chunk in chunks[:-3] if "search" in chunk]
         levels = [progress["level"] for progress in told]
         assert levels == sorted(set(levels))
         assert bool(told) == (algorithm != "best_of_n")
@@ -76,9 +76,7 @@ def test_a_stream_joins_to_the_answer_of_the_same_seed(server: Server, algorithm
 def test_text_that_is_final_comes_before_the_answer(server: Server) -> None:
     body = fields(0, search_width=WIDTH, search={"algorithm": "ets", "kv_cost_weight": 8.0, "diversity_weight": 0.0})
     chunks = chunks_of(server, "/v1/completions", body)
-    early = "".join(
-        chunk["choices"][0]["text"] for chunk in chunks if "progress" in chunk.get("metadata", {}).get("search", {})
-    )
+    early = "".join(chunk["choices"][0]["text"] for chunk in chunks if "progress" in chunk.get("search", {}))
     assert early
     assert joined(chunks).startswith(early)
 

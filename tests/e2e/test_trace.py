@@ -7,14 +7,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tests.api.test_view import embedded
-from tests.e2e.serving import PROBLEMS, Server, serving
+from tests.e2e.serving import PROBLEMS, Server
 
 pytestmark = pytest.mark.server
 
@@ -22,20 +21,9 @@ WIDTH = 16
 LIMIT_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("traced") / "log.txt", ["--search", "ets", "--search-trace"]) as running:
-        yield running
-
-
-def text_of(server: Server, path: str) -> str:
-    with urllib.request.urlopen(server.url + path, timeout=LIMIT_S) as response:
-        return str(response.read().decode())
-
-
 def status_of(server: Server, path: str) -> tuple[int, str]:
     try:
-        return 200, text_of(server, path)
+        return 200, server.text(path)
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())["message"]
 
@@ -45,7 +33,7 @@ def watch(server: Server, rid: str) -> list[dict[str, Any]]:
     end = time.monotonic() + LIMIT_S
     while status_of(server, f"/search/{rid}")[0] != 200 and time.monotonic() < end:
         time.sleep(0.02)
-    lines = text_of(server, f"/search/{rid}/events").splitlines()
+    lines = server.text(f"/search/{rid}/events").splitlines()
     return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
 
 
@@ -56,21 +44,20 @@ def test_a_running_search_is_followed_level_by_level_to_its_answer(traced: Serve
     body |= {"search_width": WIDTH, "search": {"return_tree": True, "rebase_temperature": 0.5}}
     with ThreadPoolExecutor(1) as pool:
         watcher = pool.submit(watch, traced, rid)
-        request = urllib.request.Request(
-            f"{traced.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        url = f"{traced.url}/v1/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), traced.headers)
         with urllib.request.urlopen(request, timeout=LIMIT_S) as response:
             text = response.read().decode()
         told = watcher.result(LIMIT_S)
     chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] if stream else []
-    search = (chunks[-1] if stream else json.loads(text))["metadata"]["search"]
+    search = (chunks[-1] if stream else json.loads(text))["search"]
     assert "trace" not in text
     assert search["rebase_temperature"] == 0.5
     assert [view["is_live"] for view in told] == [True] * (len(told) - 1) + [False]
     levels = [len(view["levels"]) for view in told]
     assert levels == sorted(levels)
     assert len(set(levels)) > 2 and levels[-1] == search["levels"]
-    page = embedded(text_of(traced, f"/search/{rid}"))
+    page = embedded(traced.text(f"/search/{rid}"))
     assert page == told[-1]
     assert [node["id"] for node in page["nodes"]] == [node["id"] for node in search["tree"]["nodes"]]
     assert [node["state"] for node in page["nodes"]] == [node["state"] for node in search["tree"]["nodes"]]
@@ -83,14 +70,14 @@ def test_the_list_knows_what_ran_and_best_of_n_has_its_page(traced: Server) -> N
     answer = traced.search(PROBLEMS[1]["prompt"], 4, search={"algorithm": "best_of_n"})
     row = traced.get("/search")["searches"][0]
     assert (row["id"], row["state"], row["algorithm"]) == (answer["id"], "complete", "best_of_n")
-    assert len(embedded(text_of(traced, row["page"]))["answers"]) == 1
+    assert len(embedded(traced.text(row["page"]))["answers"]) == 1
 
 
 def test_a_body_has_the_shape_of_an_untraced_one(traced: Server, server: Server) -> None:
     shapes = []
     for one in (traced, server):
         answer = one.search(PROBLEMS[0]["prompt"], 4, n=2)
-        shapes.append((set(answer), set(answer["choices"][0]), set(answer["usage"]), set(answer["metadata"]["search"])))
+        shapes.append((set(answer), set(answer["choices"][0]), set(answer["usage"]), set(answer["search"])))
     assert shapes[0] == shapes[1]
 
 

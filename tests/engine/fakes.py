@@ -30,12 +30,14 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_ets.core.selection import SelectionPolicy, make_policies
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.selection import SelectionPolicy
 from sglang_ets.engine.children import ChildReq, Member, without_children
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.engine.forks import ForkRoom, Forks
 from sglang_ets.engine.strands import DRAW_KEY, Draw
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
+from sglang_ets.prm.ranks import ONE_RANK, Ranks
 from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
 DELIMITER = "\n"
@@ -165,7 +167,7 @@ class FakeScheduler:
         self.overlaps = False
         self.num_computed = 0  # tokens drawn by rows of the batch
         self._in_flight: Launched | None = None
-        self._retracted: list[Any] = []  # since the last plan
+        self.retracted: list[Any] = []  # since the last plan; they wait after the next
         self.holds_back: Callable[[ChildReq], bool] = lambda child: False  # children that are not let out of the queue
         self.ets: SearchCoordinator
 
@@ -197,7 +199,6 @@ class FakeScheduler:
         self.running_batch.reqs = [other for other in self.running_batch.reqs if other is not req]
         self.release(req)
         req.reset_for_retract()
-        self._retracted.append(req)
         return req
 
     def release(self, req: Any) -> None:
@@ -222,8 +223,8 @@ class FakeScheduler:
         plan = SimpleNamespace(batch_to_run=batch, running_batch=self.running_batch)
         if self.ets.searches:
             self.ets.after_plan(plan)
-        self.waiting_queue += self._retracted
-        self._retracted = []
+        self.waiting_queue += self.retracted
+        self.retracted = []
         launched = None if batch is None else self._launch(batch)
         due, self._in_flight = (self._in_flight, launched) if self.overlaps else (launched, None)
         if due is not None:
@@ -452,11 +453,21 @@ class World:
 
     scheduler: FakeScheduler = field(default_factory=FakeScheduler)
     prm: ScriptedPrm = field(default_factory=ScriptedPrm)
-    policies: dict[Any, SelectionPolicy] = field(default_factory=lambda: dict(make_policies()))
+    policies: dict[str, SelectionPolicy] = field(default_factory=dict)  # in the place of those that the requests name
+    ranks: Ranks = ONE_RANK
 
     def __post_init__(self) -> None:
-        self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, self.policies)  # type: ignore[arg-type]
+        self.scheduler.ets = SearchCoordinator(
+            self.scheduler,  # type: ignore[arg-type]
+            self.prm,  # type: ignore[arg-type]
+            self.ranks,
+            policy_of=self.policy_of,
+        )
         self.scheduler.ets._forks = FakeForks(self.scheduler)
+
+    def policy_of(self, config: SearchConfig) -> SelectionPolicy:
+        policy: SelectionPolicy = self.policies.get(config.algorithm, config.policy)
+        return policy
 
     @property
     def ets(self) -> SearchCoordinator:
@@ -498,10 +509,18 @@ class World:
         return sent.info
 
     def error(self, rid: str = "pa") -> str:
-        """The message of a search that failed; it came once."""
+        """The message of a search that has no answer; it came once."""
+        return str(self._abort(rid)["message"])
+
+    def status(self, rid: str = "pa") -> int | None:
+        """The HTTP status of such a search."""
+        status: int | None = self._abort(rid)["status_code"]
+        return status
+
+    def _abort(self, rid: str) -> dict[str, Any]:
         (sent,) = self.scheduler.output_streamer.responses(rid)
         assert sent.finished is not None and sent.finished["type"] == "abort", sent
-        return str(sent.finished["message"])
+        return sent.finished
 
     def assert_balanced(self) -> None:
         """No search, no child, no lock in either cache, and no token of KV that nobody accounts for."""

@@ -5,31 +5,38 @@ Each test ends balanced: no lock in either cache, no internal request, no token 
 
 from __future__ import annotations
 
+import gc
+import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sglang_ets.core.config import Algorithm
+from sglang_ets.core.registry import BUILT_IN
+from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Level, Selection
+from sglang_ets.core.tree import Node, SearchTree
 from sglang_ets.engine.children import ChildReq
-from sglang_ets.engine.live import LiveSearch
+from sglang_ets.engine.live import Branch, LiveSearch
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.engine.pressure import HOPELESS_TICKS
-from sglang_ets.kv import RadixLedger
+from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmError
 from sglang_ets.wire import PROGRESS_KEY, QUESTION_KEY, TRACE_KEY, TRACE_PARAM
 from tests.engine.fakes import (
     DELIMITER,
     EOS,
     VOCAB,
+    FakeBatch,
     FakeScheduler,
+    ScriptedPath,
     ScriptedPrm,
     World,
     given,
@@ -38,7 +45,7 @@ from tests.engine.fakes import (
     tokens,
 )
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(BUILT_IN)
 WIDTH = 4
 
 
@@ -447,7 +454,7 @@ def test_a_client_that_aborts_gets_one_response_in_each_phase(phase: str, how: s
     recv.abort_message = "the client has gone"
     world.scheduler.abort_request(recv)
     world.run(100)
-    assert world.error() == "the client has gone"
+    assert (world.error(), world.status()) == ("the client has gone", 499)
     assert world.ets.describe()["failed"] == 1
     world.assert_balanced()
 
@@ -466,6 +473,7 @@ def test_a_server_that_stops_ends_its_searches_and_begins_none(phase: str) -> No
     world.run(100)
     for rid in ("pa", "pb"):
         assert "the server is stopping" in world.error(rid)
+        assert world.status(rid) == 503
     world.assert_balanced()
 
 
@@ -514,6 +522,9 @@ def raises(*_args: Any, **_kwargs: Any) -> Any:
 
 
 class BuggyPolicy:
+    def __init__(self, is_cheap: bool) -> None:
+        self.is_cheap = is_cheap
+
     def select(self, _level: Level, _config: Any) -> Selection:
         raise Bug("a bug")
 
@@ -529,7 +540,7 @@ def bug_in_the_prm(world: World, _req: Any) -> None:
 
 def bug_in_a_policy(world: World, _req: Any) -> None:
     for name in ALGORITHMS:
-        world.policies[name] = BuggyPolicy()
+        world.policies[name] = BuggyPolicy(is_cheap=name == "rebase")
 
 
 def bug_in_the_result(world: World, _req: Any) -> None:
@@ -548,7 +559,6 @@ def test_a_bug_fails_one_search_and_nothing_else(
     plant: Callable[[World, Any], None], algorithm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World()
-    world.ets._policies = world.policies
     req = world.ask(algorithm=algorithm, return_tree=True)
     plant(world, req)
     world.run()
@@ -649,12 +659,30 @@ def test_a_deadline_at_any_time_answers(algorithm: str, num_ticks: int) -> None:
     world.assert_balanced()
 
 
-def test_a_deadline_before_the_first_token_is_an_error() -> None:
+def test_a_deadline_of_a_search_that_was_suspended_in_its_first_level_answers_with_what_it_had() -> None:
+    world = World(FakeScheduler(lambda child: tokens("a long way to go"), tokens_per_tick=1))
+    world.ask(deadline_s=1e4)
+    for _ in range(7):  # one for the prompt, six tokens
+        world.scheduler.tick()
+    for child in world.scheduler.running_batch.reqs:
+        world.scheduler.waiting_queue.append(world.scheduler.retract(child))
+    world.scheduler.last_batch = FakeBatch()
+    assert world.ets._steps.withdraw(world.live().id) == WIDTH
+    pass_deadline(world.live())
+    world.run()
+    assert world.answer()["results"][0]["text"] == "a long"
+    world.assert_balanced()
+
+
+def test_a_deadline_before_the_first_token_is_no_fault() -> None:
     world = World()
     world.ask(deadline_s=1e4)
     pass_deadline(world.live())
     world.run()
-    assert world.error() == "search failed: no trajectory was completed (deadline)"
+    assert world.error() == (
+        "deadline_s of 10000 passed before the search had any text; raise it, or send fewer requests at once"
+    )
+    assert world.status() == 504
     world.assert_balanced()
 
 
@@ -668,6 +696,37 @@ def test_a_child_with_logits_that_are_not_finite_fails_alone() -> None:
     (warning,) = world.answer()["search"]["warnings"]
     assert warning.endswith("steps failed: the policy model's logits are not finite")
     world.assert_balanced()
+
+
+ENDS: tuple[Callable[[World, LiveSearch], None], ...] = (
+    lambda world, live: None,  # it is answered
+    lambda world, live: world.scheduler.abort_request(AbortReq(rid=live.rid)),
+    lambda world, live: pass_deadline(live),
+    lambda world, live: world.ets.fail(live, "made up"),
+)
+
+
+def test_searches_that_have_ended_leave_no_object_behind() -> None:
+    """A server lives for months: whatever a search was made of goes with it."""
+    before = made_of_searches()
+    world = World()
+    for number, (algorithm, end, num_ticks) in enumerate(itertools.product(ALGORITHMS, ENDS, (0, 2, 4))):
+        world.ask(algorithm=algorithm, deadline_s=1e4, stream=bool(number % 2), custom={TRACE_PARAM: True})
+        for _ in range(num_ticks):
+            world.scheduler.tick()
+        for live in list(world.ets.searches.values()):
+            end(world, live)
+        world.run()
+    del live
+    world.assert_balanced()
+    world.scheduler.last_batch = None  # sglang keeps the requests of the last batch
+    assert made_of_searches() == before
+
+
+def made_of_searches() -> Counter[type]:
+    gc.collect()
+    made = (LiveSearch, Search, SearchTree, Node, Branch, Hold, ScriptedPath, ChildReq)
+    return Counter(type(thing) for thing in gc.get_objects() if isinstance(thing, made))
 
 
 def test_the_state_names_what_runs_and_what_it_holds() -> None:

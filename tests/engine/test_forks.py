@@ -5,20 +5,20 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from sglang_ets.core.config import Algorithm
+from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.engine.children import ChildReq, ChildSpec, counts_outputs, make_child, new_search_id
 from sglang_ets.engine.forks import ForkRoom, can_fork
 from sglang_ets.kv import Hold
 from tests.engine.fakes import FakeForks, FakeScheduler, World, request
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(BUILT_IN)
 
 
 def grown(forks: str, *, algorithm: str = "ets", **fields: Any) -> World:
@@ -180,6 +180,7 @@ def test_a_retracted_fork_goes_on_from_its_tokens() -> None:
     while not any(len(req.output_ids) > 2 for req in world.scheduler.running_batch.reqs):
         next(ticks)
     retracted = world.scheduler.retract(world.scheduler.running_batch.reqs[0])
+    world.scheduler.retracted.append(retracted)
     assert isinstance(retracted, ChildReq)
     for _ in ticks:
         pass

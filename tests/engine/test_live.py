@@ -70,32 +70,6 @@ def test_parents() -> None:
         live.parent_id(ROOT)
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "finish", "is_last"),
-    [(9, "step", False), (9, "length", False), (10, "length", True), (1, "stop", True)],
-)
-def test_the_last_step_of_a_trajectory(num_tokens: int, finish: Any, is_last: bool) -> None:
-    assert live_search().is_last_step(1, num_tokens, finish) is is_last
-
-
-def test_a_step_at_the_greatest_depth_is_the_last() -> None:
-    live = live_search(max_steps=1)
-    assert live.is_last_step(1, 1, "step")
-
-
-def test_last_steps_are_those_that_the_search_takes_for_complete() -> None:
-    for tokens in range(1, 11):
-        for finish in ("step", "stop", "length"):
-            for steps in (1, 2):
-                live = live_search(width=2, max_steps=steps, algorithm="rebase")
-                expected = live.is_last_step(1, tokens, finish)  # type: ignore[arg-type]
-                live.search.on_step(1, range(tokens), "x", finish)  # type: ignore[arg-type]
-                live.search.on_step(2, [1], "x", "stop")
-                live.search.on_scored(1, 0.5, None)
-                live.search.on_scored(2, 0.5, None)
-                assert (live.search.tree.nodes[1].state == "complete") is expected
-
-
 def test_kv_samples_count_leaves_and_what_they_reference() -> None:
     live = live_search()
     first, second = live.search.tree.nodes[1:3]
@@ -135,6 +109,16 @@ def test_warnings_name_pressure_fallbacks_and_the_deadline() -> None:
     assert "gave up its KV 3 times" in pressure and "--max-total-tokens" in pressure
     assert solver.startswith("the solver failed in 1 of 0 levels")
     assert deadline == "deadline_s of 2.5 ended the search after 0 levels with 0 of 4 trajectories complete"
+
+
+def test_a_spent_token_budget_is_a_warning() -> None:
+    live = live_search(max_total_tokens=40, max_step_tokens=10, max_tokens=10)
+    assert warnings_of(live) == []
+    live.search.num_given_up = 3
+    assert warnings_of(live) == [
+        "max_total_tokens of 40 did not suffice: 3 of 4 trajectories were not grown to their end, 0 are complete; raise it or "
+        "lower search_width"
+    ]
 
 
 def test_a_level_is_lost_with_more_than_half_of_its_steps() -> None:

@@ -17,9 +17,9 @@ from prometheus_client import CollectorRegistry
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree, solve
 from sglang_ets.core.selection import Selection
-from sglang_ets.core.tree import SearchTree
+from sglang_ets.core.tree import NOT_FINITE, SearchTree
 from sglang_ets.engine.figures import finished_line
-from sglang_ets.engine.metrics import METRICS, PREFIX, NoMetrics, SearchMetrics, make_metrics, outcome_of
+from sglang_ets.engine.metrics import FAILURES, METRICS, PREFIX, NoMetrics, SearchMetrics, make_metrics, outcome_of
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "bench" / "grafana.json"
 LABELS = {"model_name": "m", "tp_rank": 0}
@@ -29,14 +29,15 @@ UNITS = ("tokens", "seconds", "steps", "searches", "levels", "running", "made", 
 class Finished:
     """A finish reason as sglang's requests carry it."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, status: int) -> None:
         self.kind = kind
+        self.status = status
 
-    def to_json(self) -> dict[str, str]:
-        return {"type": self.kind}
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.kind, "status_code": self.status}
 
 
-def live_search(end_reason: str = "", finish: str = "length") -> Any:
+def live_search(end_reason: str = "", finish: str = "length", status: int = 500) -> Any:
     tree = SearchTree(3)
     for state, tokens in (("retained", (1, 2)), ("pruned", (3,))):
         node = tree.add_child(tree.root)
@@ -48,7 +49,7 @@ def live_search(end_reason: str = "", finish: str = "length") -> Any:
         prm_tokens=9,
         num_pressure_releases=1,
         end_reason=end_reason,
-        req=SimpleNamespace(finished_reason=Finished(finish)),
+        req=SimpleNamespace(finished_reason=Finished(finish, status)),
     )
 
 
@@ -94,6 +95,26 @@ def test_a_search_is_counted_once_however_often_it_is_published(
     assert value(registry, "search_seconds_sum", algorithm="ets") == 3.0
 
 
+def test_failed_steps_are_counted_by_reason(registry: CollectorRegistry, metrics: SearchMetrics) -> None:
+    live = live_search("complete")
+    tree = live.search.tree
+
+    def fail(reason: str, is_decoded: bool = False) -> None:
+        node = tree.add_child(tree.root)
+        if is_decoded:
+            tree.set_step(node, (1,), "x", "step")
+        node.state, node.reason = "failed", reason
+
+    fail(NOT_FINITE)
+    metrics.level_done(live)
+    for reason in ("out of memory, 5 tokens", "aborted while it waited"):
+        fail(reason)
+    fail("the score is not finite", is_decoded=True)
+    metrics.ended(live, 1.0)
+    counts = {reason: value(registry, "failed_steps_total", algorithm="ets", reason=reason) for reason in FAILURES}
+    assert counts == {"ended": 2, "not_finite": 1, "unscored": 1}
+
+
 def test_calls_of_prm_and_solver_are_timed(registry: CollectorRegistry, metrics: SearchMetrics) -> None:
     metrics.scored(16, 0.02)
     assert value(registry, "prm_batch_steps_sum") == 16
@@ -109,17 +130,19 @@ def test_calls_of_prm_and_solver_are_timed(registry: CollectorRegistry, metrics:
 
 
 @pytest.mark.parametrize(
-    ("end_reason", "finish", "outcome"),
+    ("end_reason", "finish", "status", "outcome"),
     [
-        ("complete", "length", "complete"),
-        ("deadline", "length", "deadline"),
-        ("aborted", "abort", "aborted"),
-        ("failed", "abort", "failed"),
-        ("", "abort", "refused"),
+        ("complete", "length", 200, "complete"),
+        ("deadline", "length", 200, "deadline"),
+        ("deadline", "abort", 504, "expired"),
+        ("deadline", "abort", 500, "failed"),
+        ("aborted", "abort", 499, "aborted"),
+        ("failed", "abort", 500, "failed"),
+        ("", "abort", 400, "refused"),
     ],
 )
-def test_outcomes(end_reason: str, finish: str, outcome: str) -> None:
-    assert outcome_of(live_search(end_reason, finish)) == outcome
+def test_outcomes(end_reason: str, finish: str, status: int, outcome: str) -> None:
+    assert outcome_of(live_search(end_reason, finish, status)) == outcome
 
 
 def test_metrics_that_are_off_do_nothing_and_import_nothing() -> None:

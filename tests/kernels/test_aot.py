@@ -28,7 +28,7 @@ def reports() -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("kernel", ["step_pool", "step_score", "pairwise_cosine"])
+@pytest.mark.parametrize("kernel", ["step_pool", "step_score", "pairwise_cosine", "shared_partials", "merge_partials"])
 def test_every_dtype_is_built_for_every_target(reports: list[dict], kernel: str) -> None:
     built = {(report["target"], report["dtype"]) for report in reports if report["kernel"] == kernel}
     assert built == {(target, dtype) for target in TARGETS for dtype in DTYPES}
@@ -55,13 +55,25 @@ def test_registers_and_shared_memory_fit(
         assert report["shared_bytes"] <= SHARED_LIMIT_BYTES[report["target"]], name
 
 
+def test_attention_is_built_for_groups_and_sizes_of_heads(reports: list[dict]) -> None:
+    sizes = {report["hidden_size"] for report in reports if report["kernel"] == "shared_partials"}
+    assert sizes == {64, 128, 256}
+
+
 def test_pairwise_cosine_uses_tensor_cores(reports: list[dict]) -> None:
     for report in (report for report in reports if report["kernel"] == "pairwise_cosine"):
         assert report["tensor_core"] == TENSOR_CORES[report["target"]]
 
 
+def test_shared_partials_uses_tensor_cores(reports: list[dict]) -> None:
+    for report in (report for report in reports if report["kernel"] == "shared_partials"):
+        is_small = report["dtype"] == "float32"  # tiles of 16 rows, which only the oldest instruction takes
+        assert report["tensor_core"] == ("mma.sync" if is_small else TENSOR_CORES[report["target"]])
+
+
 def test_the_memory_bound_kernels_do_not(reports: list[dict]) -> None:
-    assert {report["tensor_core"] for report in reports if report["kernel"] != "pairwise_cosine"} == {None}
+    with_dots = ("pairwise_cosine", "shared_partials")
+    assert {report["tensor_core"] for report in reports if report["kernel"] not in with_dots} == {None}
 
 
 def test_the_interpreter_cannot_compile() -> None:

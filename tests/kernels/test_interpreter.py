@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
+KERNELS = ("step_pool", "step_score", "pairwise_cosine", "tree_attention")
+FILES = (*(f"kernels/test_{name}.py" for name in KERNELS), "engine/test_tree_attention.py")
 TIMEOUT_S = 300
 
 
-@pytest.mark.parametrize("kernel", ["step_pool", "step_score", "pairwise_cosine"])
-def test_kernel_in_the_interpreter(kernel: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(HERE / f"test_{kernel}.py")]
+@pytest.mark.parametrize("file", FILES)
+def test_kernel_in_the_interpreter(file: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(TESTS / file)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr

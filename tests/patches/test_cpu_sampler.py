@@ -13,7 +13,7 @@ import torch
 from scipy.stats import chisquare, kstest
 from sglang.srt.layers import sampler
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
-from sglang_ets.patches.cpu_sampler import NO_SEED, draw_by_seed, row_seeds, sample_rows, uniform
+from sglang_ets.patches.cpu_sampler import NO_SEED, draw_by_seed, drawable, row_seeds, sample_rows, uniform
 
 from sglang_ets.engine.children import ChildReq
 
@@ -100,6 +100,34 @@ def test_rows_of_searches_follow_the_cut_distribution(
     expected = PROBABILITIES[kept].double() / PROBABILITIES[kept].double().sum() * num_rows
     assert chisquare(counts[kept].numpy(), expected.numpy()).pvalue > 1e-3
     assert torch.equal(probs, PROBABILITIES.repeat(num_rows, 1)), "log-probabilities are read from them afterwards"
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "broken", [[NAN] * 6, [0.5, NAN, 0.5, 0, 0, 0], [0.0] * 6, [float("inf"), 0, 0, 0, 0, 0]], ids=str
+)
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {}], ids=str)
+def test_a_row_that_is_no_distribution_harms_no_other(broken: list[float], cut: dict[str, Any]) -> None:
+    """A grammar that no token fits leaves one; sglang's own draw raises on it, and that ends the scheduler."""
+
+    def stock(_sampler: Any, probs: torch.Tensor, info: Any, positions: torch.Tensor, is_simple: bool) -> Any:
+        if is_simple:
+            return sampler.sampling_from_probs_torch(probs, None, positions), None
+        cuts = (info.top_ks, info.top_ps, info.min_ps, True)
+        return sampler.top_k_top_p_min_p_sampling_from_probs_torch(probs.clone(), *cuts, None, positions), None
+
+    probs = torch.stack([PROBABILITIES, torch.tensor(broken), torch.tensor([0.0, 0, 0, 0, 0, 1])])
+    before = probs.clone()
+    info = info_of(torch.full((3,), NO_SEED), **cut)
+    drawn, _ = sample_rows(stock, None, probs, info, torch.arange(3), not cut)
+    assert drawn[1:].tolist() == [0, 5]
+    assert torch.equal(probs.nan_to_num(-1.0), before.nan_to_num(-1.0)), (
+        "log-probabilities are read from them afterwards"
+    )
+    sound = PROBABILITIES.repeat(2, 1)
+    assert drawable(sound) is sound
 
 
 def _not_called(*_args: Any) -> Any:

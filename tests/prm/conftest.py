@@ -42,7 +42,7 @@ def scheduler() -> Iterator[Any]:
     with use_context(context):
         bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
         bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(arguments))
-        yield SimpleNamespace(server_args=arguments, tokenizer=TOKENIZER, nccl_port=port)
+        yield SimpleNamespace(server_args=arguments, tokenizer=TOKENIZER, nccl_port=port, enable_overlap=False)
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,13 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang_ets.kv import LedgerImbalance, RadixLedger
 from sglang_ets.prm import engine as engine_module
 from sglang_ets.prm import pool as pool_module
+from sglang_ets.prm import readout as readout_module
 from sglang_ets.prm.engine import PrmEngine, PrmError, PrmPath, ScoreJob
 from sglang_ets.prm.pool import PoolImbalance
 from sglang_ets.prm.sizing import PoolNeed
+from sglang_ets.prm.stream import ForwardStream
 from tests.prm.conftest import MODELS, TOKENIZER, changed_config
+from tests.prm.streams import Streams
 
 LARGE, SMALL = 4000, 60
 QUESTION = "7*8-2*(3+4)=\n"
@@ -457,3 +460,43 @@ def test_without_a_flag_the_pool_follows_width_and_limits(
     monkeypatch.setattr(engine_module, "pool_budget", lambda: 50 * per_token)
     with pytest.raises(SystemExit, match=r"needs more than 50 tokens .* holds 50; lower --search-max-tokens"):
         load_engine(None, need=PoolNeed(8, 50))
+
+
+# ---- the start, and the stream ----
+
+
+def test_a_step_is_scored_before_the_first_search_and_leaves_nothing(
+    load_engine: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So what is compiled at its first use is compiled then."""
+    pooled: list[int] = []
+    kernel = readout_module.step_pool
+
+    def watched(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        pooled.append(len(offsets) - 1)
+        return kernel(hidden, offsets)
+
+    monkeypatch.setattr(readout_module, "step_pool", watched)
+    engine = load_engine(LARGE)
+    assert pooled == [1]
+    assert (engine.stats()["tokens_extended"], engine.stats()["tokens_if_rescored"]) == (0, 0)
+    assert engine._pool.free_tokens == engine._pool.size and engine._valve.is_idle
+    assert_empty(engine)
+
+
+def test_forward_passes_run_in_the_order_of_the_policy_models(
+    large: PrmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the overlap schedule, both models would use the workspace of the all-reduce at once otherwise."""
+    streams = Streams(enable_overlap=True)
+    forward = ModelRunner.forward
+    monkeypatch.setattr(large, "_stream", ForwardStream(streams))
+    monkeypatch.setattr(ModelRunner, "forward", lambda *a: (streams.events.append("forward"), forward(*a))[1])
+    path = large.open_prompt(PROMPT, QUESTION)
+    order = ["on forward", "forward waits for schedule", "forward", "off forward", "schedule waits for forward"]
+    assert streams.events == order
+    streams.events.clear()
+    (outcome,) = large.score([job(path, STEPS[0], 1)])
+    assert streams.events == order
+    large.drop([path, scored([outcome])[0][0]])
+    large.end_owner("prm")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import sglang_ets
 from bench.testbed.task import distinct_problems, solve
-from sglang_ets.prm.choose import AUTO, choose_format
+from sglang_ets.prm.choose import AUTO, check_checkpoint, choose_format
 from sglang_ets.prm.formats import StepProbability, StepTokens
 from tests.prm.checkpoints import CASES, Case, Reference
 
@@ -90,6 +90,59 @@ def test_a_causal_model_tells_no_format(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(SystemExit, match="does not tell its own; name the format"):
         choose_format(str(tmp_path), AUTO, None)
+
+
+def test_a_checkpoint_of_its_format_passes(reference: tuple[Reference, Path]) -> None:
+    model, folder = reference
+    for wanted in {model.case.given, model.case.format}:
+        check_checkpoint(str(folder), wanted)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "wanted", "sentence"),
+    [
+        (
+            "Qwen2ForProcessRewardModel",
+            "skywork",
+            "reads the head of Qwen2ForPrmModel, and FOLDER is a Qwen2ForProcessRewardModel; give --prm-format qwen_prm",
+        ),
+        ("Qwen2ForPrmModel", "qwen_prm", "and FOLDER is a Qwen2ForPrmModel; give --prm-format skywork"),
+        ("Qwen2ForCausalLM", "skywork", "and FOLDER is a Qwen2ForCausalLM; give another --prm-format, or another"),
+        ("Qwen3ForTokenClassification", "judge", "reads the head of a language model, and FOLDER is a Qwen3ForToken"),
+        (
+            "LlamaForCausalLM",
+            "token_classification",
+            "reads the head of *ForTokenClassification, and FOLDER is a Llama",
+        ),
+        ("LlamaForCausalLM", AUTO, "and FOLDER does not tell its own; name the format"),
+        ("LlamaForCausalLM", "nonsense", "--prm-format must be one of auto, "),
+        (
+            None,
+            "skywork",
+            "must name a folder with a checkpoint or a model on the Hub, got 'FOLDER', in which no config",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused_before_it_is_loaded(
+    architecture: str | None, wanted: str, sentence: str, tmp_path: Path
+) -> None:
+    if architecture:
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    with pytest.raises(SystemExit) as caught:
+        check_checkpoint(str(tmp_path), wanted)
+    assert sentence.replace("FOLDER", str(tmp_path)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_folder_that_is_not_there_or_cannot_be_read_is_one_sentence(content: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "prm"
+    if content is not None:
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"^--prm-model-path must name a checkpoint, got ") as caught:
+        check_checkpoint(str(folder), "skywork")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_without_the_tag_is_refused(tmp_path: Path) -> None:

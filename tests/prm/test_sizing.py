@@ -85,6 +85,13 @@ def test_the_prm_computes_as_deterministically_as_the_policy_model() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("of_policy", "of_prm"), [("fa3", "fa3"), ("ets_tree", "triton"), ("trtllm_mla", None), ("dsa", None), (None, None)]
+)
+def test_the_prm_has_the_attention_of_the_policy_model_where_it_can(of_policy: str | None, of_prm: str | None) -> None:
+    assert prm_arguments(policy(attention_backend=of_policy), "prm")["attention_backend"] == of_prm
+
+
 def test_what_is_said_of_a_checkpoint_holds_for_the_same_one() -> None:
     shared, other = prm_arguments(policy(), "policy"), prm_arguments(policy(), "prm")
     assert {key: shared[key] for key in ("revision", "quantization", "context_length")} == {

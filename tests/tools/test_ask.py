@@ -53,14 +53,14 @@ def chunk(text: str, *, index: int = 0, is_chat: bool = False, end: Any = None, 
 
 def searched(is_chat: bool) -> list[dict[str, Any]]:
     """A search of two levels with two answers, one of them with what looks like markup."""
-    told = [{"search": {"progress": {**PROGRESS, "level": level}}} for level in (1, 2)]
+    told = [{"progress": {**PROGRESS, "level": level}} for level in (1, 2)]
     return [
-        chunk("1+", is_chat=is_chat, metadata=told[0]),
-        chunk("", is_chat=is_chat, metadata=told[1]),
+        chunk("1+", is_chat=is_chat, search=told[0]),
+        chunk("", is_chat=is_chat, search=told[1]),
         chunk("2=3", is_chat=is_chat),
         chunk("", is_chat=is_chat, end=details("3", 0.9)),
         chunk("[red]4[/]", index=1, is_chat=is_chat),
-        chunk("", index=1, is_chat=is_chat, end=details(None, 0.1), metadata={"search": FIGURES}),
+        chunk("", index=1, is_chat=is_chat, end=details(None, 0.1), search=FIGURES),
         {**chunk("", is_chat=is_chat), "choices": [], "usage": USAGE},
     ]
 
@@ -152,6 +152,16 @@ def test_command_prints_levels_answers_and_saves_a_tree(tmp_path: Path, capsys: 
     assert server.bodies[0]["n"] == 2
     found = read_view(json.loads(saved.read_text(encoding="utf-8")), "")
     assert [(answer.answer, answer.node) for answer in found.answers] == [("3", 1), ("-", None)]
+
+
+@pytest.mark.parametrize("warnings", [[], ["2 of 8 steps failed: [red]no memory[/]", "the deadline passed"]])
+def test_what_makes_the_answer_less_is_shown(warnings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    chunks = searched(False)
+    chunks[-2]["search"] = {**FIGURES, "warnings": warnings}
+    with serving(chunks) as (_, url):
+        ask.main(["1+2=", "--base-url", url])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert lines == [f"warning: {text}" for text in warnings]
 
 
 @pytest.mark.parametrize(

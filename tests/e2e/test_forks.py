@@ -1,0 +1,35 @@
+"""Forks and shared decoding on a real model: one prefill a search, no token computed twice, and the trees of a row per node."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_ets.core.registry import BUILT_IN
+from tests.e2e.serving import PROBLEMS, Server
+from tests.engine.test_strands import num_distinct_prefixes
+
+pytestmark = pytest.mark.server
+
+WIDTH = 16
+
+
+def num_prefills(server: Server) -> int:
+    return server.log.read_text(encoding="utf-8", errors="replace").count("Prefill batch")
+
+
+@pytest.mark.parametrize("algorithm", BUILT_IN)
+def test_a_search_prefills_its_prompt_and_computes_no_token_twice(server: Server, algorithm: str) -> None:
+    before = num_prefills(server)
+    answer = server.search(
+        PROBLEMS[3]["prompt"], WIDTH, max_tokens=128, seed=4, search={"algorithm": algorithm, "return_tree": True}
+    )
+    assert num_prefills(server) - before == 1
+    figures = answer["search"]
+    assert figures["forks"] == "shared"
+    distinct = num_distinct_prefixes(figures["tree"])
+    assert figures["tokens_computed"] <= 1.05 * distinct < 1.05 * answer["usage"]["completion_tokens"]
+
+
+def test_a_search_with_a_penalty_is_extended_and_says_so(server: Server) -> None:
+    answer = server.search(PROBLEMS[3]["prompt"], 4, max_tokens=64, frequency_penalty=0.5)
+    assert answer["search"]["forks"] == "extend"
