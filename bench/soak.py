@@ -38,9 +38,10 @@ from bench.fuzz import FAULTS, outcome_of
 from bench.hostile import hostile_request
 from bench.server import running_server
 from bench.traffic import ANSWER_LIMIT_S, OrdinaryTraffic, locks_when_idle, memory_mb
+from sglang_ets.core.registry import BUILT_IN
 
 PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
-ALGORITHMS = ("best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets")
+ALGORITHMS = tuple(BUILT_IN)
 WIDTHS = {4: 8, 8: 8, 16: 8, 64: 4, 256: 1}  # and how often: a wide search takes as long as many narrow ones
 WARM_UP_WIDTH = 64
 SMOKE_WIDTHS = {width: often for width, often in WIDTHS.items() if width <= WARM_UP_WIDTH}

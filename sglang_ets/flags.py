@@ -7,12 +7,14 @@ Names that are also fields of `SearchConfig` are the server's defaults for reque
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from sglang_ets.core.config import MAX_WIDTH, Algorithm, SearchConfig
+from sglang_ets.core import registry
+from sglang_ets.core.config import MAX_WIDTH, SearchConfig
 from sglang_ets.core.settings import Setting, settings_of
 from sglang_ets.prm.choose import AUTO, NAMES, WITHOUT_PRM
 
@@ -60,11 +62,17 @@ ALLOW_UNTESTED = Flag(
     False,
     "Warn, and do not stop, where sglang's code is of no tested version and every contract of the patches holds.",
 )
+POLICY = Flag(
+    "search-policy",
+    "search_policy",
+    str,
+    None,
+    "Policies of your own: module:Class or file.py:Class, several with commas between them. Their names are algorithms.",
+)
 # Flags of the server itself. The rest sets defaults of requests: one for each setting of a search that says so.
 SERVER_FLAGS = (
-    Flag(
-        "search", "search", str, OFF, "Default algorithm of a search; off: stock sglang.", (*get_args(Algorithm), OFF)
-    ),
+    Flag("search", "search", str, OFF, "Default algorithm of a search, of ours or your own; off: stock sglang."),
+    POLICY,
     Flag("prm-model-path", "prm_model_path", str, None, "Process reward model: a folder or a name on the Hub."),
     Flag(
         "prm-format",
@@ -74,6 +82,13 @@ SERVER_FLAGS = (
         "How the PRM reads steps and writes scores: auto, " + ", ".join(NAMES) + ".",
     ),
     Flag("prm-max-total-tokens", "prm_max_total_tokens", int, None, "Tokens in the PRM's KV pool."),
+    Flag(
+        "prm-tp",
+        "prm_tp",
+        int,
+        None,
+        "Ranks over which the PRM is split: as many as --tp, or 1 for a whole PRM on each; default: --tp if it divides.",
+    ),
     Flag("search-max-width", "max_width", int, MAX_WIDTH, "Largest search_width that a request may ask for."),
     Flag(
         "search-max-running",
@@ -110,6 +125,45 @@ def flags_of(settings_class: type) -> tuple[Flag, ...]:
     )
 
 
+def policy_flags() -> tuple[Flag, ...]:
+    """The flags of the policies' own settings: `--search-POLICY-SETTING`."""
+    return tuple(
+        Flag(
+            f"search-{name}-{item.name}".replace("_", "-"),
+            f"{name}.{item.name}",
+            _flag_type(item),
+            None,
+            f"{name}: {_flag_help(item)}",
+            item.choices or None,
+        )
+        for name in registry.names()
+        for item in registry.own_settings(name)
+        if item.flag_name
+    )
+
+
+def load_policies(argv: Sequence[str] = ()) -> None:
+    """Load the policies that `--search-policy` on this command line, or the environment, names. Idempotent.
+
+    Done before the flags are parsed, because a policy brings flags and fields of requests with it. The environment tells
+    child processes.
+
+    Raises:
+        SystemExit: one of them cannot be loaded.
+    """
+    option = f"--{POLICY.name}"
+    given = [after for before, after in itertools.pairwise(argv) if before == option]
+    given += [item.removeprefix(f"{option}=") for item in argv if item.startswith(f"{option}=")]
+    if given:
+        os.environ[POLICY.env] = given[-1]
+    try:
+        for spec in filter(None, (os.environ.get(POLICY.env) or "").split(",")):
+            registry.load(spec.strip())
+        policy_flags()  # loads what installed packages bring
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
 def _flag_type(item: Setting) -> type:
     """Several texts do not fit into a flag: a tuple is given as the one that it holds."""
     return str if item.kind is tuple else item.kind
@@ -128,7 +182,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     if any("--search" in action.option_strings for action in parser._actions):
         return
     group = parser.add_argument_group("search (sglang-ets)")
-    for flag in FLAGS:
+    for flag in (*FLAGS, *policy_flags()):
         is_switch = flag.type is bool
         kind: dict[str, Any] = {"action": "store_true"} if is_switch else {"type": flag.type, "choices": flag.choices}
         default = "" if flag.default is None else f" Default: {'off' if is_switch else flag.default}."
@@ -142,7 +196,8 @@ def from_namespace(namespace: argparse.Namespace) -> dict[str, Any]:
     Raises:
         SystemExit: a value breaks its rule, or a search has no PRM.
     """
-    values = {flag.key: getattr(namespace, flag.name.replace("-", "_"), flag.default) for flag in FLAGS}
+    every = (*FLAGS, *policy_flags())
+    values = {flag.key: getattr(namespace, flag.name.replace("-", "_"), flag.default) for flag in every}
     if values["trace"] and getattr(namespace, "tokenizer_worker_num", 1) > 1:
         raise SystemExit("--search-trace needs --tokenizer-worker-num 1, because one process must know every search")
     return checked(values)
@@ -166,10 +221,8 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
         SystemExit: a value breaks its rule, or a search has no PRM.
     """
     settings = dict(values)
-    if settings["search"] not in (*get_args(Algorithm), OFF):
-        raise SystemExit(
-            f"--search must be one of {', '.join((*get_args(Algorithm), OFF))}, got {settings['search']!r}"
-        )
+    if settings["search"] not in (*registry.names(), OFF):
+        raise SystemExit(f"--search must be one of {', '.join((*registry.names(), OFF))}, got {settings['search']!r}")
     if settings["search"] == OFF:
         return settings
     settings["algorithm"] = settings["search"]

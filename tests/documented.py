@@ -19,12 +19,15 @@ INDENTED = re.compile(r"(?<=\n\n)(?:    .*\n)+")
 PROGRAMS = ("make", "python", "sglang-ets", "curl", "lm-eval", "pip", "bash")
 URL = "http://127.0.0.1:30000"  # of the server in every page
 
-Way = Literal["started", "run", "served", "foreign"]
+Way = Literal["started", "run", "served", "foreign", "own"]
 # How a command of a page is tested, by what it begins with.
 WAYS: dict[str, Way] = {
     "make": "started",  # starts a server, installs, or takes minutes: target, module and flags must exist
     "pip": "started",
     "python": "started",
+    "sglang-ets serve --search top_k": "own",  # by a test of its page: tests/test_policies.py
+    "# top_k.py": "own",
+    "from sglang_ets.testing": "own",
     "sglang-ets serve": "started",
     "sglang-ets plan": "run",
     "sglang-ets view": "run",
@@ -32,6 +35,7 @@ WAYS: dict[str, Way] = {
     "sglang-ets calibrate": "served",
     "curl": "served",
     "import openai": "served",
+    "from sglang_ets import Engine": "own",  # tests/e2e/test_offline.py
     "lm-eval": "foreign",  # not installed here: its search must be one, and test_client_wire replays what it sent
     "from langchain_openai": "foreign",
 }

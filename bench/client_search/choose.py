@@ -12,7 +12,7 @@ from sglang_ets.core.allocation import rebase_allocation
 from sglang_ets.core.clusters import cluster_labels
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
-from sglang_ets.core.selection import Level, Selection, get_policy
+from sglang_ets.core.selection import Level, Selection
 from sglang_ets.core.tree import Node, SearchTree
 
 
@@ -32,7 +32,7 @@ def choose(level: Level, config: SearchConfig) -> Selection:
         ValueError: ets without an embedding of every leaf, or with a coverage that the original does not have.
     """
     if config.algorithm not in ("ets", "ets_kv"):
-        return get_policy(config.algorithm).select(level, config)
+        return config.policy.select(level, config)
     clusters = None
     if config.algorithm == "ets":
         if config.coverage != "uniform":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from bench import rows
 from bench.testbed.task import Problem, distinct_problems, step_is_right
-from bench.trees import kv_tree, path_to, rebase_trees
-from sglang_ets.core.clusters import RunningCenter
+from bench.trees import rebase_trees
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
-from sglang_ets.core.selection import Level, get_policy
+from sglang_ets.core.selection import Level
+from sglang_ets.testing import levels_of
 
 MAX_TOKENS = 512
 FIGURES = {"kept": "leaves kept", "kv_kept": "KV kept", "right_kept": "right among kept",
@@ -42,29 +42,13 @@ class Judged:
 
 def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem) -> Iterator[Judged]:
     """The levels of one returned tree (with embeddings) that were selected from and have both right and wrong leaves."""
-    by_id = {node["id"]: node for node in nodes}
     right: dict[int, bool] = {0: True}
     for node in nodes:  # a parent comes before its children
         right[node["id"]] = right[node["parent"]] and step_is_right(problem, node["text"])
-    center = RunningCenter()
-    for depth in sorted({node["depth"] for node in nodes}):
-        leaves = [n for n in nodes if n["depth"] == depth and n["finish"] == "step" and n["embedding"] is not None]
-        truth = np.array([right[leaf["id"]] for leaf in leaves])
-        if leaves:
-            embeddings = center.centered(np.array([leaf["embedding"] for leaf in leaves], dtype=np.float32))
-        if len(leaves) < 2 or truth.all() or not truth.any():
-            continue
-        paths = [path_to(leaf, by_id) for leaf in leaves]
-        level = Level(
-            scores=np.array([leaf["score"] for leaf in leaves]),
-            kv=kv_tree(paths),
-            nodes=CostTree.from_paths([[(step["id"], 1.0) for step in path] for path in paths]),
-            embeddings=embeddings,
-            subtree=np.zeros(len(leaves), dtype=np.int64),
-            growth_tokens=0.0,
-            remaining_width=len(leaves),
-        )
-        yield Judged(level, truth)
+    for level, leaf_ids in levels_of(nodes):
+        truth = np.array([right[leaf_id] for leaf_id in leaf_ids])
+        if len(leaf_ids) > 1 and not truth.all() and truth.any():
+            yield Judged(replace(level, remaining_width=len(leaf_ids), growth_tokens=0.0), truth)
 
 
 def kept_cost(tree: CostTree, kept: NDArray[np.bool_]) -> float:
@@ -76,7 +60,7 @@ def quality(judged: Sequence[Judged], config: SearchConfig) -> dict[str, float]:
     """Means over levels."""
     levels: dict[str, list[float]] = {name: [] for name in FIGURES}
     for item in judged:
-        allocation = get_policy(config.algorithm).select(item.level, config).allocation
+        allocation = config.policy.select(item.level, config).allocation
         kept = allocation > 0
         levels["kept"].append(kept.mean())
         levels["kv_kept"].append(kept_cost(item.level.kv, kept))

@@ -6,6 +6,7 @@ one sentence with HTTP 400 instead of a validation report.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 from sglang.srt.entrypoints.openai import protocol as openai_protocol
 
+from sglang_ets.core import registry
 from sglang_ets.core.config import MAX_WIDTH, MIN_WIDTH, SearchConfig, check_width
-from sglang_ets.core.settings import is_unicode, settings_of, shown, wrong
+from sglang_ets.core.settings import Setting, is_unicode, settings_of, shown, wrong
 from sglang_ets.wire import ABORTED_STATUS
+
+
+def _field(item: Setting) -> Any:
+    return Field(None, description=item.help_text, ge=item.about.low, le=item.about.high)
 
 
 def options_model(settings_class: type) -> type[BaseModel]:
@@ -25,11 +31,18 @@ def options_model(settings_class: type) -> type[BaseModel]:
     options: dict[str, Any] = {
         item.name: (
             item.json_type | None,
-            Field(None, description=item.help_text, ge=item.about.low, le=item.about.high),
+            _field(item),
         )
         for item in settings_of(settings_class)
         if not item.about.is_outer
     }
+    for name in registry.names():
+        if own := registry.own_settings(name):
+            fields = {item.name: (item.json_type | None, _field(item)) for item in own}
+            model = create_model(f"{name}_settings", __config__=ConfigDict(extra="forbid"), **fields)  # type: ignore[call-overload]
+            # In one piece: a reference would lead nowhere from where this schema is put.
+            schema = WithJsonSchema({"anyOf": [model.model_json_schema(), {"type": "null"}]})
+            options[name] = (Annotated[Any, schema], Field(None, description=f"Own settings of the policy {name}."))
     doc = "Settings of a search. Defaults are the server's flags."
     return create_model("SearchOptions", __config__=ConfigDict(extra="forbid"), __doc__=doc, **options)
 
@@ -60,6 +73,28 @@ def merged_extra_body(data: Any) -> Any:
     return {**data, **extra} if is_search else data  # type: ignore[dict-item]
 
 
+def merged_metadata(data: Any) -> Any:
+    """The body with the search that stands in its `metadata` as texts: `{"search_width": "16", "search": "{...}"}`.
+
+    For routers that pass on no field they do not know. What the body says itself goes first; a text that is no JSON stays
+    one, and is refused for what it is.
+    """
+    metadata = data.get("metadata") if isinstance(data, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("search_width") is None:
+        return data
+    given = {name: _from_text(metadata[name]) for name in ("search_width", "search") if name in metadata}
+    return {**given, **{name: value for name, value in data.items() if name not in given or value is not None}}
+
+
+def _from_text(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 class CompletionRequest(openai_protocol.CompletionRequest):  # type: ignore[misc]  # sglang has no types
     """sglang's request with the fields of a search. The name is kept: it is the schema's name in `/openapi.json`."""
 
@@ -69,7 +104,7 @@ class CompletionRequest(openai_protocol.CompletionRequest):  # type: ignore[misc
     @model_validator(mode="before")
     @classmethod
     def _merge_extra_body(cls, data: Any) -> Any:
-        return merged_extra_body(data)
+        return merged_metadata(merged_extra_body(data))
 
     @model_validator(mode="after")
     def _unwrap_single_prompt(self) -> CompletionRequest:
@@ -93,7 +128,7 @@ class ChatCompletionRequest(openai_protocol.ChatCompletionRequest):  # type: ign
         """sglang looks into the body and `response_format` before anything has seen that they are objects."""
         if not isinstance(data, (dict, BaseModel)):
             raise ValueError(f"the body must be a JSON object, got {shown(data)}; see docs/api.md")
-        data = merged_extra_body(data)
+        data = merged_metadata(merged_extra_body(data))
         given = data.get("response_format") if isinstance(data, dict) else None
         if given is not None and not isinstance(given, (dict, BaseModel)):
             raise ValueError(f"response_format must be an object, got {shown(given)}; leave it out")
@@ -142,15 +177,16 @@ def search_config(request: Any, settings: Mapping[str, Any], context_tokens: int
     max_tokens = getattr(request, "max_completion_tokens", None) or (
         request.max_tokens if "max_tokens" in given else None
     )
-    # Without either limit a trajectory may fill the default, as far as the context allows.
-    defaults = dict(settings)
-    if max_tokens is None:
-        default = defaults.get("max_tokens") or SearchConfig().max_tokens
-        defaults["max_tokens"] = min(default, max(1, context_tokens // 2))
     # The seed is reported in the answer, so that the same tree can be had again.
     seed = random.getrandbits(SEED_BITS) if request.seed is None else request.seed
     config = SearchConfig.from_request(
-        request.search_width, request.search, defaults, n=request.n, max_tokens=max_tokens, seed=seed
+        request.search_width,
+        request.search,
+        settings,
+        n=request.n,
+        max_tokens=max_tokens,
+        seed=seed,
+        most_tokens=max(1, context_tokens // 2),  # without a limit of its own, so that the prompt has room
     )
     check_width(config, settings["max_width"])
     if config.max_tokens >= context_tokens:

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.config import SearchConfig
 
 KEPT_OBSERVATIONS = 32  # per algorithm; older ones say little about today's prompts
 CAUTIOUS_QUANTILE = 0.75  # of the observed peaks
@@ -41,7 +41,7 @@ class NeedEstimates:
     """Expected peaks of searches, learned from the peaks of those that ended: tokens beyond the prompt for each trajectory."""
 
     def __init__(self) -> None:
-        self._peaks: dict[Algorithm, deque[tuple[float, float]]] = {}
+        self._peaks: dict[str, deque[tuple[float, float]]] = {}
 
     def observe(self, config: SearchConfig, prompt: Need, peak: Need) -> None:
         """A search has ended whose peak in each pool was this."""

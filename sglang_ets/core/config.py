@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from sglang_ets.core import registry
 from sglang_ets.core.patterns import PRESETS, check_pattern
+from sglang_ets.core.presets import PUBLISHED_COST_WEIGHT, Preset, preset_values, published_diversity_weight
 from sglang_ets.core.settings import (
     MAX_COUNT,
-    Setting,
+    as_fields,
     check_fields,
     is_unicode,
     markdown_table,
@@ -23,7 +26,6 @@ from sglang_ets.core.settings import (
     wrong,
 )
 
-Algorithm = Literal["best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets"]
 KvCost = Literal["tokens", "nodes"]
 Aggregation = Literal["last", "min", "mean", "prod"]
 AnswerRule = Literal["best", "majority", "weighted_majority"]
@@ -36,9 +38,7 @@ MAX_STEPS_LIMIT = 1024
 MAX_DELIMITERS, MAX_DELIMITER_CHARS = 16, 64
 MAX_WEIGHT = 1e6
 MAX_JSON_CHARS = 20_000  # of all settings as text: more than the longest that the rules allow
-PUBLISHED_COST_WEIGHT, REWARD_COST_WEIGHT = 1.0, 4.0
-# Coverage weight by width, as published (field note 1; SqueezeAILab/ETS).
-DIVERSITY_WEIGHTS = {16: 1.5, 64: 1.4, 256: 1.45}
+REWARD_COST_WEIGHT = 4.0
 
 
 class Weights(NamedTuple):
@@ -68,7 +68,9 @@ class SearchConfig:
         ValueError: a field breaks its rule; the message is one sentence with the field, the rule, the value and a remedy.
     """
 
-    algorithm: Algorithm = setting("ets", "how leaves are kept", default_text="the server's `--search`")
+    algorithm: str = setting(
+        "ets", "how leaves are kept", default_text="the server's `--search`", choices=registry.names
+    )
     width: int = setting(
         16,
         "trajectories to grow; absent or 1: an ordinary request",
@@ -159,6 +161,9 @@ class SearchConfig:
     answer_equality: AnswerEquality = setting(
         "math", "which answers are one vote: those equal in value (math-verify), or equal texts"
     )
+    preset: Preset = setting(
+        "default", "settings by one word: ours, or everything as published; each setting of its own wins", has_flag=True
+    )
     early_stop: EarlyStop = setting(
         "settled",
         "end before the last trajectory when no vote to come can change the first answer (needs `n` 1), or when it is likely "
@@ -183,9 +188,13 @@ class SearchConfig:
     return_tree: bool = setting(False, "return the whole tree in the figures")
     return_embeddings: bool = setting(False, "with the tree, the embedding of each step")
     seed: int = setting(0, "seed of the search", low=0, high=2**63 - 1, is_outer=True, default_text="a fresh one")
+    policy_settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # the algorithm's own; a request has them by its name
 
     def __post_init__(self) -> None:
         check_fields(self)
+        registry.make(self.algorithm, self.policy_settings)  # refuses what the policy does not take
         if self.num_results > self.width:
             raise wrong("n", f"at most search_width, {self.width}", self.num_results, "ask for fewer or search wider")
         if self.kv_budget_tokens is not None and not self.is_solved:
@@ -198,10 +207,30 @@ class SearchConfig:
         if self.return_embeddings and not self.return_tree:
             raise wrong("return_embeddings", "false without return_tree", True, "set return_tree to true as well")
 
+    @cached_property
+    def policy(self) -> Any:
+        """The `SelectionPolicy` of the algorithm, with its own settings."""
+        return registry.make(self.algorithm, self.policy_settings)
+
+    @property
+    def reads_costs(self) -> bool:
+        """Whether the policy reads what the leaves cost."""
+        return "costs" in registry.reads(self.algorithm)
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether the policy reads what the leaves' last steps mean."""
+        return "embeddings" in registry.reads(self.algorithm)
+
     @property
     def is_solved(self) -> bool:
         """Whether an integer program chooses the leaves."""
         return self.algorithm in ("ets_kv", "ets")
+
+    @property
+    def preset_settings(self) -> dict[str, Any]:
+        """What the preset sets, with the values in force."""
+        return {name: getattr(self, name) for name in preset_values(self.preset, self.width)}
 
     @property
     def has_own_pattern(self) -> bool:
@@ -221,8 +250,7 @@ class SearchConfig:
             kv = REWARD_COST_WEIGHT if is_by_reward else PUBLISHED_COST_WEIGHT
         diversity = self.diversity_weight
         if diversity is None:
-            nearest = min(DIVERSITY_WEIGHTS, key=lambda width: (abs(width - self.width), width))
-            diversity = kv if is_by_reward else DIVERSITY_WEIGHTS[nearest]
+            diversity = kv if is_by_reward else published_diversity_weight(self.width)
         return Weights(kv, diversity)
 
     @classmethod
@@ -240,8 +268,11 @@ class SearchConfig:
         n: int | None,
         max_tokens: int | None,
         seed: int | None,
+        most_tokens: int | None = None,
     ) -> SearchConfig:
-        """Settings of a request: its own values over the server's defaults over the fields' defaults.
+        """Settings of a request: its own values over its preset over the server's flags over the server's preset.
+
+        Without `max_tokens` of its own, a trajectory may have `most_tokens` at most, whatever the defaults say.
 
         `defaults` may hold flags that are no search settings; they are passed over. A value of None in `search` means
         "not given", except where None is a value of the field.
@@ -252,14 +283,22 @@ class SearchConfig:
         settings = settings_of(cls)
         inner = {item.name: item for item in settings if not item.about.is_outer}
         given = search or {}
-        unknown = next((key for key in given if key not in inner), None)
+        unknown = next((key for key in given if key not in inner and key not in registry.names()), None)
         if unknown is not None:
             raise ValueError(f"search has no setting {shown(unknown)}; valid settings are {', '.join(inner)}")
         values = {item.name: defaults[item.name] for item in settings if defaults.get(item.name) is not None}
-        values |= {key: value for key, value in given.items() if value is not None or inner[key].is_nullable}
+        if given.get("preset") is None:
+            values = preset_values(values.get("preset"), search_width) | values
+        values |= preset_values(given.get("preset"), search_width)
+        if most_tokens is not None:
+            values["max_tokens"] = min(values.get("max_tokens", cls.max_tokens), most_tokens)
+        values |= {
+            key: value for key, value in given.items() if key in inner and (value is not None or inner[key].is_nullable)
+        }
+        values["policy_settings"] = _policy_settings(values.get("algorithm", cls.algorithm), given, defaults)
         outer = {"num_results": n, "max_tokens": max_tokens, "seed": seed}
         values |= {key: value for key, value in outer.items() if value is not None}
-        return cls(**_as_fields(settings, {**values, "width": search_width}))
+        return cls(**as_fields(settings, {**values, "width": search_width}))
 
     def to_json(self) -> str:
         """Plain text that `from_json` reads back to an equal value."""
@@ -273,7 +312,7 @@ class SearchConfig:
             ValueError: not a JSON object with our fields, or a value breaks its rule.
         """
         settings = settings_of(cls)
-        names = [item.name for item in settings]
+        names = [*(item.name for item in settings), "policy_settings"]
         if len(text) > MAX_JSON_CHARS:
             rule = f"at most {MAX_JSON_CHARS} characters of JSON"
             raise ValueError(f"search settings must be {rule}, got {len(text)}; leave out what is not needed")
@@ -286,16 +325,28 @@ class SearchConfig:
             raise ValueError(
                 f"search settings must be a JSON object with the fields {fields_text}, got {shown(text)}; use these names"
             )
-        return cls(**_as_fields(settings, values))
+        return cls(**as_fields(settings, values))
 
 
-def _as_fields(settings: tuple[Setting, ...], values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists, and one item may stand for a list of one, where a field is a tuple."""
-    for item in settings:
-        if item.kind is tuple and item.name in values:
-            value = values[item.name]
-            values[item.name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return values
+def _policy_settings(algorithm: object, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The algorithm's own settings: those of the request over the server's flags, which are named `algorithm.setting`.
+
+    Raises:
+        ValueError: settings of another policy, or no object.
+    """
+    for name in given:
+        if name in registry.names() and name != algorithm:
+            raise ValueError(
+                f"{name} in search needs algorithm {name!r}, got {shown(algorithm)}; name it, or leave {name} out"
+            )
+    if not isinstance(algorithm, str) or algorithm not in registry.names():
+        return {}  # refused with the other fields
+    own = given.get(algorithm)
+    if own is not None and not isinstance(own, dict):
+        raise wrong(algorithm, "an object of the policy's own settings", own, f"for example {{{algorithm!r}: {{}}}}")
+    names = [item.name for item in registry.own_settings(algorithm)]
+    flags = {name: defaults[f"{algorithm}.{name}"] for name in names if defaults.get(f"{algorithm}.{name}") is not None}
+    return {**flags, **(own or {})}
 
 
 def check_width(config: SearchConfig, max_width: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_ets.core.answer import Trajectory, aggregate
-from sglang_ets.core.clusters import RunningCenter
+from sglang_ets.core.clusters import Distances, RunningCenter, cosine_distances
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.patterns import extract_answer
@@ -80,7 +80,7 @@ Action = Expand | Score | Measure | Select | Prune | Complete | Finish
 class Search:
     """One search from the first expansion to its trajectories."""
 
-    def __init__(self, config: SearchConfig, prompt_tokens: int) -> None:
+    def __init__(self, config: SearchConfig, prompt_tokens: int, distances: Distances = cosine_distances) -> None:
         self.config = config
         self.tree = SearchTree(prompt_tokens)
         self.remaining_width = config.width
@@ -91,6 +91,7 @@ class Search:
         self._level: list[Node] = []  # nodes of the level that is being made
         self._leaves: list[Node] = []  # what `Select` asked about
         self._num_measured = 0
+        self._distances = distances
         self._center = RunningCenter()
         self._answers: dict[int, str | None] = {}  # of complete trajectories, by their last node
         self._budget = TokenBudget(config)
@@ -140,7 +141,7 @@ class Search:
     def level(self, kv: CostTree | None) -> Level:
         """The level that the last `Select` asked about; `kv` is the radix ledger's account of its leaves, in order.
 
-        It has what the policy reads: costs if an integer program decides (else `kv` is None), embeddings if it covers.
+        It has what the policy reads; without costs `kv` is None.
         To be asked for once a level: its embeddings become part of the running center.
         """
         leaves = self._leaves
@@ -148,11 +149,17 @@ class Search:
         return Level(
             scores=np.array([leaf.score for leaf in leaves], dtype=np.float64),
             kv=kv,
-            nodes=self._node_costs(leaves) if self.config.is_solved and self.config.kv_cost == "nodes" else None,
-            embeddings=self._embeddings(leaves) if self.config.algorithm == "ets" else None,
+            nodes=self._node_costs(leaves) if self.config.reads_costs and self.config.kv_cost == "nodes" else None,
+            embeddings=self._embeddings(leaves) if self.config.reads_embeddings else None,
             subtree=np.array([leaf.subtree for leaf in leaves], dtype=np.int64),
             growth_tokens=self.remaining_width * sum(steps) / len(steps),
             remaining_width=self.remaining_width,
+            depth=leaves[0].depth,
+            seed=self.config.seed,
+            texts=tuple(leaf.text for leaf in leaves),
+            path_scores=tuple(self._step_scores(leaf) for leaf in leaves),
+            parents=np.array([leaf.parent.id for leaf in leaves if leaf.parent is not None], dtype=np.int64),
+            distances=self._distances,
         )
 
     def on_selected(self, selection: Selection) -> list[Action]:

@@ -4,28 +4,51 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sglang_ets.core.allocation import even_allocation, inherited_scores, rebase_allocation
 from sglang_ets.core.clusters import Distances, cluster_labels, cosine_distances
-from sglang_ets.core.config import Algorithm, KvCost, SearchConfig
+from sglang_ets.core.config import KvCost, SearchConfig
 from sglang_ets.core.ilp import BudgetTooSmall, CostTree, SolverFailure, SolverReport, solve
+from sglang_ets.core.settings import shown
 
 
 @dataclass(frozen=True)
 class Level:
-    """A complete level as selection sees it: L unfinished leaves in order of creation."""
+    """A complete level as selection sees it: L unfinished leaves in order of creation. Field by field: docs/policies.md."""
 
-    scores: NDArray[np.float64]  # float64[L], step scores
-    kv: CostTree | None  # tokens of KV, from the radix ledger; None: no integer program asks for them
-    nodes: CostTree | None  # the search tree itself, cost 1 a node; None: likewise
-    embeddings: NDArray[np.float32] | None  # float32[L, H]; None: no coverage
+    scores: NDArray[np.float64]  # float64[L], step scores, 0..1
+    kv: CostTree | None  # tokens of KV, from the radix ledger; None: the policy does not read costs
+    nodes: CostTree | None  # the search tree itself, cost 1 a node; None: likewise, or costs are in tokens
+    embeddings: NDArray[np.float32] | None  # float32[L, H] of the last steps; None: not read, or the PRM gave none
     subtree: NDArray[np.int64]  # int64[L], DVTS group
     growth_tokens: float  # tokens that the next level may add if every child is as long as these steps
-    remaining_width: int
+    remaining_width: int  # trajectories still to be grown: what the allocation sums to
+    depth: int = 1  # steps of each leaf's trajectory
+    seed: int = 0  # of the search
+    texts: tuple[str, ...] = ()  # of the last steps
+    path_scores: tuple[tuple[float, ...], ...] = ()  # step scores of each leaf's trajectory, the last one included
+    parents: NDArray[np.int64] | None = None  # int64[L], equal for siblings
+    distances: Distances = cosine_distances  # of embeddings, on the device where there is one
+
+    def rng(self) -> np.random.Generator:
+        """Chance that is the same for this level of every search with this seed."""
+        return np.random.default_rng((self.seed, self.depth))
+
+    def clusters(self, cut: float) -> NDArray[np.int64]:
+        """int64[L], 0..K-1: leaves whose last steps mean the same, by average linkage cut at this cosine distance.
+
+        Raises:
+            ValueError: the level has no embeddings.
+        """
+        if self.embeddings is None:
+            raise ValueError(
+                'clusters need embeddings, and this level has none; set reads = ("embeddings",) in the policy'
+            )
+        return cluster_labels(self.embeddings, cut, self.distances)
 
     def costs(self, unit: KvCost) -> CostTree:
         """What the leaves cost in this unit.
@@ -35,7 +58,7 @@ class Level:
         """
         tree = self.kv if unit == "tokens" else self.nodes
         if tree is None:
-            raise ValueError(f"a level of an integer program needs its costs in {unit}, got none")
+            raise ValueError(f'this level needs its costs in {unit}, got none; set reads = ("costs",) in the policy')
         return tree
 
 
@@ -50,15 +73,39 @@ class Selection:
 
 
 class SelectionPolicy(Protocol):
-    """Decides the retained leaves of a level and their allocation."""
+    """Decides the retained leaves of a level and their allocation. Pure: equal levels give equal selections.
+
+    A class may also have `reads`, which of `registry.READS` its levels are to hold; `is_cheap`, that it may run on the
+    scheduler's loop; `name`; and, as a dataclass, fields made with `setting`, which a request can set.
+    """
 
     def select(self, level: Level, config: SearchConfig) -> Selection:
         """The allocation sums to the remaining width, or is all zeros."""
         ...
 
 
+def checked(selection: Selection, level: Level, algorithm: str) -> Selection:
+    """The same selection.
+
+    Raises:
+        ValueError: it does not share out the remaining width; both sides are named.
+    """
+    allocation = np.asarray(selection.allocation)
+    wanted = (level.scores.shape, level.remaining_width)
+    is_whole = np.issubdtype(allocation.dtype, np.integer) and (allocation >= 0).all()
+    got = (allocation.shape, int(allocation.sum()) if is_whole else allocation.tolist())
+    if got not in (wanted, (wanted[0], 0)):
+        raise ValueError(
+            f"the policy {algorithm} must give {wanted[0][0]} leaves whole numbers of children that sum to {wanted[1]}, or no "
+            f"leaf any, got shape {got[0]} and {shown(got[1])}"
+        )
+    return selection
+
+
 class BestOfN:
     """Every trajectory goes on alone. (The search expands them without waiting for a level.)"""
+
+    is_cheap = True
 
     def select(self, level: Level, _config: SearchConfig) -> Selection:
         everything = np.arange(level.scores.size)
@@ -68,6 +115,8 @@ class BestOfN:
 class Beam:
     """The best ceil(sqrt(width)) leaves share the width evenly. Source: the ETS code's beam search."""
 
+    is_cheap = True
+
     def select(self, level: Level, _config: SearchConfig) -> Selection:
         kept = np.argsort(-level.scores, kind="stable")[: num_groups(level.remaining_width)]
         return Selection(even_allocation(level.scores, kept, level.remaining_width))
@@ -75,6 +124,8 @@ class Beam:
 
 class Dvts:
     """The best leaf of each subtree of the first level; the width is shared evenly. Source: search-and-learn."""
+
+    is_cheap = True
 
     def select(self, level: Level, _config: SearchConfig) -> Selection:
         best: dict[int, int] = {}
@@ -86,6 +137,8 @@ class Dvts:
 
 class Rebase:
     """Every leaf gets a share of the width in proportion to softmax(score / T). Source: arXiv 2408.00724."""
+
+    is_cheap = True
 
     def select(self, level: Level, config: SearchConfig) -> Selection:
         return Selection(rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature))
@@ -99,14 +152,14 @@ class Ets:
     the same were worth, and the kept leaves of a cluster inherit the width of those that are not kept.
     """
 
-    with_coverage: bool
-    distances: Distances = cosine_distances
+    reads: ClassVar[tuple[str, ...]] = ("costs", "embeddings")
+    covers: ClassVar[bool] = True
 
     def select(self, level: Level, config: SearchConfig) -> Selection:
         shares = rebase_allocation(level.scores, level.remaining_width, config.rebase_temperature)
         clusters = worth = None
-        if self.with_coverage and level.embeddings is not None and config.weights.diversity_weight > 0:
-            clusters = cluster_labels(level.embeddings, config.cluster_distance, self.distances)
+        if self.covers and level.embeddings is not None and config.weights.diversity_weight > 0:
+            clusters = level.clusters(config.cluster_distance)
             if config.coverage == "reward":
                 worth = np.bincount(clusters, weights=shares / level.remaining_width).astype(np.float64)
         budget = None
@@ -135,24 +188,12 @@ class Ets:
         return Selection(allocation, clusters, report)
 
 
-def make_policies(distances: Distances = cosine_distances) -> dict[Algorithm, SelectionPolicy]:
-    """All policies; ETS clusters by `distances`."""
-    return {
-        "best_of_n": BestOfN(),
-        "beam": Beam(),
-        "dvts": Dvts(),
-        "rebase": Rebase(),
-        "ets_kv": Ets(with_coverage=False),
-        "ets": Ets(with_coverage=True, distances=distances),
-    }
+@dataclass(frozen=True)
+class EtsKv(Ets):
+    """ETS without the coverage term."""
 
-
-POLICIES = make_policies()
-
-
-def get_policy(name: Algorithm) -> SelectionPolicy:
-    """The policy of an algorithm; names are checked by `SearchConfig`."""
-    return POLICIES[name]
+    reads: ClassVar[tuple[str, ...]] = ("costs",)
+    covers: ClassVar[bool] = False
 
 
 def num_groups(width: int) -> int:

@@ -35,6 +35,7 @@ class About:
     values_text: str = ""  # which values there are, where the type does not say it
     json_type: Any = None  # the type in a request's schema, where that differs from the field's
     check: Callable[[Any], None] | None = None  # a rule beyond type and range; raises ValueError
+    choices: Callable[[], tuple[str, ...]] | None = None  # of a closed choice that is not known before the program runs
 
 
 def setting(default: Any, help: str, **about: Any) -> Any:
@@ -49,10 +50,22 @@ class Setting:
     name: str
     default: Any
     kind: type  # bool, int, float, str or tuple
-    choices: tuple[str, ...]  # of a closed choice; empty: any text
+    literals: tuple[str, ...]  # choices that the type names
     is_nullable: bool  # None is a value: "not limited", or "as another setting says"
-    json_type: Any
+    plain_type: Any
     about: About
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Of a closed choice; empty: any text."""
+        return self.literals if self.about.choices is None else self.about.choices()
+
+    @property
+    def json_type(self) -> Any:
+        """Its type in the schema of a request."""
+        if self.about.json_type is None and self.about.choices is not None:
+            return Literal[self.choices]
+        return self.about.json_type or self.plain_type
 
     @property
     def request_name(self) -> str:
@@ -105,14 +118,18 @@ class Setting:
 
 
 def settings_of(cls: type) -> tuple[Setting, ...]:
-    """All settings of a class, in the order of its fields."""
+    """All settings of a class, in the order of its fields; a field without `setting` is none."""
     return _read(cls)
 
 
 @functools.cache
 def _read(cls: Any) -> tuple[Setting, ...]:
     hints = get_type_hints(cls)
-    return tuple(_setting(item.name, item.default, hints[item.name], item.metadata[KEY]) for item in fields(cls))
+    return tuple(
+        _setting(item.name, item.default, hints[item.name], item.metadata[KEY])
+        for item in fields(cls)
+        if KEY in item.metadata
+    )
 
 
 def _setting(name: str, default: Any, hint: Any, about: About) -> Setting:
@@ -126,7 +143,7 @@ def _setting(name: str, default: Any, hint: Any, about: About) -> Setting:
         kind,
         choices,
         len(parts) > 1,
-        about.json_type or plain,
+        plain,
         about,
     )
 
@@ -141,31 +158,34 @@ def check_fields(config: Any) -> None:
         check_value(item, getattr(config, item.name))
 
 
-def check_value(item: Setting, value: object) -> None:
-    """Raises:
-    ValueError: the value breaks the setting's rule.
+def check_value(item: Setting, value: object, name: str = "") -> None:
+    """`name` is what the client calls the setting, if it is not its own name.
+
+    Raises:
+        ValueError: the value breaks the setting's rule.
     """
+    name = name or item.request_name
     if value is None and item.is_nullable:
         return
     if item.choices and (not isinstance(value, str) or value not in item.choices):
-        raise wrong(item.request_name, f"one of {', '.join(item.choices)}", value, "choose one of these names")
+        raise wrong(name, f"one of {', '.join(item.choices)}", value, "choose one of these names")
     if item.kind is bool and not isinstance(value, bool):
-        raise wrong(item.request_name, "true or false", value, "send a JSON boolean")
+        raise wrong(name, "true or false", value, "send a JSON boolean")
     if item.kind in (int, float):
-        _check_number(item, value)
+        _check_number(item, value, name)
     if item.kind is str and not isinstance(value, str):
-        raise wrong(item.request_name, "text", value, "send a JSON string")
+        raise wrong(name, "text", value, "send a JSON string")
     if item.about.check is not None:
         item.about.check(value)
 
 
-def _check_number(item: Setting, value: object) -> None:
+def _check_number(item: Setting, value: object, name: str) -> None:
     kinds, noun = ((int,), "an integer") if item.kind is int else ((int, float), "a number")
     # A comparison, unlike a conversion, takes integers of any length; NaN fails it.
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     if not is_number or not item.low <= value <= item.high:  # type: ignore[operator]
         low, high = (item.low, item.high) if item.kind is int else (f"{item.low:g}", f"{item.high:g}")
-        raise wrong(item.request_name, f"{noun} from {low} to {high}", value, "choose a value in that range")
+        raise wrong(name, f"{noun} from {low} to {high}", value, "choose a value in that range")
 
 
 def wrong(name: str, rule: str, value: object, remedy: str) -> ValueError:
@@ -201,6 +221,15 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def as_fields(settings: tuple[Setting, ...], values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists, and one item may stand for a list of one, where a field is a tuple."""
+    for item in settings:
+        if item.kind is tuple and item.name in values:
+            value = values[item.name]
+            values[item.name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values
 
 
 def markdown_table(cls: type) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from http import HTTPStatus
 from importlib.metadata import version
+from operator import attrgetter
 from typing import Any
 
 from sglang.srt.disaggregation.utils import prepare_abort
@@ -22,7 +23,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from sglang_ets.core.answer import RankedAnswer
 from sglang_ets.core.capacity import Need, NeedEstimates, SearchQueue
-from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.clusters import Distances, cosine_distances
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.kv_pressure import under_pressure
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
@@ -59,13 +61,16 @@ class SearchCoordinator:
         self,
         scheduler: Any,
         prm: PrmEngine,
-        policies: Mapping[Algorithm, SelectionPolicy],
         ranks: Ranks = ONE_RANK,
+        *,
+        distances: Distances = cosine_distances,
+        policy_of: Callable[[SearchConfig], SelectionPolicy] = attrgetter("policy"),
     ) -> None:
         self.scheduler = scheduler
         self.prm = prm
         self.searches: dict[str, LiveSearch] = {}  # oldest first
-        self._policies = policies
+        self._distances = distances
+        self._policy_of = policy_of
         self._settings = scheduler.server_args._ets
         self._defaults = default_settings(self._settings)
         self._num_done = 0
@@ -120,7 +125,7 @@ class SearchCoordinator:
             self.scheduler.output_streamer.stream_output([req], False)
             return True
         spec = ChildSpec(new_search_id(), req, config.seed, config.step_delimiter)
-        live = LiveSearch(spec, Search(config, len(req.origin_input_ids)))
+        live = LiveSearch(spec, Search(config, len(req.origin_input_ids), self._distances))
         with self.guard(live):
             self._begin(live)
         return True
@@ -188,7 +193,7 @@ class SearchCoordinator:
             self._decisions.wait_for_one(searches)
         for live, decision in self._decisions.due(searches):
             with self.guard(live):
-                self._take(live, decision)
+                self._take_in(live, decision)
         self._score_due()
         self._forget_drained()
         self._feed()
@@ -401,9 +406,9 @@ class SearchCoordinator:
         live.select_started_s = time.perf_counter()
         config = self._pressed(live)
         with live.on_loop():
-            policy = self._policies[config.algorithm]
+            policy = self._policy_of(config)
             choose = partial(live.decide, policy, action.leaf_ids, config)
-            selection = choose() if self._decisions.in_loop(config.is_solved) else None
+            selection = choose() if self._decisions.in_loop(getattr(policy, "is_cheap", False)) else None
             if selection is None:
                 self._decisions.select(live, choose)
         live.select_blocked_ms.append(live.loop_ms[-1])
@@ -441,7 +446,7 @@ class SearchCoordinator:
             live.req.customized_info = {RESULT_KEY: [progress_report(live, self.ledger.held_tokens(live.id))]}
             self.scheduler.output_streamer.stream_output([live.req], False)
 
-    def _take(self, live: LiveSearch, decision: Decision) -> None:
+    def _take_in(self, live: LiveSearch, decision: Decision) -> None:
         if decision.kind == "deadline":
             self._time_is_up(live)
             return

@@ -52,9 +52,9 @@ class Decisions:
         self._ranks = ranks
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-ets")
 
-    def in_loop(self, is_solved: bool) -> bool:
-        """Whether this selection may be made at once, on the loop: no solver is needed, and no other rank waits for it."""
-        return self._ranks.is_alone and not is_solved
+    def in_loop(self, is_cheap: bool) -> bool:
+        """Whether this selection may be made at once, on the loop: its policy is cheap, and no other rank waits for it."""
+        return self._ranks.is_alone and is_cheap
 
     def select(self, live: LiveSearch, choose: Callable[[], Any]) -> None:
         """Let a worker thread choose; the search waits for it."""

@@ -67,6 +67,8 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
         "algorithm": config.algorithm,
         "width": config.width,
         "seed": config.seed,
+        "preset": config.preset,
+        "preset_settings": config.preset_settings,
         "rebase_temperature": config.rebase_temperature,
         **config.weights._asdict(),
         "finish_reason": live.end_reason,

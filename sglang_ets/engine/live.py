@@ -14,7 +14,7 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Search
-from sglang_ets.core.selection import Selection, SelectionPolicy
+from sglang_ets.core.selection import Selection, SelectionPolicy, checked
 from sglang_ets.core.tree import Node
 from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
@@ -171,9 +171,10 @@ class LiveSearch:
         Pure, on a worker thread as a rule: the search does not change while it waits for this.
         """
         tree, costs = self.search.tree, None
-        if config.is_solved:
+        if config.reads_costs:
             costs = token_costs([tree.trajectory_token_ids(tree.nodes[leaf_id]) for leaf_id in leaf_ids])
-        return policy.select(self.search.level(costs), config)
+        level = self.search.level(costs)
+        return checked(policy.select(level, config), level, config.algorithm)
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""

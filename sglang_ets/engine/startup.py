@@ -9,7 +9,7 @@ from typing import Any
 from sglang.srt.runtime_context import get_device
 
 from sglang_ets.core.config import SearchConfig
-from sglang_ets.core.selection import make_policies
+from sglang_ets.core.presets import DIVERSITY_WEIGHTS, TEMPERATURES
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.engine.device_distances import step_distances, warm_up
 from sglang_ets.kernels.dispatch import describe_backend
@@ -30,11 +30,25 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
         need=pool_need(flags),
         format=flags["prm_format"],
         max_total_tokens=flags["prm_max_total_tokens"],
+        num_ranks=flags["prm_tp"],
     )
+    preset = SearchConfig.of_defaults(flags)
+    if preset.preset_settings:
+        logger.info("search preset %s: %s", preset.preset, preset_text(preset))
+    prm = PrmEngine.load(scheduler, settings)
     distances = step_distances(device)
     warm_up(distances)
-    policies = make_policies(distances)
-    return SearchCoordinator(scheduler, PrmEngine.load(scheduler, settings), policies, current_ranks())
+    return SearchCoordinator(scheduler, prm, current_ranks(), distances=distances)
+
+
+def preset_text(config: SearchConfig) -> str:
+    """What a server's preset sets, for its log; what depends on the width is that of each request."""
+    shown = {
+        **config.preset_settings,
+        "diversity_weight": DIVERSITY_WEIGHTS,
+        "temperature": TEMPERATURES[config.preset],
+    }
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def pool_need(flags: Mapping[str, Any]) -> PoolNeed:

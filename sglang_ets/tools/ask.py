@@ -13,15 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import openai
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-
-from sglang_ets.core.config import Algorithm
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 DEFAULT_WIDTH = 16
@@ -254,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags_parser.add_argument("--width", type=int, default=DEFAULT_WIDTH, help="trajectories to grow (default 16)")
     flags_parser.add_argument("--base-url", default=DEFAULT_URL, help=f"of the server (default {DEFAULT_URL})")
-    flags_parser.add_argument("--algorithm", choices=get_args(Algorithm), help="default: the server's --search")
+    flags_parser.add_argument("--algorithm", metavar="NAME", help="default: the server's --search")
     flags_parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the search"
     )

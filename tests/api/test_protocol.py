@@ -31,6 +31,7 @@ from sglang_ets.api.protocol import (
     search_config,
 )
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.registry import BUILT_IN, names, own_settings
 from sglang_ets.core.settings import setting, shown
 from sglang_ets.engine import admission
 from sglang_ets.engine.admission import carried_config, prompt_text
@@ -287,13 +288,20 @@ def test_openapi_shows_typed_fields_that_match_the_config() -> None:
         options = properties["search"]["anyOf"][0]
         assert options["additionalProperties"] is False
     outer = {"width", "num_results", "max_tokens", "seed"}
-    assert set(SearchOptions.model_fields) == set(SearchConfig.__dataclass_fields__) - outer
+    own = {name for name in BUILT_IN if own_settings(name)}
+    assert (
+        set(SearchOptions.model_fields) == (set(SearchConfig.__dataclass_fields__) - outer - {"policy_settings"}) | own
+    )
 
 
 def test_the_schema_of_search_holds_types_choices_ranges_and_help() -> None:
     properties = SearchOptions.model_json_schema()["properties"]
     assert properties["max_steps"]["anyOf"] == [{"type": "integer", "minimum": 1, "maximum": 1024}, {"type": "null"}]
     assert properties["max_steps"]["description"] == "Steps of one trajectory at most."
+    assert properties["algorithm"]["anyOf"][0]["enum"] == list(names())
+    particles = properties["particles"]["anyOf"][0]
+    assert particles["additionalProperties"] is False
+    assert particles["properties"]["temperature"]["anyOf"][0] == {"type": "number", "minimum": 1e-3, "maximum": 1e3}
     assert properties["coverage"]["anyOf"][0]["enum"] == ["uniform", "reward"]
     assert properties["deadline_s"]["anyOf"][0] == {"type": "number", "minimum": 1e-3, "maximum": 1e6}
     kinds = properties["step_delimiter"]["anyOf"]
@@ -396,6 +404,23 @@ def test_a_search_in_a_literal_extra_body_is_read(make: Any) -> None:
     assert (config.width, config.algorithm, config.max_tokens, config.seed) == (8, "ets", 70, 3)
     with pytest.raises(ValueError, match="search needs search_width"):
         search_config(make(search_width=None, extra_body={"search": {}}), SETTINGS, CONTEXT_TOKENS)
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+def test_a_search_in_metadata_is_read(make: Any) -> None:
+    """sglang-router passes on nothing of a chat that it does not know; of metadata, texts."""
+    texts = {"search_width": "8", "search": '{"algorithm": "beam"}', "team": "a"}
+    for metadata in (texts, {"search_width": 8, "search": {"algorithm": "beam"}}):
+        config = search_config(make(search_width=None, metadata=metadata), SETTINGS, CONTEXT_TOKENS)
+        assert (config.width, config.algorithm) == (8, "beam")
+    assert search_config(make(search_width=4, metadata=texts), SETTINGS, CONTEXT_TOKENS).width == 4
+    assert make(search_width=None, metadata={"search": "the tag of a client"}).search is None
+
+
+@pytest.mark.parametrize("text", ["wide", "8.5", "true", '"8"', "[" * 100_000, "9" * 5000, "1"])
+def test_a_width_in_metadata_that_is_none_is_refused_for_what_it_is(text: str) -> None:
+    with pytest.raises(ValueError, match="search_width must be "):
+        search_config(chat(search_width=None, metadata={"search_width": text}), SETTINGS, CONTEXT_TOKENS)
 
 
 def test_a_list_of_one_prompt_counts_with_a_literal_extra_body_too() -> None:

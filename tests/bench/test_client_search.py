@@ -16,7 +16,7 @@ from bench.client_search.driver import Client
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import objective, solve
 from sglang_ets.core.search import Expand
-from sglang_ets.core.selection import Level, get_policy
+from sglang_ets.core.selection import Level, Rebase
 from sglang_ets.core.tree import SearchTree
 
 CONFIG = SearchConfig(width=4, step_delimiter=("\n",), algorithm="rebase", max_tokens=64)
@@ -131,13 +131,13 @@ def test_the_client_selects_as_well_as_the_core(
     config = SearchConfig(
         algorithm=algorithm, width=16, kv_cost_weight=weight, cluster_distance=0.3, coverage="uniform"
     )
-    client, core = choose(level, config), get_policy(algorithm).select(level, config)
+    client, core = choose(level, config), config.policy.select(level, config)
     assert client.allocation.sum() == core.allocation.sum() == 16
     if algorithm in ("rebase", "dvts"):
         assert client.allocation.tolist() == core.allocation.tolist()
         return
     assert (client.clusters is None) == (algorithm == "ets_kv")
-    shares = get_policy("rebase").select(level, config).allocation / 16
+    shares = Rebase().select(level, config).allocation / 16
     coverage = config.weights.diversity_weight if algorithm == "ets" else 0.0
     kept = kept_leaves(level, config, client.clusters)
     best, _ = solve(shares, costs, weight, core.clusters, coverage)

@@ -17,7 +17,12 @@ PROBLEM = Problem("1+2+3", 6)
 def node(number: int, parent: int, depth: int, text: str, score: float, axis: int) -> dict[str, Any]:
     embedding = [float(place == axis) for place in range(3)]
     made = {"id": number, "parent": parent, "depth": depth, "text": text, "score": score, "embedding": embedding}
-    return made | {"token_ids": [ord(letter) for letter in text], "finish": "step"}
+    return made | {
+        "token_ids": [ord(letter) for letter in text],
+        "finish": "step",
+        "state": "retained",
+        "allocation": 1,
+    }
 
 
 NODES = [
@@ -31,9 +36,9 @@ NODES = [
 def test_a_level_counts_equal_paths_once_and_knows_the_truth() -> None:
     (judged,) = judged_levels(NODES, PROBLEM)
     assert judged.is_right.tolist() == [True, True, False]
-    assert judged.level.kv.cost.tolist() == [13.0, 13.0]  # two equal steps share their KV
+    assert judged.level.kv.cost.tolist() == [7.0, 6.0, 6.0]  # all share how they begin, and two the rest
     assert judged.level.nodes.cost.tolist() == [1.0, 1.0, 1.0]
-    assert kept_cost(judged.level.kv, np.array([True, False, False])) == 0.5
+    assert kept_cost(judged.level.kv, np.array([True, False, False])) == pytest.approx(13 / 19)
     assert kept_cost(judged.level.nodes, np.array([True, False, True])) == pytest.approx(2 / 3)
 
 
@@ -41,5 +46,5 @@ def test_coverage_keeps_the_wrong_meaning_too() -> None:
     judged = list(judged_levels(NODES, PROBLEM))
     greedy = quality(judged, SearchConfig(width=3, kv_cost_weight=4.0, diversity_weight=0.0))
     covering = quality(judged, SearchConfig(width=3, kv_cost_weight=4.0, diversity_weight=100.0))
-    assert (greedy["kv_kept"], greedy["right_kept"], greedy["all_right_lost"]) == (0.5, 1.0, 0.0)
+    assert (greedy["kv_kept"], greedy["right_kept"], greedy["all_right_lost"]) == (13 / 19, 1.0, 0.0)
     assert (covering["kv_kept"], covering["right_kept"]) == (1.0, pytest.approx(2 / 3))

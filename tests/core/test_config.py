@@ -49,7 +49,10 @@ ALLOWED: list[dict[str, Any]] = [
     {"seed": 2**63 - 1},
 ]
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"algorithm": "mcts"}, "algorithm must be one of best_of_n, beam, dvts, rebase, ets_kv, ets, got 'mcts'"),
+    (
+        {"algorithm": "mcts"},
+        "algorithm must be one of best_of_n, beam, dvts, rebase, ets_kv, ets, dora, particles, got 'mcts'",
+    ),
     ({"algorithm": None}, "algorithm must be one of"),
     ({"width": 1}, "search_width must be an integer from 2 to 1024, got 1"),
     ({"width": MAX_WIDTH + 1}, "search_width must be"),
@@ -275,3 +278,35 @@ def test_whatever_a_client_sends_is_a_config_or_one_short_sentence(
         assert len(message) < 600
         assert "\n" not in message
         assert message.encode().decode() == message
+
+
+@pytest.mark.parametrize(("width", "diversity"), [(2, 1.5), (16, 1.5), (64, 1.4), (256, 1.45), (1024, 1.45)])
+def test_the_papers_preset_is_the_published_setting_of_the_width(width: int, diversity: float) -> None:
+    config = from_request({"preset": "paper"}, search_width=width)
+    assert config.weights == (1.0, diversity)
+    assert (config.kv_cost, config.coverage, config.cluster_distance, config.center_embeddings) == (
+        "nodes",
+        "uniform",
+        0.05,
+        False,
+    )
+    assert (config.max_tokens, config.max_step_tokens, config.max_steps) == (1024, 256, 25)
+    assert (config.rebase_temperature, config.answer, config.early_stop) == (0.2, "weighted_majority", "off")
+    assert SearchConfig(**config.preset_settings, preset="paper", width=width) == config
+    assert SearchConfig.from_json(config.to_json()) == config
+
+
+def test_own_values_win_over_a_preset_and_a_request_over_the_server() -> None:
+    flags = {"preset": "paper", "kv_cost_weight": 3.0}
+    config = from_request({"max_steps": 7}, defaults=flags, max_tokens=60)
+    assert (config.preset, config.kv_cost_weight, config.max_steps, config.max_tokens) == ("paper", 3.0, 7, 60)
+    assert config.preset_settings["kv_cost_weight"] == 3.0, "what is in force is shown"
+    config = from_request({"preset": "default"}, defaults=flags)
+    assert (config.kv_cost, config.kv_cost_weight, config.preset_settings) == ("tokens", 3.0, {})
+    config = from_request({"preset": "paper", "coverage": "reward"}, defaults={"kv_cost_weight": 3.0})
+    assert (config.kv_cost_weight, config.coverage) == (1.0, "reward"), "the word of a request counts more than a flag"
+    assert from_request({"preset": "paper"}, most_tokens=200).max_tokens == 200, "the prompt has its room"
+    with pytest.raises(ValueError, match="preset must be one of default, paper, got 'Paper'"):
+        from_request({"preset": "Paper"})
+    with pytest.raises(ValueError, match="search_width must be"):
+        from_request({"preset": "paper"}, search_width="wide")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ets.core.answer import rank
-from sglang_ets.core.config import Algorithm, SearchConfig
+from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
-from sglang_ets.core.selection import Selection, get_policy
+from sglang_ets.core.selection import Selection, checked
 from sglang_ets.core.stopping import EarlyEnd
 from sglang_ets.core.tree import StepFinish
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(BUILT_IN)
 PROMPT_TOKENS = 5
 
 
@@ -79,7 +80,8 @@ class Driver:
         num = len(action.leaf_ids)
         kv = apart(num)
         level = self.search.level(kv)
-        selection = get_policy(self.config.algorithm).select(level, self.config)
+        selection = self.config.policy.select(level, self.config)
+        checked(selection, level, self.config.algorithm)
         self.widths.append((int(selection.allocation.sum()), self.search.remaining_width))
         return self.search.on_selected(selection)
 
@@ -147,9 +149,12 @@ def test_a_level_has_what_its_policy_reads(algorithm: str, kv_cost: str) -> None
         return  # never asks
     assert [type(action) for action in actions] == [Measure, Select]
     is_solved = algorithm in ("ets", "ets_kv")
+    has_clusters = algorithm in ("ets", "dora")
     level = search.level(apart(4) if is_solved else None)
     assert (level.kv is not None, level.nodes is not None) == (is_solved, is_solved and kv_cost == "nodes")
-    assert (level.embeddings is not None) == (algorithm == "ets")
+    assert (level.embeddings is not None) == has_clusters
+    assert (level.depth, level.texts, level.path_scores) == (1, ("7",) * 4, ((0.5,),) * 4)
+    assert level.parents is not None and level.parents.tolist() == [0] * 4
 
 
 def test_a_step_has_the_room_that_both_limits_leave() -> None:

@@ -7,18 +7,18 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
 from sglang_ets.api.trace_pages import add_routes
-from sglang_ets.core.config import Algorithm
+from sglang_ets.core.registry import BUILT_IN
 from tests.e2e.serving import KEY, PROBLEMS, Server, grown_tree, serving
 
 pytestmark = pytest.mark.server
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(BUILT_IN)
 WIDTH = 8
 PAGED = ("--page-size", "16", "--chunked-prefill-size", "64", "--enable-mixed-chunk")
 PREFIX = "1+1=2\n" * 20  # with a problem behind it, longer than a chunk

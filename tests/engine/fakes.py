@@ -32,7 +32,8 @@ from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_ets.core.selection import SelectionPolicy, make_policies
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.selection import SelectionPolicy
 from sglang_ets.engine.children import ChildReq, without_children
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
@@ -319,11 +320,20 @@ class World:
 
     scheduler: FakeScheduler = field(default_factory=FakeScheduler)
     prm: ScriptedPrm = field(default_factory=ScriptedPrm)
-    policies: dict[Any, SelectionPolicy] = field(default_factory=lambda: dict(make_policies()))
+    policies: dict[str, SelectionPolicy] = field(default_factory=dict)  # in the place of those that the requests name
     ranks: Ranks = ONE_RANK
 
     def __post_init__(self) -> None:
-        self.scheduler.ets = SearchCoordinator(self.scheduler, self.prm, self.policies, self.ranks)  # type: ignore[arg-type]
+        self.scheduler.ets = SearchCoordinator(
+            self.scheduler,  # type: ignore[arg-type]
+            self.prm,  # type: ignore[arg-type]
+            self.ranks,
+            policy_of=self.policy_of,
+        )
+
+    def policy_of(self, config: SearchConfig) -> SelectionPolicy:
+        policy: SelectionPolicy = self.policies.get(config.algorithm, config.policy)
+        return policy
 
     @property
     def ets(self) -> SearchCoordinator:

@@ -12,14 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sglang_ets.core.config import Algorithm
+from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Level, Selection
 from sglang_ets.core.tree import Node, SearchTree
@@ -43,7 +43,7 @@ from tests.engine.fakes import (
     tokens,
 )
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(BUILT_IN)
 WIDTH = 4
 
 
@@ -522,6 +522,9 @@ def raises(*_args: Any, **_kwargs: Any) -> Any:
 
 
 class BuggyPolicy:
+    def __init__(self, is_cheap: bool) -> None:
+        self.is_cheap = is_cheap
+
     def select(self, _level: Level, _config: Any) -> Selection:
         raise Bug("a bug")
 
@@ -536,7 +539,7 @@ def bug_in_the_prm(world: World, _req: Any) -> None:
 
 def bug_in_a_policy(world: World, _req: Any) -> None:
     for name in ALGORITHMS:
-        world.policies[name] = BuggyPolicy()
+        world.policies[name] = BuggyPolicy(is_cheap=name == "rebase")
 
 
 def bug_in_the_result(world: World, _req: Any) -> None:
@@ -555,7 +558,6 @@ def test_a_bug_fails_one_search_and_nothing_else(
     plant: Callable[[World, Any], None], algorithm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World()
-    world.ets._policies = world.policies
     req = world.ask(algorithm=algorithm, return_tree=True)
     plant(world, req)
     world.run()

@@ -12,14 +12,15 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from sglang_ets.core.config import Algorithm, SearchConfig
-from sglang_ets.core.selection import Level, Selection, SelectionPolicy, make_policies
+from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.registry import BUILT_IN
+from sglang_ets.core.selection import Level, Selection, SelectionPolicy
 from sglang_ets.engine.decisions import Decision, Decisions, Failed, RanksDiffer
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
 from tests.engine.fakes import DELIMITER, FakeScheduler, ScriptedPrm, World, tokens
 
-ALGORITHMS: tuple[Algorithm, ...] = ("ets", "ets_kv", "rebase", "dvts", "beam", "best_of_n")
+ALGORITHMS = tuple(BUILT_IN)
 AGES_S = 1e5
 WAIT_LIMIT_S = 60.0
 TIMES = ("seconds", "ms")  # in names of figures that no two ranks have alike
@@ -78,7 +79,7 @@ def halves(child: Any) -> Sequence[int]:
 
 def two_worlds(script: Callable[[Any], Sequence[int]] = halves) -> tuple[World, World]:
     said: SimpleQueue[Any] = SimpleQueue()
-    nobody: dict[Any, SelectionPolicy] = dict.fromkeys(make_policies(), NeverAsked())
+    nobody: dict[Any, SelectionPolicy] = dict.fromkeys(BUILT_IN, NeverAsked())
     first = World(FakeScheduler(script, tokens_per_tick=2), ranks=First(said))
     return first, World(FakeScheduler(script, tokens_per_tick=2), OtherPrm(), nobody, Second(said))
 
@@ -100,7 +101,7 @@ def without_times(result: Any) -> Any:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_second_rank_grows_the_tree_of_the_first_and_decides_nothing(algorithm: Algorithm) -> None:
+def test_the_second_rank_grows_the_tree_of_the_first_and_decides_nothing(algorithm: str) -> None:
     def drive(world: World) -> None:
         world.ask("one", algorithm=algorithm, search_width=8, return_tree=True, n=4)
         world.ask("two", algorithm=algorithm, search_width=4, return_tree=True, seed=7)
@@ -166,7 +167,7 @@ def test_work_that_raises_fails_its_search_on_both_ranks() -> None:
         world.run()
 
     worlds = two_worlds()
-    worlds[0].ets._policies = {**worlds[0].policies, "dvts": Broken()}
+    worlds[0].policies["dvts"] = Broken()
     run_both(worlds, drive)
     for world in worlds:
         assert world.error("breaks") == "search failed: ZeroDivisionError: no selection today"
@@ -193,8 +194,8 @@ def test_a_rank_that_has_lost_a_search_stops_with_both_states() -> None:
 def test_one_rank_selects_without_a_solver_at_once() -> None:
     said: SimpleQueue[Any] = SimpleQueue()
     ranks: list[Ranks] = [ONE_RANK, First(said)]
-    assert [Decisions(one).in_loop(is_solved=False) for one in ranks] == [True, False]
-    assert [Decisions(one).in_loop(is_solved=True) for one in ranks] == [False, False]
+    assert [Decisions(one).in_loop(is_cheap=True) for one in ranks] == [True, False]
+    assert [Decisions(one).in_loop(is_cheap=False) for one in ranks] == [False, False]
 
 
 def test_a_decision_travels_between_processes() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sglang_ets.core.clusters import cosine_distances
-from sglang_ets.core.selection import Ets
 from sglang_ets.engine import startup
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.prm import ranks
@@ -20,6 +19,7 @@ FLAGS = {
     "prm_model_path": "/prm",
     "prm_format": "shepherd",
     "prm_max_total_tokens": 77,
+    "prm_tp": 1,
     "algorithm": "dvts",
     "max_width": 32,
     "max_tokens": 300,
@@ -54,19 +54,19 @@ def scheduler(**flags: Any) -> Any:
 
 def test_flags_reach_the_prm_and_the_coordinator(loaded: list[PrmSettings]) -> None:
     made = startup.make_coordinator(scheduler())
-    assert loaded == [PrmSettings("/prm", NEED, "shepherd", 77)]
+    assert loaded == [PrmSettings("/prm", NEED, "shepherd", 77, 1)]
     assert made.prm == "the PRM"  # type: ignore[comparison-overlap]
     assert made.searches == {}
     assert made._decisions._ranks._group is GROUP  # type: ignore[attr-defined]
     assert made._defaults["algorithm"] == "dvts"
     assert isinstance(made._metrics, NoMetrics)
-    ets = made._policies["ets"]
-    assert isinstance(ets, Ets)
-    assert ets.distances is cosine_distances  # beside a CPU engine
+    assert made._distances is cosine_distances  # beside a CPU engine
 
 
 def test_without_a_prm_the_policy_model_scores(loaded: list[PrmSettings]) -> None:
-    startup.make_coordinator(scheduler(prm_model_path=None, prm_format="confidence", prm_max_total_tokens=None))
+    startup.make_coordinator(
+        scheduler(prm_model_path=None, prm_format="confidence", prm_max_total_tokens=None, prm_tp=None)
+    )
     assert loaded == [PrmSettings("/policy", NEED, "confidence", None)]
 
 
@@ -93,3 +93,14 @@ def test_the_pool_is_sized_for_what_the_flags_allow() -> None:
     assert startup.pool_need(FLAGS) == NEED
     assert startup.pool_need({**FLAGS, "max_tokens": 150}).trajectory_tokens == 150
     assert startup.pool_need({**FLAGS, "max_width": 1024}).width == SIZED_WIDTH
+
+
+def test_a_preset_is_named_at_the_start_with_all_that_it_sets(
+    loaded: list[PrmSettings], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        startup.make_coordinator(scheduler(preset="paper", max_steps=9))
+        startup.make_coordinator(scheduler())
+    (line,) = [record.getMessage() for record in caplog.records if "preset" in record.getMessage()]
+    assert line.startswith("search preset paper: kv_cost_weight 1.0, coverage uniform, kv_cost nodes, ")
+    assert "max_steps 9" in line and "diversity_weight {16: 1.5, 64: 1.4, 256: 1.45}, temperature 1.0" in line
