@@ -127,15 +127,15 @@ def shared_partials_reference(work: SharedWork) -> None:
 
 @triton.jit
 def attend_to_pages(
-    query,  # [BLOCK_M, BLOCK_D]
-    pages_ptr,  # int32, slot of each position
-    keys_ptr,  # of this KV head
-    values_ptr,
-    start,
-    end,
-    stride_keys_slot,
-    stride_values_slot,
-    scale,
+    query: tl.tensor,  # [BLOCK_M, BLOCK_D]
+    pages_ptr: tl.tensor,  # int32, slot of each position
+    keys_ptr: tl.tensor,  # of this KV head
+    values_ptr: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    stride_keys_slot: tl.tensor,
+    stride_values_slot: tl.tensor,
+    scale: tl.tensor,
     HEAD_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -143,7 +143,7 @@ def attend_to_pages(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     DOT_IN_FLOAT32: tl.constexpr,
-):
+) -> tuple[tl.tensor, tl.tensor]:
     """Attention of all query rows to positions `start` to `end`, and its log-sum-exp."""
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     top = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -169,7 +169,7 @@ def attend_to_pages(
 
 
 @triton.jit
-def multiply(left, right, acc, DOT_IN_FLOAT32: tl.constexpr):
+def multiply(left: tl.tensor, right: tl.tensor, acc: tl.tensor, DOT_IN_FLOAT32: tl.constexpr) -> tl.tensor:
     if DOT_IN_FLOAT32:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, acc, input_precision="tf32x3")
@@ -177,21 +177,21 @@ def multiply(left, right, acc, DOT_IN_FLOAT32: tl.constexpr):
 
 @triton.jit
 def shared_partials_kernel(
-    query_ptr,
-    keys_ptr,
-    values_ptr,
-    page_table_ptr,
-    table_rows_ptr,
-    items_ptr,
-    order_ptr,
-    out_ptr,
-    lse_ptr,
-    scale,
-    stride_query_row,
-    stride_keys_slot,
-    stride_values_slot,
-    stride_table_row,
-    num_slots,
+    query_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    page_table_ptr: tl.tensor,
+    table_rows_ptr: tl.tensor,
+    items_ptr: tl.tensor,
+    order_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    scale: tl.tensor,
+    stride_query_row: tl.tensor,
+    stride_keys_slot: tl.tensor,
+    stride_values_slot: tl.tensor,
+    stride_table_row: tl.tensor,
+    num_slots: tl.tensor,
     ITEM_FIELDS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -201,7 +201,7 @@ def shared_partials_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     DOT_IN_FLOAT32: tl.constexpr,
-):
+) -> None:
     item_ptr, kv_head = items_ptr + tl.program_id(0) * ITEM_FIELDS, tl.program_id(1)
     start, end = tl.load(item_ptr), tl.load(item_ptr + 1)
     if start >= end:
@@ -320,17 +320,17 @@ def merge_partials_reference(partials: Partials, output: torch.Tensor) -> None:
 
 @triton.jit
 def merge_partials_kernel(
-    out_ptr,  # float32 [rows, heads, NUM_SLOTS, VALUE_SIZE]
-    lse_ptr,  # float32 [rows, heads, NUM_SLOTS]
-    output_ptr,  # float [rows, heads, VALUE_SIZE]
-    num_heads,
-    stride_output_row,
-    stride_output_head,
+    out_ptr: tl.tensor,  # float32 [rows, heads, NUM_SLOTS, VALUE_SIZE]
+    lse_ptr: tl.tensor,  # float32 [rows, heads, NUM_SLOTS]
+    output_ptr: tl.tensor,  # float [rows, heads, VALUE_SIZE]
+    num_heads: tl.tensor,
+    stride_output_row: tl.tensor,
+    stride_output_head: tl.tensor,
     NUM_SLOTS: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):
+) -> None:
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slots, dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
     places = (row * num_heads + head) * NUM_SLOTS + slots

@@ -21,6 +21,7 @@ def check_arguments(result: None, server_args: Any) -> None:
 
     plugin.check_radix_cache(server_args)
     plugin.check_prm(server_args)
+    plugin.check_prm_ranks(server_args)
     return result
 
 
@@ -91,8 +92,8 @@ PATCHES: tuple[Patch, ...] = (
         hook=f"{HERE}:check_arguments",
         parameters=("self",),
         tested=("0bdf2f58118dde60",),
-        why="without the radix cache a search would compute every prefix again and hold no KV; a PRM of another kind scores "
-        "nonsense, and one that is not there ends the scheduler in the middle of its start",
+        why="what a search cannot work with stops the server before weights load: no radix cache, a PRM of another kind, one "
+        "that is not there, one that is split wrongly",
         upstream="none: search inside the scheduler is new",
         remove_when="sglang lets plugins check the arguments",
         uses=(
@@ -119,10 +120,10 @@ PATCHES: tuple[Patch, ...] = (
         hook=f"{HERE}:check_request",
         parameters=("self",),
         tested=("e6c3216be96e2dbd",),
-        why="`n` of a million stalls the HTTP process; lists that do not go with the prompts are a bare 500; the abort of a "
-        "refused stream fails and closes the connection under the next request",
+        why="`n` of a million and a stop text of a million characters stall the HTTP process; lists that do not go with the "
+        "prompts are a bare 500; the abort of a refused stream fails and closes the connection under the next request",
         upstream=NOT_REPORTED,
-        remove_when="sglang bounds `n` and refuses such lists",
+        remove_when="sglang bounds both and refuses such lists",
         uses=uses.NATIVE,
     ),
     Patch(

@@ -132,7 +132,7 @@ PRM_START = (
     Use(f"{FIELDS}.device.Device", ("device", "random_seed")),
     Use(f"{FIELDS}.exec_.ExecKernel", ("attention_backend",)),
     Use(f"{FIELDS}.exec_.ExecGraph", ("disable_cuda_graph",)),
-    Use(f"{FIELDS}.parallel.Parallel", ("tp_size",)),
+    Use(f"{FIELDS}.parallel.Parallel", ("tp_size", "tp_group", "pp_group", "world_group")),
     Use(f"{FIELDS}.schedule.Schedule", ("disable_overlap_schedule", "max_total_tokens")),
     Use(f"{FIELDS}.serving.Serving", ("skip_tokenizer_init",)),
     Use(f"{WORKER}.__init__", ("server_args", "gpu_id", "nccl_port")),
@@ -192,6 +192,13 @@ PRM_PASS = (
     Use(f"{SRT}.sampling.sampling_params.SamplingParams.normalize", ("tokenizer",)),
     Use(f"{SRT}.mem_cache.memory_pool.ReqToTokenPool.available_size"),
     Use(f"{SRT}.utils.broadcast_pyobj", ("data", "rank", "dist_group", "src")),
+    Use(f"{SRT}.distributed.parallel_state.GroupCoordinator.all_gather", ("input_", "dim")),
+    Use(f"{SRT}.distributed.parallel_state.GroupCoordinator.all_reduce", ("input_",)),
+    Use(f"{SRT}.layers.vocab_parallel_embedding.VocabParallelEmbedding", ("shard_indices",)),
+    Use(
+        f"{SRT}.layers.vocab_parallel_embedding.VocabParallelEmbeddingShardIndices",
+        ("org_vocab_start_index", "org_vocab_end_index"),
+    ),
 )
 
 # api/serving.py
@@ -258,7 +265,7 @@ TREE_ATTENTION = (
         (
             *("decode_attention_fwd", "forward_metadata", "num_head", "num_kv_head", "v_head_dim", "max_kv_splits"),
             *("max_context_len", "page_size", "req_to_token", "kv_index_translator", "cuda_graph_kv_indices"),
-            *("use_mla", "dcp_size", "device"),
+            *("use_mla", "dcp_size", "device", "token_to_kv_pool"),
         ),
     ),
     Use(f"{DECODE_KERNELS}._decode_att_m_fwd", FIRST_STAGE),

@@ -82,6 +82,13 @@ SERVER_FLAGS = (
         "How the PRM reads steps and writes scores: auto, " + ", ".join(NAMES) + ".",
     ),
     Flag("prm-max-total-tokens", "prm_max_total_tokens", int, None, "Tokens in the PRM's KV pool."),
+    Flag(
+        "prm-tp",
+        "prm_tp",
+        int,
+        None,
+        "Ranks over which the PRM is split: as many as --tp, or 1 for a whole PRM on each; default: --tp if it divides.",
+    ),
     Flag("search-max-width", "max_width", int, MAX_WIDTH, "Largest search_width that a request may ask for."),
     Flag(
         "search-max-running",

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sglang_ets import cpu_shim
 
@@ -72,15 +73,14 @@ def print_choices(flags: Sequence[str], has_cuda: bool) -> None:
     print(f"sglang-ets: added flags: {' '.join(flags) or 'none'}", file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until stopped. Without `argv`, the flags of the command line.
+def prepared(argv: Sequence[str]) -> Any:
+    """sglang's server arguments for this command line and what we add to it; patches are in effect then.
 
     Raises:
         SystemExit: a flag is wrong, sglang is not the pinned version, or the plugin was not loaded.
     """
     import torch
 
-    argv = sys.argv[1:] if argv is None else argv
     has_cuda = torch.cuda.is_available() and not cpu_shim.is_cpu_asked_for(argv)
     flags = chosen_flags(argv, has_cuda)
     if not has_cuda:
@@ -90,10 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "-h" not in argv and "--help" not in argv:
         print_choices(flags, has_cuda)
 
-    from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
 
     from sglang_ets import plugin
 
@@ -103,7 +101,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             "sglang has not loaded the plugin sglang_ets; install this package (pip install .) and see that the "
             "environment variable SGLANG_PLUGINS does not leave it out"
         )
-    server_args = prepare_server_args([*flags, *argv])
+    return prepare_server_args([*flags, *argv])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until stopped. Without `argv`, the flags of the command line.
+
+    Raises:
+        SystemExit: see `prepared`.
+    """
+    server_args = prepared(sys.argv[1:] if argv is None else argv)
+
+    from sglang.launch_server import run_server
+    from sglang.srt.utils import kill_process_tree
+
     try:
         run_server(server_args)
     finally:

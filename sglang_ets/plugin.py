@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang_ets import flags, patches
 from sglang_ets.patches import tree_attention
+from sglang_ets.prm.split import num_prm_ranks
 
 _state = {"is_registered": False}
 
@@ -94,9 +95,22 @@ def check_prm(server_args: Any) -> None:
     """
     from sglang_ets.prm.choose import check_checkpoint
 
-    settings = getattr(server_args, "_ets", None)
+    settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
     if flags.is_on(settings) and settings["prm_model_path"]:
         check_checkpoint(settings["prm_model_path"], settings["prm_format"])
+
+
+def check_prm_ranks(server_args: Any) -> None:
+    """At the same moment: the PRM can be on as many ranks as --prm-tp says.
+
+    Raises:
+        SystemExit: it cannot.
+    """
+    settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
+    if flags.is_on(settings):
+        own = settings["prm_model_path"]
+        policy = server_args.model_path
+        num_prm_ranks(policy if own is None else own, policy, server_args.tp_size, settings["prm_tp"])
 
 
 def check_scheduler(server_args: Any) -> None:

@@ -38,6 +38,7 @@ WAYS: dict[str, Way] = {
     "sglang-ets calibrate": "served",
     "curl": "served",
     "import openai": "served",
+    "from sglang_ets import Engine": "own",  # tests/e2e/test_offline.py
     "lm-eval": "foreign",  # not installed here: its search must be one, and test_client_wire replays what it sent
     "from langchain_openai": "foreign",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang_ets.patches import tree_attention
 
+from bench import rows
 from sglang_ets import cli, flags
 from sglang_ets.api.protocol import REFUSED, UNSUPPORTED_SERVER
 from sglang_ets.core.config import SearchConfig
@@ -57,6 +60,7 @@ def server_parser() -> argparse.ArgumentParser:
     """All flags that a server with search takes."""
     from sglang.srt.server_args import ServerArgs
 
+    tree_attention.register()
     parser = argparse.ArgumentParser(allow_abbrev=False)
     ServerArgs.add_cli_args(parser)
     flags.add_flags(parser)
@@ -75,6 +79,8 @@ def module_flags(module: str, given: list[str]) -> None:
         spec = importlib.util.find_spec(f"{module}.__main__")
     assert spec is not None and spec.origin is not None, module
     source = Path(spec.origin).read_text(encoding="utf-8")
+    if "rows.add_arguments(" in source:
+        source += inspect.getsource(rows.add_arguments)
     for flag in given:
         assert not flag.startswith("--") or f'"{flag}"' in source, f"{module} knows no {flag}"
 

@@ -13,7 +13,7 @@ from sglang_ets.wire import STOP_ID
 
 MAX_SAMPLES = 8192  # of one request, prompts times n: sglang makes as many requests at once, on the event loop
 MAX_N = 1024
-MAX_GRAMMAR_CHARS = {"regex": 10_000, "ebnf": 100_000, "json_schema": 1_000_000}
+MAX_TEXT_CHARS = {"regex": 10_000, "ebnf": 100_000, "json_schema": 1_000_000, "stop": 10_000}
 MAX_INTEGER, MAX_SEED = 2**31 - 1, 2**63 - 1
 SEEDS = ("sampling_seed", "seed")
 IDLE_WAIT_S = 2.0
@@ -47,7 +47,7 @@ def check_request(request: GenerateReqInput) -> None:
     # sglang's abort of a stream reads it, and sets it only in requests that it does not refuse.
     request.is_single = not isinstance(request.rid, list)
     check_lists(request)
-    check_grammars(request)
+    check_texts(request)
     check_integers(request)
     check_samples(request)
 
@@ -68,20 +68,22 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], int)
 
 
-def check_grammars(request: GenerateReqInput) -> None:
-    """Refuse grammars that take minutes to compile, and embeddings without a vector, which sglang looks into unasked.
+def check_texts(request: GenerateReqInput) -> None:
+    """Refuse grammars that take minutes to compile, stop texts that are tokenised for seconds on the event loop, and
+    embeddings without a vector, which sglang looks into unasked.
 
     Raises:
-        ValueError: one of both.
+        ValueError: one of these.
     """
     if isinstance(request.input_embeds, list) and not (request.input_embeds and request.input_embeds[0]):
         raise wrong("input_embeds", "lists of vectors", request.input_embeds, "leave it out")
     params = request.sampling_params
     for own in params if isinstance(params, list) else [params]:
-        for name, most in MAX_GRAMMAR_CHARS.items():
-            text = own.get(name) if isinstance(own, dict) else None
-            if isinstance(text, str) and len(text) > most:
-                raise wrong(name, f"text of at most {most} characters", text, "send a shorter one")
+        for name, most in MAX_TEXT_CHARS.items():
+            given = own.get(name) if isinstance(own, dict) else None
+            texts = given if isinstance(given, list) else [given]
+            if sum(len(text) for text in texts if isinstance(text, str)) > most:
+                raise wrong(name, f"text of at most {most} characters", given, "send a shorter one")
 
 
 def check_integers(request: GenerateReqInput) -> None:

@@ -6,6 +6,7 @@ one sentence with HTTP 400 instead of a validation report.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,28 @@ def merged_extra_body(data: Any) -> Any:
     return {**data, **extra} if is_search else data  # type: ignore[dict-item]
 
 
+def merged_metadata(data: Any) -> Any:
+    """The body with the search that stands in its `metadata` as texts: `{"search_width": "16", "search": "{...}"}`.
+
+    For routers that pass on no field they do not know. What the body says itself goes first; a text that is no JSON stays
+    one, and is refused for what it is.
+    """
+    metadata = data.get("metadata") if isinstance(data, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("search_width") is None:
+        return data
+    given = {name: _from_text(metadata[name]) for name in ("search_width", "search") if name in metadata}
+    return {**given, **{name: value for name, value in data.items() if name not in given or value is not None}}
+
+
+def _from_text(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 class CompletionRequest(openai_protocol.CompletionRequest):  # type: ignore[misc]  # sglang has no types
     """sglang's request with the fields of a search. The name is kept: it is the schema's name in `/openapi.json`."""
 
@@ -81,7 +104,7 @@ class CompletionRequest(openai_protocol.CompletionRequest):  # type: ignore[misc
     @model_validator(mode="before")
     @classmethod
     def _merge_extra_body(cls, data: Any) -> Any:
-        return merged_extra_body(data)
+        return merged_metadata(merged_extra_body(data))
 
     @model_validator(mode="after")
     def _unwrap_single_prompt(self) -> CompletionRequest:
@@ -105,7 +128,7 @@ class ChatCompletionRequest(openai_protocol.ChatCompletionRequest):  # type: ign
         """sglang looks into the body and `response_format` before anything has seen that they are objects."""
         if not isinstance(data, (dict, BaseModel)):
             raise ValueError(f"the body must be a JSON object, got {shown(data)}; see docs/api.md")
-        data = merged_extra_body(data)
+        data = merged_metadata(merged_extra_body(data))
         given = data.get("response_format") if isinstance(data, dict) else None
         if given is not None and not isinstance(given, (dict, BaseModel)):
             raise ValueError(f"response_format must be an object, got {shown(given)}; leave it out")

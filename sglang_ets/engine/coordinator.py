@@ -193,7 +193,7 @@ class SearchCoordinator:
             self._decisions.wait_for_one(searches)
         for live, decision in self._decisions.due(searches):
             with self.guard(live):
-                self._take(live, decision)
+                self._take_in(live, decision)
         self._score_due()
         self._forget_drained()
         self._feed()
@@ -446,7 +446,7 @@ class SearchCoordinator:
             live.req.customized_info = {RESULT_KEY: [progress_report(live, self.ledger.held_tokens(live.id))]}
             self.scheduler.output_streamer.stream_output([live.req], False)
 
-    def _take(self, live: LiveSearch, decision: Decision) -> None:
+    def _take_in(self, live: LiveSearch, decision: Decision) -> None:
         if decision.kind == "deadline":
             self._time_is_up(live)
             return

@@ -19,11 +19,12 @@ WARM_UP_COLUMNS = (
 def step_distances(device: torch.device | str) -> Distances:
     """What the searches of a server on `device` cluster by."""
     device = torch.device(device)
-    if choose_backend(device) == "reference":
-        return cosine_distances
-    distances = DeviceDistances(device)
-    distances(np.zeros((2, WARM_UP_COLUMNS), dtype=np.float32))
-    return distances
+    return cosine_distances if choose_backend(device) == "reference" else DeviceDistances(device)
+
+
+def warm_up(distances: Distances) -> None:
+    """Compile what is compiled at its first use, so that the first search need not wait for it."""
+    distances(np.ones((2, WARM_UP_COLUMNS), dtype=np.float32))
 
 
 class DeviceDistances:

@@ -11,7 +11,7 @@ from sglang.srt.runtime_context import get_device
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.presets import DIVERSITY_WEIGHTS, TEMPERATURES
 from sglang_ets.engine.coordinator import SearchCoordinator
-from sglang_ets.engine.device_distances import step_distances
+from sglang_ets.engine.device_distances import step_distances, warm_up
 from sglang_ets.kernels.dispatch import describe_backend
 from sglang_ets.prm.engine import PrmEngine, PrmSettings
 from sglang_ets.prm.ranks import current_ranks
@@ -30,12 +30,15 @@ def make_coordinator(scheduler: Any) -> SearchCoordinator:
         need=pool_need(flags),
         format=flags["prm_format"],
         max_total_tokens=flags["prm_max_total_tokens"],
+        num_ranks=flags["prm_tp"],
     )
     preset = SearchConfig.of_defaults(flags)
     if preset.preset_settings:
         logger.info("search preset %s: %s", preset.preset, preset_text(preset))
     prm = PrmEngine.load(scheduler, settings)
-    return SearchCoordinator(scheduler, prm, current_ranks(), distances=step_distances(device))
+    distances = step_distances(device)
+    warm_up(distances)
+    return SearchCoordinator(scheduler, prm, current_ranks(), distances=distances)
 
 
 def preset_text(config: SearchConfig) -> str:

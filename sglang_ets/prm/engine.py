@@ -22,11 +22,12 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_ets.kv import Hold
 from sglang_ets.prm.choose import AUTO, choose_format
-from sglang_ets.prm.formats import Head, PrmFormat, StepProbability, StepTokens
+from sglang_ets.prm.formats import PrmFormat, StepProbability, StepTokens
 from sglang_ets.prm.pool import MAX_BATCH_TOKENS, Extended, PoolImbalance, PrmPool, TokenRun
 from sglang_ets.prm.ranks import current_ranks
 from sglang_ets.prm.readout import StepStates, read_steps
 from sglang_ets.prm.sizing import GB, PoolNeed, check_pool_tokens, default_pool_tokens
+from sglang_ets.prm.split import num_prm_ranks
 from sglang_ets.prm.stream import ForwardStream
 from sglang_ets.prm.valve import PathValve
 from sglang_ets.prm.worker import pool_budget, start_worker, token_bytes
@@ -45,6 +46,7 @@ class PrmSettings:
     need: PoolNeed
     format: str = AUTO
     max_total_tokens: int | None = None  # size of its KV pool; None: from `need` and the free memory
+    num_ranks: int | None = None  # over which it is split; None: all, or 1 where it does not divide
 
 
 class PrmError(RuntimeError):
@@ -141,6 +143,7 @@ class PrmEngine:
         self._has_policy_tokens = has_policy_tokens  # the PRM reads the policy model's own token ids
         self._has_policy_weights = has_policy_weights
         self._ranks = current_ranks()
+        self._split_group: Any = None  # of the ranks over which the PRM is split
         # Over the life of the server: what scoring every trajectory from its start would have cost.
         self.tokens_if_rescored = 0
 
@@ -157,10 +160,9 @@ class PrmEngine:
         policy = scheduler.server_args
         tokenizer = get_tokenizer(settings.model_path, trust_remote_code=policy.trust_remote_code)
         spec = choose_format(settings.model_path, settings.format, tokenizer)
-        if not isinstance(spec.readout, Head) and get_parallel().tp_size > 1:
-            raise SystemExit(f"--prm-format {spec.name} needs --tp 1, because the head's rows are split over ranks")
         is_shared = settings.model_path == policy.model_path
-        context, worker = start_worker(scheduler, settings.model_path, settings.max_total_tokens)
+        num_ranks = num_prm_ranks(settings.model_path, policy.model_path, get_parallel().tp_size, settings.num_ranks)
+        context, worker = start_worker(scheduler, settings.model_path, settings.max_total_tokens, num_ranks)
         if is_shared:
             worker.model_runner.model = scheduler.tp_worker.model_runner.model
         is_same = is_shared or tokenizer.get_vocab() == scheduler.tokenizer.get_vocab()
@@ -182,6 +184,9 @@ class PrmEngine:
             self._worker.init_attention_backends()
             self._worker.init_cuda_graphs()
             self._pool = PrmPool(self._worker)
+            if get_parallel().tp_size > 1:
+                self._split_group = get_parallel().tp_group
+        self._check_equal_pools()
         self._valve = PathValve(self._pool.ledger)
         self._warm_up()
         need = self._settings.need
@@ -202,6 +207,14 @@ class PrmEngine:
         self.forget()
         self._valve.end(OWNER)
         self._pool.tokens_extended = self.tokens_if_rescored = 0
+
+    def _check_equal_pools(self) -> None:
+        size = self._ranks.from_first(self._pool.size)
+        if size != self._pool.size:
+            raise SystemExit(
+                f"the PRM's KV pool holds {self._pool.size} tokens on this rank and {size} on the first, which must be equal; "
+                "lower --prm-max-total-tokens"
+            )
 
     @property
     def context_tokens(self) -> int:
@@ -320,6 +333,7 @@ class PrmEngine:
             "shares_policy_weights": self._has_policy_weights,
             "shares_policy_tokens": self._has_policy_tokens,
             "context_tokens": self.context_tokens,
+            "ranks": 1 if self._split_group is None else self._split_group.world_size,
             "pool_tokens": self._pool.size,
             "held_kv_tokens": ledger.held_tokens(),
             "locks": ledger.num_holds,
@@ -381,7 +395,7 @@ class PrmEngine:
     def _read(self, readings: Sequence[_Reading], extended: Sequence[Extended]) -> list[StepScore]:
         """Scores and embeddings of steps whose hidden states (and those of the token before) were just computed."""
         states = [self._states(readings[one.place], one.hidden) for one in extended]
-        scores, embeddings = read_steps(self._spec.readout, self._worker.model_runner.model, states)
+        scores, embeddings = read_steps(self._spec.readout, self._worker.model_runner.model, states, self._split_group)
         scores = self._ranks.from_first(scores)  # reductions may differ in the last bit per rank
         return [StepScore(score, embedding) for score, embedding in zip(scores, embeddings, strict=True)]
 

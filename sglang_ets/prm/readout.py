@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sglang_ets.kernels.step_pool import step_pool
 from sglang_ets.kernels.step_score import step_score
 from sglang_ets.prm.formats import Head, Readout, StepProbability, TokenRows
+from sglang_ets.prm.vocabulary import Vocabulary
 
 CHUNK_TOKENS = 256  # of which all logits exist at once: 160 MB in float32 at 152,000 words
 
@@ -31,13 +32,14 @@ class StepStates:
 
 
 def read_steps(
-    spec: Readout, model: Any, steps: Sequence[StepStates]
+    spec: Readout, model: Any, steps: Sequence[StepStates], group: Any = None
 ) -> tuple[list[float], NDArray[np.float32]]:  # S scores; float32[S, H] embeddings of unit norm
     """Scores under the format, in 0..1, and embeddings. Synchronises once.
 
-    A step whose score or embedding is not finite has a score of NaN.
+    `group`: of the tensor-parallel ranks over which the model is split; None: it is all here. A step whose score or embedding
+    is not finite has a score of NaN.
     """
-    scores = _scores(spec, model, steps)
+    scores = _scores(spec, model, steps, group)
     words = [step.hidden[step.words] for step in steps]
     embeddings = embed_steps(torch.cat(words), [len(states) for states in words])
     table = torch.cat([scores.unsqueeze(1), embeddings], dim=1).cpu().numpy()
@@ -51,17 +53,16 @@ def _along_path(spec: Readout, own: float, step: StepStates) -> float:
     return min(step.parent_score, own) if is_product and step.parent_score is not None and not math.isnan(own) else own
 
 
-def _scores(spec: Readout, model: Any, steps: Sequence[StepStates]) -> torch.Tensor:  # float32[S]
+def _scores(spec: Readout, model: Any, steps: Sequence[StepStates], group: Any) -> torch.Tensor:  # float32[S]
     if isinstance(spec, Head):
         return head_scores(_last_states(steps), model.score, spec)
-    # sglang pads the head to a multiple of 64 rows; a padding row is zero, and its exp(0) would count in the softmax.
-    weight = model.lm_head.weight[: model.config.vocab_size]
+    vocabulary = Vocabulary(model.lm_head, model.config.vocab_size, group)
     if isinstance(spec, TokenRows):
-        return rows_scores(_last_states(steps), weight, spec)
+        return rows_scores(_last_states(steps), vocabulary.rows(spec.token_ids), spec)
     before = torch.cat([step.before[step.first :] for step in steps])
     token_ids = torch.tensor([token for step in steps for token in step.token_ids[step.first :]]).to(before.device)
     lengths = torch.tensor([len(step.token_ids) - step.first for step in steps]).to(before.device)
-    taken = token_log_probabilities(before, token_ids, weight)
+    taken = token_log_probabilities(before, token_ids, vocabulary)
     reduced = "mean" if spec.reduce == "mean" else "sum"
     # Its own check of the lengths would wait for the device.
     return torch.segment_reduce(taken, reduced, lengths=lengths, unsafe=True).exp()
@@ -74,12 +75,12 @@ def _last_states(steps: Sequence[StepStates]) -> torch.Tensor:  # float[S, H]
 def token_log_probabilities(
     before: torch.Tensor,  # float[n, H], hidden states at the positions before the tokens
     token_ids: torch.Tensor,  # int64[n]
-    head: torch.Tensor,  # float[V, H], rows of the language model head
+    vocabulary: Vocabulary,
 ) -> torch.Tensor:  # float32[n]
     """Log-probability of each token, in nats."""
     pieces = []
     for states, ids in zip(before.split(CHUNK_TOKENS), token_ids.split(CHUNK_TOKENS), strict=True):
-        pieces.append((states @ head.T).float().log_softmax(-1).gather(1, ids.unsqueeze(1))[:, 0])
+        pieces.append(vocabulary.logits(states).float().log_softmax(-1).gather(1, ids.unsqueeze(1))[:, 0])
     return torch.cat(pieces)
 
 
@@ -98,11 +99,10 @@ def head_scores(
 
 def rows_scores(
     states: torch.Tensor,  # float[S, H], hidden states at the last tokens of the steps
-    weight: torch.Tensor,  # float[V, H], the language model head
+    rows: torch.Tensor,  # float[k, H], of the language model head: the format's tokens
     spec: TokenRows,
 ) -> torch.Tensor:  # float32[S]
     """The first token's share among the given ones at each last token; no other logit is computed."""
-    rows = torch.stack([weight[token] for token in spec.token_ids])
     return step_score(states, torch.arange(len(states)), rows, None, activation=spec.activation, index=0)
 
 

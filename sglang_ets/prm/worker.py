@@ -47,24 +47,33 @@ def _attention_backend(of_policy: str | None) -> str | None:
     return None if of_policy in OTHER_ATTENTION else of_policy
 
 
-def start_worker(scheduler: Any, model_path: str, max_total_tokens: int | None) -> tuple[Any, TpModelWorker]:
-    """The PRM's runtime context, and its worker with loaded weights and no memory pool yet."""
+def start_worker(
+    scheduler: Any, model_path: str, max_total_tokens: int | None, num_ranks: int
+) -> tuple[Any, TpModelWorker]:
+    """The PRM's runtime context, and its worker with loaded weights and no memory pool yet.
+
+    `num_ranks` is the policy model's tensor-parallel size, or 1: then each rank has a whole PRM and talks to no other.
+    """
     models.register()
     main = get_context()
     args = ServerArgs(
         **prm_arguments(scheduler.server_args, model_path),
         device=get_device().device,
-        tp_size=get_parallel().tp_size,
+        tp_size=num_ranks,
         disable_overlap_schedule=True,
         skip_tokenizer_init=True,
         max_total_tokens=max_total_tokens,
         max_running_requests=MAX_BATCH_STEPS,
         disable_cuda_graph=True,
     )
-    ranks = SpawnRanks(world_rank=get_parallel().tp_rank, dp_rank=main.parallel.dp_rank, gpu_id=get_device().gpu_id)
+    is_whole = num_ranks < get_parallel().tp_size
+    rank = 0 if is_whole else get_parallel().tp_rank
+    ranks = SpawnRanks(world_rank=rank, dp_rank=main.parallel.dp_rank, gpu_id=get_device().gpu_id)
     context = create_context(args, role="scheduler", ranks=ranks)
     # Process groups exist once per process: the PRM's context borrows those of the policy model.
     groups = {name: group for name, group in main.parallel._stamp.items() if name not in context.parallel._stamp}
+    if is_whole:  # a search has no pipeline, so that group is each rank alone
+        groups |= {name: main.parallel.pp_group for name in groups if name.endswith("_group") and name != "world_group"}
     context.parallel.override_permanently(**groups)
     with use_context(context):
         return context, TpModelWorker(server_args=args, gpu_id=get_device().gpu_id, nccl_port=scheduler.nccl_port)
@@ -80,9 +89,9 @@ def token_bytes(worker: TpModelWorker) -> int:
 
 
 def pool_budget() -> int:
-    """Bytes that the PRM's KV pool may take, the same on every rank."""
-    parallel, device = get_parallel(), get_device()
-    is_split = parallel.tp_size > 1
-    group = parallel.world_group.cpu_group if is_split else None
-    free_gb = get_available_gpu_memory(device.device, device.gpu_id, distributed=is_split, cpu_group=group)
+    """Bytes that the PRM's KV pool may take, the same on every rank, also where each has a whole PRM."""
+    world, device = get_parallel().world_group, get_device()
+    free_gb = get_available_gpu_memory(
+        device.device, device.gpu_id, distributed=world.world_size > 1, cpu_group=world.cpu_group
+    )
     return budget_bytes(free_gb * 2**30, is_host=device.device == "cpu")

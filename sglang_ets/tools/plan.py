@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_ets.prm.choose import read_json
+from sglang_ets.prm.split import WHOLE, splits_evenly
 
 GB = 1e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
@@ -32,6 +33,7 @@ class ModelSize:
     kv_bytes_per_token: int
     num_kv_heads: int
     num_heads: int
+    inner_width: int  # of a feed-forward layer
     context_tokens: int
 
     def weights_on_card(self, tp: int) -> float:
@@ -87,6 +89,7 @@ def model_size(model_path: str, kv_dtype: str | None = None) -> ModelSize:
         kv_bytes_per_token=layers * width * DTYPE_BYTES[kv_dtype or dtype],
         num_kv_heads=kv_heads,
         num_heads=heads,
+        inner_width=int(str(config.get("intermediate_size") or 0)),
         context_tokens=int(str(config.get("max_position_embeddings") or 0)),
     )
 
@@ -113,7 +116,8 @@ def _weight_bytes(
 
 def prm_ranks(prm: ModelSize, cards: int) -> int:
     """Over how many cards the PRM is split: all, or one copy on each where its heads do not divide."""
-    return cards if prm.num_heads % cards == 0 else 1
+    is_even = splits_evenly(prm.num_heads, prm.num_kv_heads, prm.inner_width, cards)
+    return cards if is_even else WHOLE
 
 
 def plan_pools(policy: ModelSize, prm: ModelSize | None, memory_gb: float, cards: int, reserve_gb: float) -> Pools:

@@ -10,16 +10,16 @@ import pytest
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 
 from sglang_ets.api.native import (
-    MAX_GRAMMAR_CHARS,
     MAX_N,
     MAX_SAMPLES,
-    check_grammars,
+    MAX_TEXT_CHARS,
     check_integers,
     check_lists,
     check_prompt,
     check_release,
     check_request,
     check_samples,
+    check_texts,
     end_searches,
     reading,
 )
@@ -50,16 +50,23 @@ class Manager:
         self.sent.append(obj)
 
 
-@pytest.mark.parametrize("name", MAX_GRAMMAR_CHARS)
+def test_stop_texts_are_bounded_together() -> None:
+    half = "x" * (MAX_TEXT_CHARS["stop"] // 2)
+    check_texts(GenerateReqInput(text="1=", sampling_params={"stop": [half, half]}))
+    with pytest.raises(ValueError, match=r"^stop must be text of at most \d+ characters, got "):
+        check_texts(GenerateReqInput(text="1=", sampling_params={"stop": [half, half, "x"]}))
+
+
+@pytest.mark.parametrize("name", MAX_TEXT_CHARS)
 @pytest.mark.parametrize("is_list", [False, True])
-def test_a_grammar_has_a_bounded_length(name: str, is_list: bool) -> None:
+def test_a_text_has_a_bounded_length(name: str, is_list: bool) -> None:
     def request(length: int) -> GenerateReqInput:
         params = {name: "x" * length}
         return GenerateReqInput(text="1=", sampling_params=[{}, params] if is_list else params)
 
-    check_grammars(request(MAX_GRAMMAR_CHARS[name]))
-    with pytest.raises(ValueError, match=f"^{name} must be text of at most {MAX_GRAMMAR_CHARS[name]} characters, got "):
-        check_grammars(request(MAX_GRAMMAR_CHARS[name] + 1))
+    check_texts(request(MAX_TEXT_CHARS[name]))
+    with pytest.raises(ValueError, match=f"^{name} must be text of at most {MAX_TEXT_CHARS[name]} characters, got "):
+        check_texts(request(MAX_TEXT_CHARS[name] + 1))
 
 
 @pytest.mark.parametrize(
@@ -123,9 +130,9 @@ def test_other_errors_stay_what_they_are() -> None:
 
 @pytest.mark.parametrize("embeds", [[], [[]]])
 def test_embeddings_hold_a_vector(embeds: list[Any]) -> None:
-    check_grammars(GenerateReqInput(input_embeds=[[0.5]]))
+    check_texts(GenerateReqInput(input_embeds=[[0.5]]))
     with pytest.raises(ValueError, match=r"^input_embeds must be lists of vectors, got "):
-        check_grammars(GenerateReqInput(input_embeds=embeds))
+        check_texts(GenerateReqInput(input_embeds=embeds))
 
 
 @pytest.mark.parametrize("params", [None, {}, {"n": None}, {"n": 1}, {"n": MAX_N}, [{"n": 2}], []])

@@ -406,6 +406,23 @@ def test_a_search_in_a_literal_extra_body_is_read(make: Any) -> None:
         search_config(make(search_width=None, extra_body={"search": {}}), SETTINGS, CONTEXT_TOKENS)
 
 
+@pytest.mark.parametrize("make", [completion, chat])
+def test_a_search_in_metadata_is_read(make: Any) -> None:
+    """sglang-router passes on nothing of a chat that it does not know; of metadata, texts."""
+    texts = {"search_width": "8", "search": '{"algorithm": "beam"}', "team": "a"}
+    for metadata in (texts, {"search_width": 8, "search": {"algorithm": "beam"}}):
+        config = search_config(make(search_width=None, metadata=metadata), SETTINGS, CONTEXT_TOKENS)
+        assert (config.width, config.algorithm) == (8, "beam")
+    assert search_config(make(search_width=4, metadata=texts), SETTINGS, CONTEXT_TOKENS).width == 4
+    assert make(search_width=None, metadata={"search": "the tag of a client"}).search is None
+
+
+@pytest.mark.parametrize("text", ["wide", "8.5", "true", '"8"', "[" * 100_000, "9" * 5000, "1"])
+def test_a_width_in_metadata_that_is_none_is_refused_for_what_it_is(text: str) -> None:
+    with pytest.raises(ValueError, match="search_width must be "):
+        search_config(chat(search_width=None, metadata={"search_width": text}), SETTINGS, CONTEXT_TOKENS)
+
+
 def test_a_list_of_one_prompt_counts_with_a_literal_extra_body_too() -> None:
     assert completion(search_width=None, prompt=["1+2="], extra_body={"search_width": 8}).prompt == "1+2="
 

@@ -19,18 +19,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """What the first one is, with pages of searches and metrics."""
+    with serving(tmp_path_factory.mktemp("traced") / "log.txt", ["--search-trace", "--enable-metrics"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One search at a time and none that waits, none wider than 64; a PRM's pool of one trajectory; and pages of searches."""
+    """One search at a time and none that waits, none wider than 64; and a PRM's pool that holds one trajectory."""
     flags = ["--search-max-running", "1", "--search-max-waiting", "0", "--search-max-width", "64"]
-    flags += ["--search", "ets", "--search-trace", "--prm-max-total-tokens", str(ONE_TRAJECTORY_TOKENS)]
+    flags += ["--search", "ets", "--prm-max-total-tokens", str(ONE_TRAJECTORY_TOKENS)]
     with serving(tmp_path_factory.mktemp("strict") / "log.txt", flags) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def overlapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The overlap schedule, metrics, pages of searches and a key. By sglang's own launcher: on a CPU ours has no overlap."""
-    flags = ["--search-trace", "--enable-metrics", "--api-key", KEY]
+    """The overlap schedule, pages of searches and a key. By sglang's own launcher: on a CPU ours has no overlap."""
+    flags = ["--search-trace", "--api-key", KEY]
     flags += [flag for flag in chosen_flags(flags, has_cuda=False) if flag != "--disable-overlap-schedule"]
     env = {"PYTHONPATH": cpu_shim.FOLDER, "SGLANG_USE_CPU_ENGINE": "1"}
     log = tmp_path_factory.mktemp("overlapped") / "log.txt"

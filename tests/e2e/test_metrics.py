@@ -27,15 +27,15 @@ def lines_of(server: Server) -> int:
     return server.log.read_text(errors="replace").count(" complete in ")
 
 
-def test_metrics_of_real_searches(overlapped: Server) -> None:
-    before, lines_before = samples(overlapped), lines_of(overlapped)
+def test_metrics_of_real_searches(traced: Server) -> None:
+    before, lines_before = samples(traced), lines_of(traced)
     answers = [
-        overlapped.search(problem["prompt"], 8, search={"algorithm": algorithm})
+        traced.search(problem["prompt"], 8, search={"algorithm": algorithm})
         for problem, algorithm in zip(PROBLEMS, ("ets", "rebase", "best_of_n"), strict=False)
     ]
-    overlapped.wait_until_no_search()
+    traced.wait_until_no_search()
     time.sleep(0.5)
-    seen = samples(overlapped)
+    seen = samples(traced)
     figures = [answer["search"] for answer in answers]
     expected = {
         "searches_total": len(answers),
@@ -52,4 +52,4 @@ def test_metrics_of_real_searches(overlapped: Server) -> None:
     assert seen[f"{PREFIX}kv_freed_tokens_total"] > before[f"{PREFIX}kv_freed_tokens_total"]
     rare = {f"{PREFIX}rebase_fallbacks_total"}
     assert {name for metric in METRICS for name in metric.exposed_names} - set(seen) <= rare
-    assert lines_of(overlapped) - lines_before == len(answers)
+    assert lines_of(traced) - lines_before == len(answers)

@@ -1,11 +1,10 @@
-"""Servers with other flags: KV pools far too small for the search, bounds on searches, and search switched off."""
+"""Servers with other flags: KV pools far too small for the search, and bounds on searches."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -102,10 +101,3 @@ def test_a_search_that_may_not_even_wait_is_refused_with_a_time_to_come_again(st
     assert "--search-max-waiting" in refused.value.message
     assert strict.search(PROBLEMS[1]["prompt"], 2)["choices"][0]["text"]
     assert_nothing_held(strict)
-
-
-def test_without_search_the_server_is_stock(server: Server, tmp_path: Path) -> None:
-    patched = [greedy(server, problem) for problem in PROBLEMS[:8]]
-    with serving(tmp_path / "log.txt", ["--search", "off"]) as stock:
-        assert [greedy(stock, problem) for problem in PROBLEMS[:8]] == patched
-        assert "search" not in stock.get("/server_info")["internal_states"][0]

@@ -38,14 +38,14 @@ def watch(server: Server, rid: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_running_search_is_followed_level_by_level_to_its_answer(strict: Server, stream: bool) -> None:
+def test_a_running_search_is_followed_level_by_level_to_its_answer(traced: Server, stream: bool) -> None:
     rid = f"watched-{stream}"
     body = {"model": "default", "prompt": PROBLEMS[0]["prompt"], "max_tokens": 512, "rid": rid, "stream": stream}
     body |= {"search_width": WIDTH, "search": {"return_tree": True, "rebase_temperature": 0.5}}
     with ThreadPoolExecutor(1) as pool:
-        watcher = pool.submit(watch, strict, rid)
-        url = f"{strict.url}/v1/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), strict.headers)
+        watcher = pool.submit(watch, traced, rid)
+        url = f"{traced.url}/v1/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), traced.headers)
         with urllib.request.urlopen(request, timeout=LIMIT_S) as response:
             text = response.read().decode()
         told = watcher.result(LIMIT_S)
@@ -57,7 +57,7 @@ def test_a_running_search_is_followed_level_by_level_to_its_answer(strict: Serve
     levels = [len(view["levels"]) for view in told]
     assert levels == sorted(levels)
     assert len(set(levels)) > 2 and levels[-1] == search["levels"]
-    page = embedded(strict.text(f"/search/{rid}"))
+    page = embedded(traced.text(f"/search/{rid}"))
     assert page == told[-1]
     assert [node["id"] for node in page["nodes"]] == [node["id"] for node in search["tree"]["nodes"]]
     assert [node["state"] for node in page["nodes"]] == [node["state"] for node in search["tree"]["nodes"]]
@@ -66,53 +66,53 @@ def test_a_running_search_is_followed_level_by_level_to_its_answer(strict: Serve
     assert page["rebase_temperature"] == 0.5
 
 
-def test_the_list_knows_what_ran_and_best_of_n_has_its_page(strict: Server) -> None:
-    answer = strict.search(PROBLEMS[1]["prompt"], 4, search={"algorithm": "best_of_n"})
-    row = strict.get("/search")["searches"][0]
+def test_the_list_knows_what_ran_and_best_of_n_has_its_page(traced: Server) -> None:
+    answer = traced.search(PROBLEMS[1]["prompt"], 4, search={"algorithm": "best_of_n"})
+    row = traced.get("/search")["searches"][0]
     assert (row["id"], row["state"], row["algorithm"]) == (answer["id"], "complete", "best_of_n")
-    assert len(embedded(strict.text(row["page"]))["answers"]) == 1
+    assert len(embedded(traced.text(row["page"]))["answers"]) == 1
 
 
-def test_a_body_has_the_shape_of_an_unstrict_one(strict: Server, server: Server) -> None:
+def test_a_body_has_the_shape_of_an_untraced_one(traced: Server, server: Server) -> None:
     shapes = []
-    for one in (strict, server):
+    for one in (traced, server):
         answer = one.search(PROBLEMS[0]["prompt"], 4, n=2)
         shapes.append((set(answer), set(answer["choices"][0]), set(answer["usage"]), set(answer["search"])))
     assert shapes[0] == shapes[1]
 
 
-def test_unknown_searches_and_a_server_without_the_flag_answer_in_one_sentence(strict: Server, server: Server) -> None:
+def test_unknown_searches_and_a_server_without_the_flag_answer_in_one_sentence(traced: Server, server: Server) -> None:
     for path in ("/search/none", "/search/none/events"):
-        status, message = status_of(strict, path)
+        status, message = status_of(traced, path)
         assert status == 404 and "'none'" in message
     for path in ("/search", "/search/none", "/search/none/events"):
         status, message = status_of(server, path)
         assert status == 404 and "--search-trace" in message
 
 
-def test_a_refused_search_has_no_page(strict: Server) -> None:
-    before = len(strict.get("/search")["searches"])
+def test_a_refused_search_has_no_page(traced: Server) -> None:
+    before = len(traced.get("/search")["searches"])
     body = {"model": "default", "prompt": "1+" * 40_000, "max_tokens": 8, "search_width": 4}
-    assert strict.post("/v1/completions", body)[0] == 400
-    assert len(strict.get("/search")["searches"]) == before
+    assert traced.post("/v1/completions", body)[0] == 400
+    assert len(traced.get("/search")["searches"]) == before
 
 
-def test_server_info_tells_what_the_server_is_and_what_runs(strict: Server) -> None:
+def test_server_info_tells_what_the_server_is_and_what_runs(traced: Server) -> None:
     done = threading.Event()
 
     def run() -> None:
-        strict.search(PROBLEMS[2]["prompt"], 64, rid="shown")
+        traced.search(PROBLEMS[2]["prompt"], 64, rid="shown")
         done.set()
 
     runner = threading.Thread(target=run)
     runner.start()
     seen: list[dict[str, Any]] = []
     while not seen and not done.is_set():
-        seen = strict.search_state()["searches"]
+        seen = traced.search_state()["searches"]
         time.sleep(0.05)
     runner.join(LIMIT_S)
     assert [(live["id"], live["algorithm"], live["width"]) for live in seen] == [("shown", "ets", 64)]
-    state = strict.wait_until_no_search()
+    state = traced.wait_until_no_search()
     assert state["searches"] == [] and state["version"]
     assert state["prm"]["format"] == "likelihood"
     assert state["defaults"]["algorithm"] == "ets" and state["defaults"]["step_delimiter"] == ["\n"]

@@ -30,14 +30,14 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def nodes_of(server: Server, prompt: str) -> tuple[list[Any], list[float]]:
-    """What a search of width 2 and two short levels grew: places, texts and ends of its steps; and their scores."""
+    """What a search of width 2 and two short levels grew: places, tokens and states of its steps; and their scores."""
     settings = {"max_steps": 2, "max_step_tokens": 5, "return_tree": True}
     answer = server.search(prompt, 2, max_tokens=10, seed=3, search=settings)
     assert answer["search"]["nodes_failed"] == 0
     nodes = answer["search"]["tree"]["nodes"]
-    assert len(nodes) == 5
+    assert len(nodes) == 4
     scores = [node["score"] for node in nodes if node["score"] is not None]
-    return [(node["id"], node["parent"], node["text"], node["status"]) for node in nodes], scores
+    return [(node["id"], node["parent"], node["token_ids"], node["state"]) for node in nodes], scores
 
 
 def log_of(server: Server) -> str:

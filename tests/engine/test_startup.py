@@ -19,6 +19,7 @@ FLAGS = {
     "prm_model_path": "/prm",
     "prm_format": "shepherd",
     "prm_max_total_tokens": 77,
+    "prm_tp": 1,
     "algorithm": "dvts",
     "max_width": 32,
     "max_tokens": 300,
@@ -53,7 +54,7 @@ def scheduler(**flags: Any) -> Any:
 
 def test_flags_reach_the_prm_and_the_coordinator(loaded: list[PrmSettings]) -> None:
     made = startup.make_coordinator(scheduler())
-    assert loaded == [PrmSettings("/prm", NEED, "shepherd", 77)]
+    assert loaded == [PrmSettings("/prm", NEED, "shepherd", 77, 1)]
     assert made.prm == "the PRM"  # type: ignore[comparison-overlap]
     assert made.searches == {}
     assert made._decisions._ranks._group is GROUP  # type: ignore[attr-defined]
@@ -63,7 +64,9 @@ def test_flags_reach_the_prm_and_the_coordinator(loaded: list[PrmSettings]) -> N
 
 
 def test_without_a_prm_the_policy_model_scores(loaded: list[PrmSettings]) -> None:
-    startup.make_coordinator(scheduler(prm_model_path=None, prm_format="confidence", prm_max_total_tokens=None))
+    startup.make_coordinator(
+        scheduler(prm_model_path=None, prm_format="confidence", prm_max_total_tokens=None, prm_tp=None)
+    )
     assert loaded == [PrmSettings("/policy", NEED, "confidence", None)]
 
 

@@ -128,12 +128,12 @@ _MODELS: dict[str, tuple[Any, Any]] = {
 class Reference:
     """The checkpoint in transformers, float32."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, folder: Path, num_heads: int = 2) -> None:
         torch.manual_seed(0)
         family = case.architecture.split("For")[0]
         make_config, make_model = _MODELS[family]
         config = make_config(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=2, num_attention_heads=num_heads,
             num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, initializer_range=0.2,
             tie_word_embeddings=not case.heads, num_labels=2,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from sglang_ets.kernels.step_score import step_score_reference
 from sglang_ets.prm import readout as module
 from sglang_ets.prm.formats import Head, Readout, StepProbability, TokenRows
 from sglang_ets.prm.readout import StepStates, read_steps
+from sglang_ets.prm.vocabulary import Vocabulary
 
 WIDTH, WORDS = 32, 50
 LENGTHS = (1, 7, 300, 2)  # one longer than a chunk
@@ -120,3 +121,23 @@ def test_states_that_are_no_numbers_give_nan_for_their_step_alone(spec: Readout,
     steps[1].hidden[-1, 2] = value
     scores, _ = read_steps(spec, model(), steps)
     assert [math.isnan(score) for score in scores] == [False, True, False]
+
+
+def test_rows_that_two_ranks_have_halves_of_are_whole() -> None:
+    whole = torch.randn(WORDS + 14, WIDTH)
+    halves = whole.split(len(whole) // 2)
+    asked = (3, WORDS - 1)
+    parts = [
+        SimpleNamespace(
+            weight=half,
+            shard_indices=SimpleNamespace(
+                org_vocab_start_index=at * len(half), org_vocab_end_index=(at + 1) * len(half)
+            ),
+        )
+        for at, half in enumerate(halves)
+    ]
+    hidden = torch.randn(5, WIDTH)
+    own = [Vocabulary(part, WORDS, SimpleNamespace(all_reduce=lambda rows: rows)).rows(asked) for part in parts]
+    assert torch.equal(own[0] + own[1], whole[list(asked)])
+    other = SimpleNamespace(all_gather=lambda logits, dim: torch.cat([logits, hidden @ halves[1].T], dim=dim))
+    torch.testing.assert_close(Vocabulary(parts[0], WORDS, other).logits(hidden), (hidden @ whole.T)[:, :WORDS])

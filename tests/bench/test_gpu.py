@@ -1,0 +1,114 @@
+"""The kit for a machine with a GPU, as far as a CPU can tell: what it gathers, its stand-in, its parts and their failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import prepare, rehearse
+from bench.gpu.rehearse import PARTS, Part, run_part
+
+STAND_IN = Path(rehearse.__file__).parent / "stand_in"
+INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+
+def python(*arguments: str, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheels_are_pinned_and_sglang_is_the_pinned_one() -> None:
+    text = (Path(prepare.__file__).parent / "wheels.txt").read_text(encoding="utf-8")
+    pins = prepare.requirements(text, "1.2.3")
+    assert pins[-1] == "sglang==1.2.3" and "sglang==" not in text
+    assert len(pins) > 30 and all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    brought = {"torch", "triton", "transformers", "numpy", "scipy", "numba"}  # by the machine
+    assert brought.isdisjoint(pin.split("==")[0] for pin in pins)
+
+
+def test_a_kit_has_bench_the_tests_of_the_kernels_and_the_file_that_is_called(tmp_path: Path) -> None:
+    prepare.copy_sources(tmp_path)
+    for path in ("bench/rows.py", "bench/gpu/rehearse.py", "tests/kernels/test_cuda.py", "tests/kernels/conftest.py"):
+        assert (tmp_path / path).is_file(), path
+    assert not (tmp_path / "bench" / "results").exists()
+    assert (tmp_path / "bench/gpu/stand_in/sgl_kernel/scalar_type.py").is_file()
+
+
+CALLS = """
+import sgl_kernel
+from sgl_kernel import silu_and_mul
+from sgl_kernel.kvcacheio import transfer_kv_all_layer
+from sgl_kernel.utils import is_arch_support_pdl
+assert is_arch_support_pdl() is False
+assert not hasattr(sgl_kernel, "__wrapped__")
+for kernel in (silu_and_mul, transfer_kv_all_layer):
+    try:
+        kernel(1)
+    except NotImplementedError as error:
+        print(error)
+"""
+
+
+def test_the_stand_in_lets_everything_be_imported_and_nothing_be_called() -> None:
+    printed = python("-c", CALLS, env={**os.environ, "PYTHONPATH": str(STAND_IN)})
+    assert printed.splitlines() == [
+        f"{name} is not on this machine; choose a backend of sglang that does without it"
+        for name in ("sgl_kernel.silu_and_mul", "sgl_kernel.kvcacheio.transfer_kv_all_layer")
+    ]
+
+
+def test_decode_attention_is_checked_and_timed_in_the_interpreter(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    printed = python("-m", "bench.gpu.decode", "--smoke", "--out", str(out), env=INTERPRETED)
+    measured = [row for line in out.read_text(encoding="utf-8").splitlines() if "model" in (row := json.loads(line))]
+    assert [row["model"] for row in measured] == ["tiny", "tiny MHA"]
+    for row in measured:
+        assert row["tree_kv_bytes"] < row["stock_kv_bytes"]
+        assert min(row["stock_us"], row["tree_us"], row["bound_us"]) > 0
+    assert "| tiny MHA | float32 |" in printed
+
+
+def test_a_part_writes_its_rows_and_its_time(tmp_path: Path) -> None:
+    first, end = run_part("machine", tmp_path, {}, smoke=True)
+    assert first["part"] == "machine" and first["python"] == sys.version.split()[0]
+    assert end["part_s"] > 0 and "error" not in end
+
+
+def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (broken,) = run_part("machine", tmp_path, {"PYTHONHOME": str(tmp_path)}, smoke=True)
+    assert "encodings" in broken["error"]
+    monkeypatch.setitem(PARTS, "machine", Part(PARTS["machine"].run, limit_s=0))
+    (slow,) = run_part("machine", tmp_path, {}, smoke=True)
+    assert slow["error"] == "more than 0 s"
+
+
+def test_one_failure_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def run(name: str, *_args: object) -> list[dict[str, object]]:
+        ran.append(name)
+        return [{"part": name, "part_s": 1.0, **({"error": "Traceback\nit broke\n"} if name == "machine" else {})}]
+
+    monkeypatch.setattr(rehearse, "run_part", run)
+    monkeypatch.setattr(sys, "argv", ["rehearse", "--smoke", "--folder", str(tmp_path)])
+    rehearse.main()
+    assert ran == list(PARTS)
+    assert len((tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == len(PARTS)
+    assert capsys.readouterr().out.startswith("machine: 1 s, 0 rows, it broke\n")
+
+
+def test_the_limits_of_the_parts_leave_room_in_ten_minutes_for_a_usual_run() -> None:
+    first = list(PARTS)[:4]
+    assert first == ["machine", "kernel_results", "decode_times", "triton_server"]
+    assert sum(PARTS[name].limit_s for name in first) <= 600, "what matters most comes within any lease"

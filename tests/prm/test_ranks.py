@@ -1,0 +1,143 @@
+"""Every PRM format on two tensor-parallel ranks: split over them or whole on each, equal scores that are transformers' own.
+
+Two processes with gloo between them and no server: tests/prm/two_ranks.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from bench.server import _free_port
+from sglang_ets.prm.choose import NAMES
+from sglang_ets.prm.split import num_prm_ranks, ranks_of
+from tests.prm.checkpoints import CASES, QUESTION, Case, Reference
+from tests.prm.conftest import MODELS, TOKENIZER
+from tests.prm.two_ranks import ENVIRONMENT, NUM_RANKS, score
+
+TOLERANCE = 1e-4
+LIMIT_S = 300
+STEPS = ("7*8=56\n", "10*5=50\n", "50-2=48\n")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One PRM to load on both ranks, and over how many ranks it must then be."""
+
+    name: str
+    path: Path
+    format: str
+    ranks: int
+    num_ranks: int | None = None  # --prm-tp
+
+
+def reference_of(case: Case, folder: Path) -> list[float]:
+    return Reference(case, folder).step_scores(QUESTION, STEPS)[1]
+
+
+def confidence() -> list[float]:
+    model = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval()
+    ids, scores = list(TOKENIZER.encode(QUESTION)), []
+    for step in STEPS:
+        new = TOKENIZER.encode(step, add_special_tokens=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1]
+        scores.append(float(logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).mean().exp()))
+        ids += new
+    return scores
+
+
+def run_both(wanted: Sequence[Wanted], folder: Path) -> list[list[dict[str, Any]]]:
+    """What each rank says, in the order of `wanted`."""
+    jobs = folder / "jobs.json"
+    given = [
+        {"path": str(one.path), "format": one.format, "num_ranks": one.num_ranks, "question": QUESTION, "steps": STEPS}
+        for one in wanted
+    ]
+    jobs.write_text(json.dumps(given), encoding="utf-8")
+    port, results = _free_port(), [folder / f"rank{rank}.json" for rank in range(NUM_RANKS)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.prm.two_ranks", str(rank), str(port), str(jobs), str(result)],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, result in enumerate(results)
+    ]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 0, said[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [json.loads(result.read_text(encoding="utf-8")) for result in results]
+
+
+def test_all_formats_on_two_ranks(tmp_path: Path, load_engine: Any) -> None:
+    expected: dict[str, list[float]] = {}
+    wanted: list[Wanted] = []
+    for case in (CASES[0], *CASES[3:]):  # one token classification; another family's has three heads below
+        folder = tmp_path / f"{case.format}-{case.architecture}"
+        expected[folder.name] = reference_of(case, folder)
+        wanted.append(Wanted(folder.name, folder, case.given, NUM_RANKS))
+    shepherd = next(one for one in wanted if one.format == "math_shepherd")
+    wanted.append(Wanted(shepherd.name, shepherd.path, "math_shepherd", 1, num_ranks=1))
+    expected["likelihood"] = score(load_engine(4000), QUESTION, STEPS)
+    wanted.append(Wanted("likelihood", MODELS / "prm", "likelihood", NUM_RANKS))
+    expected["confidence"] = confidence()
+    wanted.append(Wanted("confidence", MODELS / "policy", "confidence", NUM_RANKS))
+    odd = tmp_path / "three heads"
+    expected[odd.name] = Reference(CASES[2], odd, num_heads=3).step_scores(QUESTION, STEPS)[1]
+    wanted.append(Wanted(odd.name, odd, "auto", 1))
+    first, second = run_both(wanted, tmp_path)
+    formats = set()
+    for one, own, other in zip(wanted, first, second, strict=True):
+        assert own["scores"] == other["scores"], one.name
+        assert own["scores"] == pytest.approx(expected[one.name], abs=TOLERANCE), one.name
+        assert own["stats"]["ranks"] == one.ranks, one.name
+        assert (own["stats"]["locks"], other["stats"]["locks"]) == (0, 0)
+        formats.add(own["stats"]["format"])
+    assert formats == set(NAMES)
+
+
+SEVEN_B = {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks"), [(1, 1), (2, 2), (4, 4), (8, 1), (3, 1)])
+def test_a_prm_that_does_not_divide_is_whole_on_each_rank(num_ranks: int, ranks: int) -> None:
+    assert ranks_of(SEVEN_B, num_ranks) == ranks
+    assert ranks_of({"text_config": SEVEN_B}, num_ranks) == ranks
+    assert ranks_of(SEVEN_B, num_ranks, wanted=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "wanted", "message"),
+    [
+        (4, 2, "--prm-tp must be 1, for a whole PRM on each rank, or 4 as --tp, got 2; leave it out"),
+        (4, 0, "--prm-tp must be 1, .* got 0"),
+        (8, 8, "--prm-tp 8 does not divide the PRM's heads and layers; leave it out for a whole PRM on each rank"),
+    ],
+)
+def test_a_wrong_number_of_ranks_is_one_sentence(num_ranks: int, wanted: int, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        ranks_of(SEVEN_B, num_ranks, wanted)
+
+
+def test_shared_weights_are_where_the_policy_model_is() -> None:
+    assert num_prm_ranks("/policy", "/policy", 8) == num_prm_ranks("/policy", "/policy", 8, 8) == 8
+    with pytest.raises(SystemExit, match=r"--prm-tp 1 needs a --prm-model-path of its own, .* are on 8 ranks"):
+        num_prm_ranks("/policy", "/policy", 8, 1)

@@ -1,0 +1,106 @@
+"""One of two tensor-parallel ranks on a CPU, without a server: loads one PRM after the other and scores the same steps.
+
+`python -m tests.prm.two_ranks RANK PORT JOBS RESULTS`: both files are JSON; the parent starts one process for each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from sglang_ets import cpu_shim
+
+cpu_shim.install()  # before anything of sglang
+
+from tests.prm.conftest import MODELS, TOKENIZER  # noqa: E402
+
+NUM_RANKS = 2
+CORES = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(NUM_RANKS))  # a core for each, if there are two
+POOL_TOKENS = 4000
+ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "SGLANG_CPU_OMP_THREADS_BIND": CORES,
+    "SGLANG_NCCL_SO_PATH": "/nonexistent",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@contextmanager
+def scheduler(rank: int, port: int) -> Iterator[Any]:
+    """What a PRM engine reads of the scheduler of one rank, with the policy model's weights split over two."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.runtime_context import SpawnRanks, create_context, use_context
+    from sglang.srt.server_args import ServerArgs
+
+    arguments = ServerArgs(
+        model_path=str(MODELS / "policy"),
+        device="cpu",
+        dtype="float32",
+        attention_backend="torch_native",
+        disable_overlap_schedule=True,
+        random_seed=1,
+        tp_size=NUM_RANKS,
+    )
+    context = create_context(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank))
+    with use_context(context):
+        bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
+        bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(arguments))
+        worker = TpModelWorker(server_args=arguments, gpu_id=rank, nccl_port=port)
+        yield SimpleNamespace(server_args=arguments, tokenizer=TOKENIZER, nccl_port=port, tp_worker=worker)
+
+
+def score(engine: Any, question: str, steps: Sequence[str]) -> list[float]:
+    """The score of each step behind the ones before it."""
+    from sglang_ets.prm.engine import ScoreJob
+
+    paths, scores = [engine.open_prompt(TOKENIZER.encode(question), question)], []
+    parent_score = None
+    for depth, step in enumerate(steps, 1):
+        step_ids = tuple(TOKENIZER.encode(step, add_special_tokens=False))
+        ((made, path),) = engine.score([ScoreJob(paths[-1], parent_score, step_ids, step, depth)])
+        paths.append(path)
+        parent_score = made.score
+        scores.append(made.score)
+    engine.drop(paths)
+    return scores
+
+
+def load(scheduler: Any, path: str, name: str, num_ranks: int | None) -> Any:
+    from sglang_ets.prm.engine import PrmEngine, PrmSettings
+    from sglang_ets.prm.sizing import PoolNeed
+
+    settings = PrmSettings(path, PoolNeed(4, 50), name, POOL_TOKENS, num_ranks)
+    engine = PrmEngine.load(scheduler, settings)
+    engine.init_memory_pools()
+    return engine
+
+
+def run(scheduler: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Scores of one PRM and its figures; or what it refused."""
+    try:
+        engine = load(scheduler, job["path"], job["format"], job["num_ranks"])
+    except SystemExit as refusal:
+        return {"refusal": str(refusal)}
+    scores = score(engine, job["question"], job["steps"])
+    engine.check()
+    return {"scores": scores, "stats": engine.stats()}
+
+
+def main() -> None:
+    rank, port, jobs, results = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+    os.environ.update(ENVIRONMENT)
+    with scheduler(rank, port) as made:
+        outcomes = [run(made, job) for job in json.loads(jobs.read_text(encoding="utf-8"))]
+    results.write_text(json.dumps(outcomes), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
