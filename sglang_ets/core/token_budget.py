@@ -37,7 +37,8 @@ class TokenBudget:
     def affordable(self, leaves: Sequence[Node], complete: Sequence[Node]) -> int:
         """How many trajectories can probably be grown to their end from these leaves; 0: not a token is left.
 
-        A leaf is expected to become as long as the complete trajectories are; where there is none, `UNSEEN` times as long as it is.
+        A leaf is expected to become as long as the complete trajectories are; where there is none, `UNSEEN` times as long as it
+        is.
         """
         if self._left is None:
             return self._config.width

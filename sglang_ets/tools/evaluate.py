@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 
@@ -27,7 +26,7 @@ from sglang_ets.math_process import MathProcess
 from sglang_ets.testing import trees_in
 from sglang_ets.tools.ask import EXIT_BAD_INPUT
 from sglang_ets.tools.grading import Grade, grade
-from sglang_ets.tools.run import rows_in
+from sglang_ets.tools.run import console_of, rows_in
 
 RULE_NAMES: Mapping[AnswerRule, str] = {
     "best": "best of n",
@@ -142,7 +141,7 @@ def evaluate(problems: Sequence[Solved], pattern: str, counts: Sequence[int]) ->
 
 
 def tables_of(cells: Mapping[Key, Cell]) -> Iterator[Table]:
-    """One table for each group. A majority does not read scores, so it has one line."""
+    """One table for each group. A majority does not read scores; the strict grader has a line where it differs."""
     for name in dict.fromkeys(key[0] for key in cells):
         own = {key[1:]: cell for key, cell in cells.items() if key[0] == name}
         counts = sorted({n for n, _, _ in own})
@@ -154,7 +153,8 @@ def tables_of(cells: Mapping[Key, Cell]) -> Iterator[Table]:
                 shown = aggregation if rule != "majority" else "-"
                 of_rule = [own[n, aggregation, rule] for n in counts]
                 table.add_row(rule_name, shown, "by value", *(cell.text(cell.right) for cell in of_rule))
-                table.add_row("", "", "strict", *(cell.text(cell.strictly) for cell in of_rule))
+                if any(cell.strictly != cell.right for cell in of_rule):
+                    table.add_row("", "", "strict", *(cell.text(cell.strictly) for cell in of_rule))
         yield table
 
 
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"{', '.join(map(str, args.rows))} must hold solved problems, got none; run some first")
         cells = evaluate(problems, args.answer_pattern, args.n)
         for table in tables_of(cells):
-            Console().print(table)
+            console_of().print(table)
         if args.plot:
             plot(cells, args.plot)
     except (ValueError, OSError, ImportError) as error:

@@ -28,6 +28,7 @@ from sglang_ets.tools.datasets import Problem, load
 from sglang_ets.tools.grading import grade
 
 EMBEDDED = "embedded"
+FILE_WIDTH = 160
 EMBEDDED_PROBLEMS = Path(__file__).parents[1] / "models" / "problems.jsonl"
 
 Row = dict[str, Any]
@@ -181,11 +182,22 @@ def table_of(rows: Sequence[Row]) -> Table:
             sum(row["usage"]["completion_tokens"] for row in own) / count,
         ]
         table.add_row(
-            first["data"], str(first["width"]), first["search_result"]["algorithm"], first["search"], str(count),
+            first["data"], str(first["width"]), first["search_result"]["algorithm"], _settings_text(first), str(count),
             *(f"{sum(row[name] for row in own) / count:.3f}" for name in ("is_right", "is_right_strict")),
             *(f"{mean:.0f}" for mean in means), f"{sum(row['seconds'] for row in own) / count:.1f}",
         )  # fmt: skip
     return table
+
+
+def _settings_text(row: Row) -> str:
+    """What was set beside the algorithm, which has a column of its own."""
+    return " ".join(f"{name}={value}" for name, value in json.loads(row["search"]).items() if name != "algorithm")
+
+
+def console_of() -> Console:
+    """Wide where nobody looks: a file or a pipe takes a table as it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -241,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     url = args.base_url.rstrip("/").removesuffix("/v1")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=args.api_key, timeout=3600, max_retries=0)
-    console = Console()
+    console = console_of()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
