@@ -346,7 +346,7 @@ TREE_ATTENTION = (
         (
             *("decode_attention_fwd", "forward_metadata", "num_head", "num_kv_head", "v_head_dim", "max_kv_splits"),
             *("max_context_len", "page_size", "req_to_token", "kv_index_translator", "cuda_graph_kv_indices"),
-            *("use_mla", "dcp_size", "device"),
+            *("use_mla", "dcp_size", "device", "token_to_kv_pool"),
         ),
     ),
     Use(f"{DECODE_KERNELS}._decode_att_m_fwd", FIRST_STAGE),

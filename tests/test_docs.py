@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang_ets.patches import tree_attention
 
 from bench import rows
 from sglang_ets import cli, flags
@@ -59,6 +60,7 @@ def server_parser() -> argparse.ArgumentParser:
     """All flags that a server with search takes."""
     from sglang.srt.server_args import ServerArgs
 
+    tree_attention.register()
     parser = argparse.ArgumentParser(allow_abbrev=False)
     ServerArgs.add_cli_args(parser)
     flags.add_flags(parser)

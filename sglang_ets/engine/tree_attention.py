@@ -102,6 +102,21 @@ class TreeAttnBackend(TritonAttnBackend):  # type: ignore[misc]  # sglang has no
         self._has_planned = False
         self._stock_decode = self.decode_attention_fwd
         self.decode_attention_fwd = torch.compiler.disable(self._decode)
+        self._warm_up(model_runner.dtype)
+
+    def _warm_up(self, dtype: torch.dtype) -> None:
+        """Compile the kernels before a search needs them; an item that ends where it starts is no work."""
+        pool = self.token_to_kv_pool
+        keys, values = pool.get_key_buffer(pool.start_layer), pool.get_value_buffer(pool.start_layer)
+        if keys.dtype != dtype:
+            return  # a compressed pool is left to sglang's code
+        query = torch.zeros(1, self.num_head, keys.shape[2], dtype=dtype, device=self.device)
+        items, zero = self._plan.items[:1], torch.zeros(1, dtype=torch.int64, device=self.device)
+        partials = self._new_partials(1)
+        partials.lse[:, :, 0] = 0.0
+        work = SharedWork(query, keys, values, self.req_to_token, zero, items, self._plan.order, partials, 1.0)
+        shared_partials(work, backend="triton")
+        merge_partials(partials, query.new_empty(1, self.num_head, values.shape[2]), backend="triton")
 
     def load_plan(self, rids: Sequence[str], plan: AttentionPlan) -> None:
         """The rows of the next decode, in its order, and what they share. Queues a copy on the current stream."""

@@ -35,7 +35,7 @@ def nodes_of(server: Server, prompt: str) -> tuple[list[Any], list[float]]:
     answer = server.search(prompt, 2, max_tokens=10, seed=3, search=settings)
     assert answer["search"]["nodes_failed"] == 0
     nodes = answer["search"]["tree"]["nodes"]
-    assert len(nodes) == 5
+    assert len(nodes) == 4
     scores = [node["score"] for node in nodes if node["score"] is not None]
     return [(node["id"], node["parent"], node["token_ids"], node["state"]) for node in nodes], scores
 
