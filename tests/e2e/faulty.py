@@ -165,23 +165,23 @@ class Faults:
         from sglang_ets.engine.live import ROOT
 
         for place, req in enumerate(reqs):
-            if isinstance(req, ChildReq) and req.node_id != ROOT and len(req.output_ids) > 1 and not req.finished():
+            if isinstance(req, ChildReq) and req.node_id != ROOT and len(req.step_ids) > 1 and not req.finished():
                 injection = self._injection(req.spec.search_id)
                 if injection.phase == "decode":
                     yield place, req, injection
 
     def before_result(self, _scheduler: Any, batch: Any, result: Any, *_args: Any) -> None:
-        for place, _, injection in self._decoding(batch.reqs):
-            if injection.fault.startswith("logits") and self._hits(injection):
+        for place, req, injection in self._decoding(batch.reqs):
+            if injection.fault.startswith("logits") and self._hits(injection, req):
                 result.next_token_ids[place] = OUT_OF_VOCABULARY
 
-    def after_batch(self, original: Callable[..., Any], coordinator: Any, batch: Any) -> None:
+    def after_batch(self, original: Callable[..., Any], coordinator: Any, batch: Any, result: Any) -> None:
         from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-        original(coordinator, batch)
+        original(coordinator, batch, result)
         for _, req, injection in self._decoding(batch.reqs):
             if injection.fault.startswith("no memory"):
-                if self._hits(injection):
+                if self._hits(injection, req):
                     req.to_finish = FINISH_ABORT(OUT_OF_MEMORY)
             elif not injection.fault.startswith("logits") and self._arrive(req.spec.search_id):
                 self._hold_loop(injection)
@@ -191,9 +191,12 @@ class Faults:
         if injection.fault != "stop":
             self._phases.hold(injection.rid)
 
-    def _hits(self, injection: Injection) -> bool:
-        """One step of the search, or every one."""
-        return self._phases.arrive(injection.rid) or injection.fault.endswith("of all")
+    def _hits(self, injection: Injection, req: Any) -> bool:
+        """One step of the search, which shares its row with no other, or every one."""
+        if injection.fault.endswith("of all"):
+            self._phases.arrive(injection.rid)
+            return True
+        return len(req.members) == 1 and self._phases.arrive(injection.rid)
 
     # ---- the PRM scores ----
 
