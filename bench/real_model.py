@@ -30,10 +30,8 @@ import psutil
 from tqdm import tqdm
 
 from bench import rows
-from bench.datasets import Problem, load
 from bench.embedded import client_of
 from bench.figures import colour, panels
-from bench.grading import grade, majority
 from bench.redundancy import redundancy
 from bench.searches import FROM_SEARCH, Setting
 from bench.server import running_server
@@ -41,6 +39,8 @@ from bench.smollm2 import checkpoint
 from bench.tables import by_setting, table
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
+from sglang_ets.tools.datasets import Problem, load
+from sglang_ets.tools.grading import grade, majority
 
 WARM_UP_TOKENS = 8
 POOL_TOKENS = 32_000
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", help="gsm8k, math500, or JSONL files (see bench/datasets.py)")
+    parser.add_argument("--data", nargs="+", help="gsm8k, math500, or JSONL files (see sglang_ets/tools/datasets.py)")
     parser.add_argument("--prm-format", choices=["confidence", "judge"], default="confidence")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--width", type=int, default=8)

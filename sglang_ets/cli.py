@@ -14,6 +14,13 @@ COMMANDS = {
     "serve": (SERVER, "start sglang's server with search; takes all of its flags"),
     "ask": ("sglang_ets.tools.ask", "solve one problem on a running server and watch the search"),
     "view": ("sglang_ets.api.view", "write a returned search tree as one HTML page"),
+    "run": ("sglang_ets.tools.run", "solve the problems of a data set on a running server"),
+    "evaluate": ("sglang_ets.tools.evaluate", "accuracy of a run by how answers are chosen, from its saved trees"),
+    "import-yaml": (
+        "sglang_ets.tools.import_yaml",
+        "say which commands do what a parameter file of ETS or REBASE asks for",
+    ),
+    "top": ("sglang_ets.tools.top", "watch the searches of a running server"),
     "calibrate": ("sglang_ets.tools.calibrate", "suggest a cluster cut for a PRM"),
     "plan": ("sglang_ets.tools.plan", "say which searches fit on a card"),
 }

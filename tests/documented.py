@@ -29,6 +29,10 @@ WAYS: dict[str, Way] = {
     "# top_k.py": "own",
     "from sglang_ets.testing": "own",
     "sglang-ets serve": "started",
+    "sglang-ets run": "started",  # tests/tools runs them, and the tutorial's on a server
+    "sglang-ets evaluate": "started",
+    "sglang-ets top": "started",
+    "sglang-ets import-yaml": "started",
     "sglang-ets plan": "run",
     "sglang-ets view": "run",
     "sglang-ets ask": "served",  # run against one server

@@ -24,7 +24,8 @@ ROOMS: dict[str, set[str]] = {
     "prm": {"core", "kv", "kernels"},
     "engine": {"core", "kv", "prm", "kernels", "wire", "math_process"},
     "api": {"core", "wire"},
-    "tools": {"core", "prm", "api", "wire"},
+    "testing": {"core"},
+    "tools": {"core", "prm", "api", "wire", "math_process", "testing"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,8 @@ MAX_TEXT_CHARS = {"regex": 10_000, "ebnf": 100_000, "json_schema": 1_000_000, "s
 MAX_INTEGER, MAX_SEED = 2**31 - 1, 2**63 - 1
 SEEDS = ("sampling_seed", "seed")
 IDLE_WAIT_S = 2.0
-# What Python raises when a value has not the type or the length that the code expects.
-UNREADABLE = (TypeError, IndexError, KeyError, AttributeError, OverflowError, RecursionError)
+# What Python raises when a value has not the type or the length that the code expects, or is no regular expression.
+UNREADABLE = (TypeError, IndexError, KeyError, AttributeError, OverflowError, RecursionError, re.error)
 
 
 @contextmanager
@@ -26,15 +27,15 @@ def reading() -> Iterator[None]:
     """Around sglang's code that takes a client's values apart before anything is sent on.
 
     Raises:
-        ValueError: a value has a type or a length that nothing has checked; elsewhere a bare HTTP 500.
+        ValueError: a value has a type, a length or a form that nothing has checked; elsewhere a bare HTTP 500.
     """
     try:
         yield
     except UNREADABLE as error:
         reason = shown(str(error))
         raise ValueError(
-            f"the request could not be read ({type(error).__name__}: {reason}); check the types of its fields and the "
-            "lengths of its lists"
+            f"the request could not be read ({type(error).__name__}: {reason}); check the types and the form of its "
+            "fields, and the lengths of its lists"
         ) from error
 
 

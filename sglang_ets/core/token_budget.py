@@ -8,6 +8,8 @@ from statistics import fmean
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.tree import Node
 
+UNSEEN = 3.0  # what a leaf is expected to become, in its own length, before any trajectory is complete
+
 
 class TokenBudget:
     """`max_total_tokens` of a search and what is spent of it; without one, nothing is limited.
@@ -35,12 +37,13 @@ class TokenBudget:
     def affordable(self, leaves: Sequence[Node], complete: Sequence[Node]) -> int:
         """How many trajectories can probably be grown to their end from these leaves; 0: not a token is left.
 
-        A leaf is expected to become as long as the complete trajectories are; where there is none, twice as long as it is.
+        A leaf is expected to become as long as the complete trajectories are; where there is none, `UNSEEN` times as long as it
+        is.
         """
         if self._left is None:
             return self._config.width
         length = fmean(leaf.trajectory_tokens for leaf in leaves)
-        whole = fmean(node.trajectory_tokens for node in complete) if complete else 2 * length
+        whole = fmean(node.trajectory_tokens for node in complete) if complete else UNSEEN * length
         a_step = length / leaves[0].depth
         rest = max(1.0, min(max(whole - length, a_step), self._config.max_tokens - length))
         return min(self._left, max(1, int(self._left / rest)))

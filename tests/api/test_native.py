@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_a_refused_request_can_be_aborted(fields: dict[str, Any], is_single: boo
 
 
 @pytest.mark.parametrize(
-    "error", [TypeError("no\nkey"), IndexError(), KeyError("a"), AttributeError(), OverflowError()]
+    "error", [TypeError("no\nkey"), IndexError(), KeyError("a"), AttributeError(), OverflowError(), re.error("x")]
 )
 def test_what_sglang_cannot_read_is_a_mistake_of_the_client(error: Exception) -> None:
     with pytest.raises(ValueError, match="could not be read") as caught, reading():

@@ -11,7 +11,6 @@ from typing import Any, cast
 import pytest
 
 from bench import real_model, rows
-from bench.datasets import Problem, load
 from bench.real_model import (
     POLICIES,
     Group,
@@ -24,6 +23,7 @@ from bench.real_model import (
     unsolved,
 )
 from bench.smollm2 import MARKER, cache_folder, check_file, is_whole
+from sglang_ets.tools.datasets import Problem, load
 
 GSM8K, MATH = ("gsm8k", "confidence", 224), ("math500", "confidence", 224)
 KV: dict[str, Any] = {

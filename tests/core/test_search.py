@@ -269,9 +269,10 @@ def test_a_budget_that_suffices_changes_nothing(algorithm: str) -> None:
 def test_a_search_narrows_as_its_budget_runs_out() -> None:
     search = Search(config_of("rebase", 8, max_total_tokens=60, max_step_tokens=6, early_stop="off"), PROMPT_TOKENS)
     (expand,) = search.start()
-    grow(search, expand, 5)  # 40 of 60 tokens: each of the leaves is expected to need 5 more
-    assert search.remaining_width == 4
-    assert [action.max_new_tokens for action in selected(search, 4, *[0] * 7)[1:]] == [5]
+    grow(search, expand, 5)  # 40 of 60 tokens: each of the leaves is expected to need 9 more, up to its 14
+    assert search.remaining_width == 2
+    assert [action.max_new_tokens for action in selected(search, 2, *[0] * 7)[1:]] == [6]
+    assert search.num_given_up == 6
 
 
 def test_what_selection_decided_stands_in_the_tree() -> None:

@@ -17,7 +17,12 @@ from tests.e2e.serving import Server
 pytestmark = pytest.mark.server
 
 # What a command says: it asks the server at the default address, and draws a fresh seed. Here: this server, and one seed.
-ADDED = {"ask": ["--base-url", URL, "--seed", "0"], "calibrate": ["--base-url", URL]}
+ADDED = {
+    "ask": ["--base-url", URL, "--seed", "0"],
+    "calibrate": ["--base-url", URL],
+    "run": ["--base-url", URL],
+    "top": ["--base-url", URL],
+}
 
 
 def typed(command: Command, server: Server, folder: Path) -> str:
@@ -42,7 +47,7 @@ def typed(command: Command, server: Server, folder: Path) -> str:
     return done.stdout
 
 
-ASKED = {"README.md": "42", "observability.md": "99"}  # 7*8-2*(3+4), and the problem on that page
+ASKED = {"README.md": "42", "tutorial.md": "42", "observability.md": "99"}  # 7*8-2*(3+4), and the problem on that page
 
 
 @pytest.mark.parametrize(
@@ -73,3 +78,16 @@ def test_it_does_what_its_page_says(command: Command, server: Server, tmp_path: 
             assert 0 < float(cut) < 2
         case argv:
             pytest.fail(f"nobody looks at the outcome of {argv}")
+
+
+def test_the_tutorial_goes_from_problems_to_tables(server: Server, tmp_path: Path) -> None:
+    """Its commands in the order of the page, in one folder. What it asks first is tested above."""
+    steps = {one.argv[1]: one for one in commands() if one.page == "tutorial.md" and one.kind == "shell"}
+    assert list(steps) == ["serve", "ask", "view", "run", "top", "evaluate"]
+    table = typed(steps["run"], server, tmp_path)
+    assert len(re.findall(r"^│ embedded │ +[48] │ (?:rebase|ets) ", table, re.MULTILINE)) == 4
+    assert len((tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()) == 8
+    assert "searches, oldest first" in typed(steps["top"], server, tmp_path)
+    chosen = typed(steps["evaluate"], server, tmp_path)
+    assert chosen.count("weighted majority") == 16, "four tables with four ways to aggregate"
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

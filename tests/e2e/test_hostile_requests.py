@@ -71,6 +71,7 @@ UNREADABLE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"prompt": [PROMPT] * 2, "lora_path": ["a"]},
         "could not be read",
     ),
+    "a stop pattern that is none": ("/v1/completions", {"prompt": PROMPT, "stop_regex": "("}, "could not be read"),
     "parameters of a session that nobody knows": (
         "/generate",
         {"text": PROMPT, "session_params": {"": 1}},

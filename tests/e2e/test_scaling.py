@@ -24,13 +24,14 @@ from bench.server import _free_port
 from sglang_ets.launch_server import MODELS
 from sglang_ets.tools.plan import model_size
 from tests.e2e.serving import PROBLEMS, Server, serving
+from tests.prm.two_ranks import CORES
 
 pytestmark = pytest.mark.server
 
 ALGORITHMS = ("ets", "ets_kv", "rebase", "dvts", "beam", "best_of_n")
 PROMPT = PROBLEMS[0]["prompt"]
-# Without the first, sglang would bind all processes to the same core on a machine without NUMA nodes.
-TWO_PROCESSES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0", "SGLANG_NCCL_SO_PATH": "/nonexistent"}
+# sglang asks for NUMA nodes, as many as processes, unless it is told which core is for which.
+TWO_PROCESSES = {"SGLANG_CPU_OMP_THREADS_BIND": CORES, "SGLANG_NCCL_SO_PATH": "/nonexistent"}
 CHECKER = {"SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
 DIVERGED = ("rank divergence", "this rank runs searches in the states", "out of balance", " locks on ", "CRITICAL")
 START_LIMIT_S = 120
@@ -60,7 +61,7 @@ def test_two_ranks_run_one_search(server: Server, tmp_path: Path) -> None:
         with ThreadPoolExecutor(len(ALGORITHMS)) as clients:
             answers = list(clients.map(lambda name: search(ranks, name), ALGORITHMS))
         again = [text(search(ranks, name)) for name in ("ets", "rebase")]
-        timed = search(ranks, "rebase", search={"deadline_s": 0.5, "max_steps": 64})
+        timed = ranks.search(PROMPT, 64, search={"algorithm": "rebase", "deadline_s": 2.5})
         halves = search(ranks, "rebase", search={"answer": "majority", "answer_pattern": r"(\d\d?)"})
         state = ranks.wait_until_no_search()
         log = ranks.log.read_text(encoding="utf-8", errors="replace")

@@ -21,10 +21,11 @@ cpu_shim.install()  # before anything of sglang
 from tests.prm.conftest import MODELS, TOKENIZER  # noqa: E402
 
 NUM_RANKS = 2
+CORES = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(NUM_RANKS))  # a core for each, if there are two
 POOL_TOKENS = 4000
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
-    "SGLANG_CPU_OMP_THREADS_BIND": "|".join(["0"] * NUM_RANKS),
+    "SGLANG_CPU_OMP_THREADS_BIND": CORES,
     "SGLANG_NCCL_SO_PATH": "/nonexistent",
     "OMP_NUM_THREADS": "1",
 }

@@ -19,8 +19,9 @@ from typing import Any
 DATA_ENV = "SGLANG_ETS_DATA"
 ON_HUB = {"gsm8k": ("openai/gsm8k", "main"), "math500": ("HuggingFaceH4/MATH-500", None)}
 VALIDATION_SHARE = 5  # one of so many
-QUESTION_KEYS = ("question", "problem", "prompt")
-ANSWER_KEYS = ("answer", "expected_answer")
+QUESTION_KEYS = ("question", "problem", "prompt", "Question")
+ANSWER_KEYS = ("answer", "expected_answer", "Answer")
+BODY_KEYS = ("body", "Body")
 ID_KEYS = ("unique_id", "id", "ID")
 _FINAL = re.compile(r"####\s*(.+)\s*\Z")
 _IDENTIFIER_CHARS = 10
@@ -100,8 +101,16 @@ def _in_data_folder(name: str) -> Path | None:
 def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} must be a JSONL file with one problem a line; there is no such file")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        record = json.loads(line)
+    # A line of JSON ends at a line feed alone: texts may hold other separators. A byte order mark is no part of the first one.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path.name}, line {number}, must be a JSON object, got {line[:60]!r} ({error})"
+            ) from None
         if not isinstance(record, dict):
             raise ValueError(f"{path.name}, line {number}, must be a JSON object, got {type(record).__name__}")
         yield record
@@ -109,7 +118,7 @@ def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _hub(name: str, config: str | None) -> Iterable[Mapping[str, Any]]:
     try:
-        import datasets  # type: ignore[import-not-found,unused-ignore]  # heavy, and only the Hub needs it
+        import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]  # heavy, and only the Hub needs it
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             f"{name} is fetched with the `datasets` package, which is not installed; install it, or give a JSONL file "
@@ -120,16 +129,34 @@ def _hub(name: str, config: str | None) -> Iterable[Mapping[str, Any]]:
 
 
 def _problem(record: Mapping[str, Any], is_gsm8k: bool, where: str) -> Problem:
-    question, answer = _first(record, QUESTION_KEYS, where), _first(record, ANSWER_KEYS, where)
+    question, answer = _question(record, where), _first(record, ANSWER_KEYS, where)
     known = next((str(record[key]) for key in ID_KEYS if key in record), None)
     identifier = known or f"{zlib.crc32(question.encode()):0{_IDENTIFIER_CHARS}d}"
     return Problem(identifier, question, _final_number(answer, where) if is_gsm8k else answer)
 
 
+def _question(record: Mapping[str, Any], where: str) -> str:
+    """Some sets (ASDiv) tell the story in one field and ask about it in another."""
+    question = _first(record, QUESTION_KEYS, where)
+    body = next((str(record[key]).strip() for key in BODY_KEYS if record.get(key)), "")
+    return f"{body} {question}" if body and body not in question else question
+
+
 def _first(record: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
+    """The first of these fields that says something; a list of one is that one.
+
+    Raises:
+        ValueError: none does, or one has several values, or one that is neither text nor number.
+    """
     for key in keys:
-        if record.get(key) not in (None, ""):
-            return str(record[key])
+        value = record.get(key)
+        if isinstance(value, (list, tuple)) and len(value) == 1:
+            value = value[0]
+        if value is None or value == "" or value == []:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError(f"{where}: {key} must be one text or number, got {value!r:.80}; give one value a problem")
+        return str(value)
     raise ValueError(f"{where} must have one of the fields {', '.join(keys)}, got {', '.join(record) or 'none'}")
 
 

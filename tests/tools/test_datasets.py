@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.datasets import DATA_ENV, is_for_validation, load
+from sglang_ets.tools.datasets import DATA_ENV, is_for_validation, load
 
 HALF = r"\frac12"
 
@@ -61,3 +61,31 @@ def test_a_wrong_set_or_file_is_refused(tmp_path: Path) -> None:
         load("gsm8k", limit=0)
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         load(str(tmp_path / "missing.jsonl"))
+
+
+def test_a_story_stays_with_its_question(tmp_path: Path) -> None:
+    record = {"body": "Ann has 3 apples.", "question": "How many has she?", "answer": ["3 (apples)"], "id": "asdiv-1"}
+    (problem,) = load(str(write(tmp_path / "set.jsonl", record)))
+    assert (problem.question, problem.answer) == ("Ann has 3 apples. How many has she?", "3 (apples)")
+
+
+def test_lines_end_at_line_feeds_and_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    texts = [json.dumps({"question": f"{n}a\u2028b\x85c", "answer": n}, ensure_ascii=False) for n in range(3)]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode() + b"\n\n")
+    loaded = load(str(file))
+    expected = [f"{n}a\u2028b\x85c" for n in range(3) if not is_for_validation(f"{n}a\u2028b\x85c")]
+    assert [problem.question for problem in loaded] == expected and expected
+
+
+@pytest.mark.parametrize("answer", [["1", "2"], {"value": 1}, True])
+def test_an_answer_of_several_values_is_refused(tmp_path: Path, answer: Any) -> None:
+    with pytest.raises(ValueError, match="answer must be one text or number, got"):
+        load(str(write(tmp_path / "set.jsonl", {"question": "x", "answer": answer})))
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    file.write_text('{"question": "x", "answer": 1}\n{"question": \n')
+    with pytest.raises(ValueError, match="line 2, must be a JSON object"):
+        load(str(file))

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import grading
-from bench.grading import Grade, grade, majority, strict
 from sglang_ets.math_process import MathProcess
+from sglang_ets.tools import grading
+from sglang_ets.tools.grading import Grade, grade, majority, strict
 
 
 @pytest.fixture(scope="module")
