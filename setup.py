@@ -19,6 +19,8 @@ INSTALL_REQUIRES = [
     "math-verify[antlr4_13_2]",
     "openai",
     "rich",
+    "prometheus-client",
+    "pyyaml",
     "tqdm",
 ]
 TEST_REQUIRES = ["pytest", "hypothesis", "ruff", "mypy", "pulp", "matplotlib", "schemathesis", "sglang-router"]

@@ -20,6 +20,7 @@ COMMANDS = {
         "sglang_ets.tools.import_yaml",
         "say which commands do what a parameter file of ETS or REBASE asks for",
     ),
+    "compare": ("sglang_ets.tools.compare", "write two searches of one problem as one HTML page"),
     "top": ("sglang_ets.tools.top", "watch the searches of a running server"),
     "calibrate": ("sglang_ets.tools.calibrate", "suggest a cluster cut for a PRM"),
     "plan": ("sglang_ets.tools.plan", "say which searches fit on a card"),

@@ -164,8 +164,12 @@ def plot(cells: Mapping[Key, Cell], path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "a plot needs matplotlib, which is not installed; install it or leave --plot out"
+        ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

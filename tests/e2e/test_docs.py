@@ -83,7 +83,7 @@ def test_it_does_what_its_page_says(command: Command, server: Server, tmp_path: 
 def test_the_tutorial_goes_from_problems_to_tables(server: Server, tmp_path: Path) -> None:
     """Its commands in the order of the page, in one folder. What it asks first is tested above."""
     steps = {one.argv[1]: one for one in commands() if one.page == "tutorial.md" and one.kind == "shell"}
-    assert list(steps) == ["serve", "ask", "view", "run", "top", "evaluate"]
+    assert list(steps) == ["serve", "ask", "view", "run", "top", "evaluate", "compare"]
     table = typed(steps["run"], server, tmp_path)
     assert len(re.findall(r"^│ embedded │ +[48] │ (?:rebase|ets) ", table, re.MULTILINE)) == 4
     assert len((tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()) == 8

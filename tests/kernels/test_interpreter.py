@@ -15,7 +15,11 @@ import pytest
 
 TESTS = Path(__file__).parent.parent
 KERNELS = ("step_pool", "step_score", "pairwise_cosine", "tree_attention")
-FILES = (*(f"kernels/test_{name}.py" for name in KERNELS), "engine/test_tree_attention.py")
+FILES = (
+    *(f"kernels/test_{name}.py" for name in KERNELS),
+    "engine/test_tree_attention.py",
+    "engine/test_tree_attention_model.py",
+)
 TIMEOUT_S = 300
 
 
