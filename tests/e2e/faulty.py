@@ -151,11 +151,11 @@ class Faults:
         self._arrive(search_id)
         return not self._phases.go(injection.rid).exists()
 
-    def open_prompt(self, original: Callable[..., Any], prm: Any, ids: Any, question: str, owner: str) -> Any:
-        injection = self._injection(owner)
+    def open_prompt(self, original: Callable[..., Any], prm: Any, ids: Any, question: str, *owner: str) -> Any:
+        injection = self._injection(*owner or ("",))  # the PRM warms up in nobody's name
         if (injection.fault, injection.phase) == ("prm raises", "begin"):
             raise RuntimeError("injected into the PRM")
-        return original(prm, ids, question, owner)
+        return original(prm, ids, question, *owner)
 
     # ---- steps decode ----
 
