@@ -43,6 +43,7 @@ WAYS: dict[str, Way] = {
     "from sglang_ets import Engine": "own",  # tests/e2e/test_offline.py
     "lm-eval": "foreign",  # not installed here: its search must be one, and test_client_wire replays what it sent
     "from langchain_openai": "foreign",
+    "from openai import OpenAI": "foreign",  # a chat with a model of 7B
 }
 
 
