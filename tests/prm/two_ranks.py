@@ -54,7 +54,9 @@ def scheduler(rank: int, port: int) -> Iterator[Any]:
         bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
         bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(arguments))
         worker = TpModelWorker(server_args=arguments, gpu_id=rank, nccl_port=port)
-        yield SimpleNamespace(server_args=arguments, tokenizer=TOKENIZER, nccl_port=port, tp_worker=worker)
+        yield SimpleNamespace(
+            server_args=arguments, tokenizer=TOKENIZER, nccl_port=port, tp_worker=worker, enable_overlap=False
+        )
 
 
 def score(engine: Any, question: str, steps: Sequence[str]) -> list[float]:
