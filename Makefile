@@ -50,7 +50,7 @@ e2e-formats: install
 
 # Every bench in its smoke mode: shows that they run, not what they measure; the soak fails if one of its rules is broken.
 # (real_model needs data and another model.)
-BENCHES := soak searches capacity fairness throughput ilp kernels attention studies.selection_quality
+BENCHES := soak searches forks capacity fairness throughput ilp kernels attention studies.selection_quality
 
 bench: install
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(BENCHES:%=smoke-%)

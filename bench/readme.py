@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from bench import attention, capacity, fairness, ilp, rows, searches, soak, tables
+from bench import attention, capacity, fairness, forks, ilp, rows, searches, soak, tables
 from bench.client_search import table as throughput
 from bench.studies import selection_quality
 
@@ -119,6 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: attention.table(rows.latest("attention", ("model", "sequences", "kv_tokens", "new_tokens"))),
     "attention_tree": lambda: attention.tree_table(rows_of("attention_tree")),
     "capacity": lambda: capacity.table(rows_of("capacity")),
+    "forks": lambda: forks.table(rows_of("forks")),
     "fairness": lambda: fairness.table(rows_of("fairness")),
     "soak": lambda: soak.table(rows_of("soak")),
     "coverage": lambda: searches.report("coverage", rows_of("coverage"), seed=0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import active_children
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
 SEED_BITS = 31  # of the seed of searches that are given none
 DEFAULT_WIDTH = 16
+END_WAIT_S = 10.0  # for a process that was killed
 
 
 class SearchFailed(RuntimeError):
@@ -52,7 +54,9 @@ class Engine:
         server_args = prepared([*argv, *quiet])
         from sglang import Engine as StockEngine
 
+        others = set(active_children())
         self.sglang = StockEngine(server_args=server_args)  # for ordinary requests
+        self._processes = [process for process in active_children() if process not in others]
 
     def search(self, prompt: str | Sequence[int], width: int = DEFAULT_WIDTH, **settings: Any) -> SearchResult:
         """One search for one prompt, a text or token ids: see `search_all`."""
@@ -101,8 +105,10 @@ class Engine:
         return max_tokens or default or SearchConfig().max_tokens
 
     def shutdown(self) -> None:
-        """End all processes of the engine. Idempotent."""
+        """End all processes of the engine, and wait until they are gone. Idempotent."""
         self.sglang.shutdown()
+        for process in self._processes:
+            process.join(END_WAIT_S)
 
     def __enter__(self) -> Engine:
         return self

@@ -1,0 +1,154 @@
+"""What it is worth that children start in the running batch, and that nodes of equal tokens share a row of it.
+
+    python -m bench.forks --smoke
+    python -m bench.forks --widths 16 64 --rounds 3
+
+Three servers that differ in `--search-forks` alone solve the same problems with the same seeds, in turns within each round;
+the two that are not measured are frozen. Their trees must be equal, node by node, so the rows compare time and nothing else:
+the bench ends with an error if one tree differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from bench import rows
+from bench.client_search.processes import Running, awake, running, search_flags
+from bench.embedded import client_of, held_out_problems
+from sglang_ets.engine.live import ForkMode
+
+MODES = get_args(ForkMode)[::-1]
+POLICIES: dict[str, dict[str, Any]] = {
+    "rebase": {"algorithm": "rebase"},
+    "ets b=4": {"algorithm": "ets", "kv_cost_weight": 4.0},
+    "best_of_n": {"algorithm": "best_of_n"},
+}
+POOL_TOKENS = 100_000  # nothing is short
+COMPARED = ("id", "parent", "token_ids", "state", "allocation", "cluster")
+
+Tree = list[tuple[Any, ...]]
+
+
+def solve(url: str, problem: dict[str, Any], policy: str, width: int, seed: int) -> tuple[dict[str, Any], Tree, float]:
+    """The figures of one search, its tree, and how long the client waited."""
+    started = time.monotonic()
+    answer = client_of(url, timeout_s=1800).completions.create(
+        model="default",
+        prompt=problem["prompt"],
+        max_tokens=512,
+        temperature=1.0,
+        seed=seed,
+        extra_body={"search_width": width, "search": {**POLICIES[policy], "return_tree": True, "early_stop": "off"}},
+    )
+    seconds = time.monotonic() - started
+    figures: dict[str, Any] = answer.search  # type: ignore[attr-defined]
+    tree = [tuple(node[key] for key in COMPARED) for node in figures["tree"]["nodes"]]
+    return {"completion_tokens": answer.usage.completion_tokens, **figures}, tree, seconds  # type: ignore[union-attr]
+
+
+def distinct_prefixes(tree: Tree) -> int:
+    """How many different token sequences its nodes have gone through: what must be computed at least."""
+    ids = {node[0]: node for node in tree}
+
+    def path(node: tuple[Any, ...]) -> tuple[int, ...]:
+        parent = ids.get(node[1])
+        return (*(path(parent) if parent is not None else ()), *node[2])
+
+    paths = [(path(node), len(node[2])) for node in tree]
+    return len({ids[:end] for ids, own in paths for end in range(len(ids) - own + 1, len(ids) + 1)})
+
+
+def measure(
+    server: Running, problems: Sequence[dict[str, Any]], policy: str, width: int, seed: int, in_flight: int
+) -> tuple[dict[str, Any], list[Tree]]:
+    """One round of one server: its figures and its trees."""
+    with awake([server]), ThreadPoolExecutor(in_flight) as pool:
+        cpu_s, started = server.cpu_s(), time.monotonic()
+        made = list(pool.map(lambda problem: solve(server.url, problem, policy, width, seed), problems))
+        seconds, cpu_s = time.monotonic() - started, server.cpu_s() - cpu_s
+    trees = [tree for _, tree, _ in made]
+    figures = {
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "latency_s": statistics.median(latency for _, _, latency in made),
+        "problems": len(problems),
+        "completion_tokens": sum(one["completion_tokens"] for one, _, _ in made),
+        "tokens_computed": sum(one["tokens_computed"] for one, _, _ in made),
+        "distinct_prefixes": sum(map(distinct_prefixes, trees)),
+    }
+    return figures, trees
+
+
+def run(args: argparse.Namespace, out: Any) -> None:
+    """One row for each width, number in flight, policy, round and mode.
+
+    Raises:
+        SystemExit: trees of two modes differ.
+    """
+    problems = held_out_problems()
+    with running([[*search_flags(POOL_TOKENS), "--search-forks", mode] for mode in MODES]) as servers:
+        for server in servers:  # the first searches compile and load; they are not measured
+            measure(server, problems[-1:], "rebase", args.widths[0], args.seed, 1)
+        rounds = [
+            (w, f, p, n) for n in range(args.rounds) for w in args.widths for f in args.in_flight for p in POLICIES
+        ]
+        for width, in_flight, policy, number in tqdm(rounds, unit="round"):
+            here = problems[number * args.problems : (number + 1) * args.problems]
+            expected: list[Tree] | None = None
+            turn = number % len(MODES)
+            for place in [*range(turn, len(MODES)), *range(turn)]:
+                figures, trees = measure(servers[place], here, policy, width, args.seed, in_flight)
+                if expected is not None and trees != expected:
+                    sys.exit(f"--search-forks {MODES[place]} grew other trees: {policy}, width {width}, round {number}")
+                expected = trees
+                key = {"mode": MODES[place], "policy": policy, "width": width, "in_flight": in_flight, "round": number}
+                rows.append(out, {**key, "seed": args.seed, **figures})
+
+
+def table(made: Sequence[dict[str, Any]]) -> str:
+    """Medians over rounds of each mode, and each against `extend` in the same round."""
+    by_key: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in made:
+        by_key.setdefault((row["width"], row["in_flight"], row["policy"], row["mode"]), {})[row["round"]] = row
+    lines = []
+    for (width, in_flight, policy, mode), of_round in sorted(by_key.items()):
+        base = by_key[width, in_flight, policy, "extend"]
+        ratio = statistics.median(base[number]["seconds"] / row["seconds"] for number, row in of_round.items())
+        cpu = statistics.median(base[number]["cpu_s"] / row["cpu_s"] for number, row in of_round.items())
+        total = {name: sum(row[name] for row in of_round.values()) for name in next(iter(of_round.values()))
+                 if name in ("seconds", "problems", "completion_tokens", "tokens_computed", "distinct_prefixes")}  # fmt: skip
+        lines.append([
+            width, in_flight, policy, mode, total["problems"], total["seconds"] / total["problems"], f"{ratio:.2f}x",
+            f"{cpu:.2f}x", f"{total['tokens_computed'] / total['completion_tokens']:.2f}",
+            f"{total['tokens_computed'] / total['distinct_prefixes']:.2f}",
+        ])  # fmt: skip
+    header = ["width", "at a time", "policy", "`--search-forks`", "problems", "s/problem", "speed against extend"]
+    return rows.markdown([*header, "the same in CPU time", "computed / generated", "computed / distinct"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[4, 1], help="problems at a time")
+    parser.add_argument("--problems", type=int, default=4, help="of each round, others in each")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    rows.add_arguments(parser, "one round of one problem at width 8")
+    args = parser.parse_args()
+    if args.smoke:
+        args.widths, args.in_flight, args.problems, args.rounds = [8], [1], 1, 1
+    out = rows.out_of(args, "forks")
+    run(args, out)
+    rows.publish(out, table(list(rows.read(out))))
+
+
+if __name__ == "__main__":
+    main()
