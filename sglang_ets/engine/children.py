@@ -24,18 +24,24 @@ from sglang.srt.managers.schedule_batch import (
 
 from sglang_ets.core.tree import NOT_FINITE
 from sglang_ets.kv import Hold
+from sglang_ets.prm.ranks import ONE_RANK, Ranks
 
 SEED_RANGE = 2**61 - 1
 NAN_STOP = "NaN happened"  # what sglang reports as the matched stop string when the logits are not finite
 
-# sglang aborts by the beginning of an id. No client knows this one, so none of its ids or aborts begins like ours.
-_PROCESS = f"\x00ets-{uuid.uuid4().hex}"
-_numbers = itertools.count(1)
 
+class SearchIds:
+    """Ids for searches: the ids of a search's children, and of no other request, begin with it. On all ranks they are the same.
 
-def new_search_id() -> str:
-    """An id for a search of this process: the ids of its children, and of no other request, begin with it."""
-    return f"{_PROCESS}/{next(_numbers)}/"
+    sglang aborts by the beginning of an id. No client knows this one, so none of its ids or aborts begins like ours.
+    """
+
+    def __init__(self, ranks: Ranks = ONE_RANK) -> None:
+        self._process = f"\x00ets-{ranks.from_first(uuid.uuid4().hex)}"
+        self._numbers = itertools.count(1)
+
+    def new(self) -> str:
+        return f"{self._process}/{next(self._numbers)}/"
 
 
 @dataclass(frozen=True)

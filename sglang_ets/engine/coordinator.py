@@ -34,10 +34,10 @@ from sglang_ets.engine.admission import asks_for_search, carried_config, prompt_
 from sglang_ets.engine.children import (
     ChildReq,
     ChildSpec,
+    SearchIds,
     children_in_engine,
     counts_outputs,
     make_child,
-    new_search_id,
     step_end,
 )
 from sglang_ets.engine.decisions import Decision, Decisions, Failed
@@ -92,6 +92,7 @@ class SearchCoordinator:
         self._valve = PressureValve(scheduler)
         self._estimates = NeedEstimates()
         self._decisions = Decisions(ranks)
+        self._ids = SearchIds(ranks)
         self._voting = Voting()
 
     @cached_property
@@ -151,7 +152,7 @@ class SearchCoordinator:
             prepare_abort(req, message, status_code=HTTPStatus.BAD_REQUEST)
             self.scheduler.output_streamer.stream_output([req], False)
             return True
-        spec = ChildSpec(new_search_id(), req, config.seed, config.step_delimiter)
+        spec = ChildSpec(self._ids.new(), req, config.seed, config.step_delimiter)
         live = LiveSearch(spec, Search(config, len(req.origin_input_ids), self._distances))
         live.forks = "extend" if counts_outputs(req.sampling_params) else self._fork_mode
         with self.guard(live):

@@ -19,11 +19,11 @@ from sglang_ets.engine.children import (
     NAN_STOP,
     ChildReq,
     ChildSpec,
+    SearchIds,
     StepEnd,
     child_seed,
     children_in_engine,
     make_child,
-    new_search_id,
     step_end,
     without_children,
 )
@@ -33,7 +33,7 @@ DELIMITERS = ("\n\n", "Step", 7)
 
 
 def spec(**fields: Any) -> ChildSpec:
-    return ChildSpec(new_search_id(), request("pa", "Q", **fields), 5, DELIMITERS)
+    return ChildSpec(SearchIds().new(), request("pa", "Q", **fields), 5, DELIMITERS)
 
 
 def child(node_id: int = 3, **fields: Any) -> ChildReq:
@@ -42,7 +42,8 @@ def child(node_id: int = 3, **fields: Any) -> ChildReq:
 
 
 def test_ids_of_children_begin_with_their_search_and_with_nothing_else() -> None:
-    ids = [new_search_id() for _ in range(12)]
+    of_process = SearchIds()
+    ids = [of_process.new() for _ in range(12)]
     given = [ChildSpec(search_id, request("pa", "Q"), 0, ()).child_id(node) for search_id in ids for node in (0, 1, 11)]
     assert len(set(given)) == len(given)
     for search_id in ids:

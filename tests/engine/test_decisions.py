@@ -15,9 +15,10 @@ import pytest
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.selection import Level, Selection, SelectionPolicy
+from sglang_ets.engine.children import SearchIds
 from sglang_ets.engine.decisions import Decision, Decisions, Failed, RanksDiffer
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
-from sglang_ets.prm.ranks import ONE_RANK, Ranks
+from sglang_ets.prm.ranks import ONE_RANK, OneRank, Ranks
 from tests.engine.fakes import DELIMITER, FakeScheduler, ScriptedPrm, World, tokens
 
 ALGORITHMS = tuple(BUILT_IN)
@@ -49,6 +50,13 @@ class Second:
     def from_first(self, value: T) -> T:
         said: T = self._said.get(timeout=WAIT_LIMIT_S)
         return said
+
+
+def test_ids_of_searches_are_the_first_ranks() -> None:
+    said: SimpleQueue[Any] = SimpleQueue()
+    first, second = SearchIds(First(said)), SearchIds(Second(said))
+    assert [first.new(), first.new()] == [second.new(), second.new()]
+    assert first.new() != SearchIds(OneRank()).new(), "other servers have others"
 
 
 class NeverAsked:

@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_ets.core.registry import BUILT_IN
-from sglang_ets.engine.children import ChildReq, ChildSpec, counts_outputs, make_child, new_search_id
+from sglang_ets.engine.children import ChildReq, ChildSpec, SearchIds, counts_outputs, make_child
 from sglang_ets.engine.forks import ForkRoom, can_fork
 from sglang_ets.kv import Hold
 from tests.engine.fakes import FakeForks, FakeScheduler, World, request
@@ -66,7 +66,7 @@ def text(ids: Sequence[int]) -> bytes:
 
 
 def child_of(given: list[int], stop: list[str], num_new: int = 20) -> ChildReq:
-    spec = ChildSpec(new_search_id(), request("pa", "Q", stop=stop), 5, ("\n",))
+    spec = ChildSpec(SearchIds().new(), request("pa", "Q", stop=stop), 5, ("\n",))
     return make_child(spec, [spec.member(1, (0,))], given, num_new, Hold("x", 0, "lock"))
 
 

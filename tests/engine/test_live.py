@@ -8,7 +8,7 @@ import pytest
 
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.search import Search
-from sglang_ets.engine.children import ChildSpec, new_search_id
+from sglang_ets.engine.children import ChildSpec, SearchIds
 from sglang_ets.engine.figures import figures_of, lost_level, warnings_of
 from sglang_ets.engine.live import ROOT, Branch, LiveSearch
 from sglang_ets.kv import Hold, PathSnapshot
@@ -21,7 +21,9 @@ PROMPT = "Q: 1"
 def live_search(width: int = 4, custom: dict[str, Any] | None = None, **settings: Any) -> LiveSearch:
     config = SearchConfig(**{"width": width, "max_tokens": 10, "max_steps": 3, **settings})
     req = request("pa", PROMPT, custom=custom)
-    live = LiveSearch(ChildSpec(new_search_id(), req, config.seed, config.step_delimiter), Search(config, len(PROMPT)))
+    live = LiveSearch(
+        ChildSpec(SearchIds().new(), req, config.seed, config.step_delimiter), Search(config, len(PROMPT))
+    )
     live.search.start()
     live.branches[ROOT] = Branch(Hold("x", 0, "lock"))
     return live

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.search import Search
-from sglang_ets.engine.children import ChildSpec, new_search_id
+from sglang_ets.engine.children import ChildSpec, SearchIds
 from sglang_ets.engine.live import ROOT, Branch, LiveSearch
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.engine.scoring import SCORE_BATCH_STEPS, StepScoring
@@ -25,7 +25,7 @@ class CountingMetrics(NoMetrics):
 def growing(prm: ScriptedPrm, width: int) -> LiveSearch:
     """A search whose first level has been generated, with one child still running."""
     config = SearchConfig(width=width)
-    live = LiveSearch(ChildSpec(new_search_id(), request("pa", "Q"), 0, ()), Search(config, 1))
+    live = LiveSearch(ChildSpec(SearchIds().new(), request("pa", "Q"), 0, ()), Search(config, 1))
     live.search.start()
     live.branches[ROOT] = Branch(prm=prm.open_prompt((1,), "Q", live.id))  # type: ignore[arg-type]
     for node in live.search.tree.nodes[1:]:

@@ -16,7 +16,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang_ets.patches.cpu_sampler import row_seeds
 
 from sglang_ets.core.registry import BUILT_IN
-from sglang_ets.engine.children import ChildReq, ChildSpec, make_child, new_search_id
+from sglang_ets.engine.children import ChildReq, ChildSpec, SearchIds, make_child
 from sglang_ets.engine.strands import DRAW_KEY, Draw, can_share, run_batch, take_awaited
 from sglang_ets.wire import PROGRESS_KEY
 from tests.engine.fakes import DELIMITER, VOCAB, FakeScheduler, World, given, request, tokens
@@ -237,7 +237,7 @@ def test_streams_report_the_same_with_and_without() -> None:
 
 
 def strand(num_members: int, place: int = 0) -> ChildReq:
-    spec = ChildSpec(new_search_id(), request("pa", "Q"), 5, ("\n",))
+    spec = ChildSpec(SearchIds().new(), request("pa", "Q"), 5, ("\n",))
     return make_child(spec, [spec.member(node, (place, node)) for node in range(1, num_members + 1)], (1, 2), 20)
 
 
