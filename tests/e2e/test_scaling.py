@@ -33,7 +33,13 @@ PROMPT = PROBLEMS[0]["prompt"]
 # sglang asks for NUMA nodes, as many as processes, unless it is told which core is for which.
 TWO_PROCESSES = {"SGLANG_CPU_OMP_THREADS_BIND": CORES, "SGLANG_NCCL_SO_PATH": "/nonexistent"}
 CHECKER = {"SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
-DIVERGED = ("Found rank divergence", "this rank runs searches in the states", "out of balance", " locks on ", "CRITICAL")
+DIVERGED = (
+    "Found rank divergence",
+    "this rank runs searches in the states",
+    "out of balance",
+    " locks on ",
+    "CRITICAL",
+)
 START_LIMIT_S = 120
 KILLED: set[str] = set()  # addresses of servers
 
