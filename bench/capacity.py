@@ -41,7 +41,9 @@ def solve(
 ) -> dict[str, Any]:
     """One search: is its answer right, and what did the pool see."""
     body = {"model": "default", "prompt": problem["prompt"], "max_tokens": 512, "seed": seed}
-    answer = client.post("/v1/completions", json={**body, "search_width": width, "search": search})
+    answer = client.post(
+        "/v1/completions", json={**body, "search_width": width, "search": {**search, "early_stop": "off"}}
+    )
     if answer.status_code != 200:
         return {"is_right": False, "failed": answer.text[:200], "peak": 0, "releases": 0}
     plain = answer.json()

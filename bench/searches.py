@@ -157,7 +157,7 @@ def solve(client: openai.OpenAI, setting: Setting, problem: Problem, seed: int) 
     started = time.perf_counter()
     body: dict[str, Any] = {"model": "default", "prompt": problem["prompt"], "max_tokens": MAX_TOKENS, "seed": seed}
     if setting.search:
-        extra = {"search_width": setting.width, "search": {**setting.search, "return_tree": True}}
+        extra = {"search_width": setting.width, "search": {"early_stop": "off", **setting.search, "return_tree": True}}
         response = client.completions.create(**body, temperature=1.0, extra_body=extra)
         search: dict[str, Any] = response.search  # type: ignore[attr-defined]
         answer = _answer(response.choices[0].text)

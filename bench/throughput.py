@@ -85,6 +85,7 @@ class Job:
             coverage="uniform",  # as published, with the published cut, for the client knows nothing else
             cluster_distance=0.05,
             center_embeddings=False,
+            early_stop="off",
             seed=self.seed,
         )
 
@@ -116,7 +117,8 @@ class Systems:
     def _search(self, job: Job) -> Callable[[str], Outcome]:
         config = job.config
         search = {"algorithm": config.algorithm, "max_step_tokens": config.max_step_tokens, "step_delimiter": ["\n"],
-                  "answer": config.answer, "answer_pattern": PATTERN, "coverage": config.coverage}  # fmt: skip
+                  "answer": config.answer, "answer_pattern": PATTERN, "coverage": config.coverage,
+                  "early_stop": config.early_stop}  # fmt: skip
         body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": job.seed}
         complete = self._dealt_out(job)
 
