@@ -26,7 +26,7 @@ FLAGS = {
     "max_steps": 5,
     "max_step_tokens": 40,
 }
-GROUP = object()  # of three tensor-parallel ranks
+GROUP = SimpleNamespace(rank=0, ranks=[0, 1, 2], cpu_group=None)  # of three tensor-parallel ranks
 NEED = PoolNeed(32, 5 * 40)  # the widest search, and the longest trajectory that its steps allow
 
 
@@ -42,6 +42,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[PrmSettings]:
     monkeypatch.setattr(PrmEngine, "load", classmethod(load))
     monkeypatch.setattr(startup, "get_device", lambda: SimpleNamespace(device="cpu"))
     monkeypatch.setattr(ranks, "get_parallel", lambda: SimpleNamespace(tp_size=3, tp_group=GROUP))
+    monkeypatch.setattr(ranks, "broadcast_pyobj", lambda values, *_group, **_source: values)
     return calls
 
 
