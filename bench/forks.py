@@ -23,6 +23,7 @@ from tqdm import tqdm
 from bench import rows
 from bench.client_search.processes import Running, awake, running, search_flags
 from bench.embedded import client_of, held_out_problems
+from bench.trees import growth, num_distinct_prefixes
 from sglang_ets.engine.live import ForkMode
 
 MODES = get_args(ForkMode)[::-1]
@@ -32,13 +33,10 @@ POLICIES: dict[str, dict[str, Any]] = {
     "best_of_n": {"algorithm": "best_of_n"},
 }
 POOL_TOKENS = 100_000  # nothing is short
-COMPARED = ("id", "parent", "token_ids", "state", "allocation", "cluster")
-
-Tree = list[tuple[Any, ...]]
 
 
-def solve(url: str, problem: dict[str, Any], policy: str, width: int, seed: int) -> tuple[dict[str, Any], Tree, float]:
-    """The figures of one search, its tree, and how long the client waited."""
+def solve(url: str, problem: dict[str, Any], policy: str, width: int, seed: int) -> tuple[dict[str, Any], float]:
+    """The figures of one search, with its tree, and how long the client waited."""
     started = time.monotonic()
     answer = client_of(url, timeout_s=1800).completions.create(
         model="default",
@@ -50,41 +48,28 @@ def solve(url: str, problem: dict[str, Any], policy: str, width: int, seed: int)
     )
     seconds = time.monotonic() - started
     figures: dict[str, Any] = answer.search  # type: ignore[attr-defined]
-    tree = [tuple(node[key] for key in COMPARED) for node in figures["tree"]["nodes"]]
-    return {"completion_tokens": answer.usage.completion_tokens, **figures}, tree, seconds  # type: ignore[union-attr]
-
-
-def distinct_prefixes(tree: Tree) -> int:
-    """How many different token sequences its nodes have gone through: what must be computed at least."""
-    ids = {node[0]: node for node in tree}
-
-    def path(node: tuple[Any, ...]) -> tuple[int, ...]:
-        parent = ids.get(node[1])
-        return (*(path(parent) if parent is not None else ()), *node[2])
-
-    paths = [(path(node), len(node[2])) for node in tree]
-    return len({ids[:end] for ids, own in paths for end in range(len(ids) - own + 1, len(ids) + 1)})
+    return {"completion_tokens": answer.usage.completion_tokens, **figures}, seconds  # type: ignore[union-attr]
 
 
 def measure(
     server: Running, problems: Sequence[dict[str, Any]], policy: str, width: int, seed: int, in_flight: int
-) -> tuple[dict[str, Any], list[Tree]]:
-    """One round of one server: its figures and its trees."""
+) -> tuple[dict[str, Any], list[list[tuple[Any, ...]]]]:
+    """One round of one server: its figures, and how its trees grew."""
     with awake([server]), ThreadPoolExecutor(in_flight) as pool:
         cpu_s, started = server.cpu_s(), time.monotonic()
         made = list(pool.map(lambda problem: solve(server.url, problem, policy, width, seed), problems))
         seconds, cpu_s = time.monotonic() - started, server.cpu_s() - cpu_s
-    trees = [tree for _, tree, _ in made]
+    trees = [one["tree"]["nodes"] for one, _ in made]
     figures = {
         "seconds": seconds,
         "cpu_s": cpu_s,
-        "latency_s": statistics.median(latency for _, _, latency in made),
+        "latency_s": statistics.median(latency for _, latency in made),
         "problems": len(problems),
-        "completion_tokens": sum(one["completion_tokens"] for one, _, _ in made),
-        "tokens_computed": sum(one["tokens_computed"] for one, _, _ in made),
-        "distinct_prefixes": sum(map(distinct_prefixes, trees)),
+        "completion_tokens": sum(one["completion_tokens"] for one, _ in made),
+        "tokens_computed": sum(one["tokens_computed"] for one, _ in made),
+        "distinct_prefixes": sum(map(num_distinct_prefixes, trees)),
     }
-    return figures, trees
+    return figures, [growth(nodes) for nodes in trees]
 
 
 def run(args: argparse.Namespace, out: Any) -> None:
@@ -102,7 +87,7 @@ def run(args: argparse.Namespace, out: Any) -> None:
         ]
         for width, in_flight, policy, number in tqdm(rounds, unit="round"):
             here = problems[number * args.problems : (number + 1) * args.problems]
-            expected: list[Tree] | None = None
+            expected: list[Any] | None = None
             turn = number % len(MODES)
             for place in [*range(turn, len(MODES)), *range(turn)]:
                 figures, trees = measure(servers[place], here, policy, width, args.seed, in_flight)

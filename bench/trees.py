@@ -14,6 +14,7 @@ from bench.server import running_server
 from sglang_ets.core.ilp import CostTree
 
 IN_FLIGHT = 2
+GROWTH = ("id", "parent", "token_ids", "state", "allocation", "cluster")
 
 Node = dict[str, Any]  # as it stands in `tree.nodes` of an answer
 
@@ -40,6 +41,22 @@ def path_to(leaf: Node, by_id: Mapping[int, Node]) -> list[Node]:
     while path[-1]["parent"] in by_id:
         path.append(by_id[path[-1]["parent"]])
     return path[::-1]
+
+
+def growth(nodes: Sequence[Node]) -> list[tuple[Any, ...]]:
+    """Every node by its place, with its tokens and what became of it: equal for searches that went the same way."""
+    return [tuple(node[key] for key in GROWTH) for node in nodes]
+
+
+def num_distinct_prefixes(nodes: Sequence[Node]) -> int:
+    """Distinct token prefixes of the trajectories, the prompt aside: what any engine must compute, or find computed."""
+    by_id = {node["id"]: node for node in nodes}
+    prefixes: set[tuple[int, ...]] = set()
+    for node in nodes:
+        token_ids = tuple(token for step in path_to(node, by_id) for token in step["token_ids"])
+        before = len(token_ids) - len(node["token_ids"])
+        prefixes |= {token_ids[:end] for end in range(before + 1, len(token_ids) + 1)}
+    return len(prefixes)
 
 
 def kv_tree(paths: Sequence[Sequence[Node]]) -> CostTree:

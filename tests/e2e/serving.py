@@ -16,6 +16,7 @@ import openai
 
 from bench.embedded import held_out_problems
 from bench.server import LAUNCHER, running_server
+from bench.trees import growth
 
 PROBLEMS = held_out_problems()
 KEY = "a-key-for-tests"
@@ -74,8 +75,7 @@ class Server:
 def grown_tree(server: Server, prompt: str, width: int, *, algorithm: str, **fields: Any) -> list[tuple[Any, ...]]:
     """The tree of one search: every node by its place, with its tokens and what became of it."""
     answer = server.search(prompt, width, search={"algorithm": algorithm, "return_tree": True}, **fields)
-    keys = ("id", "parent", "token_ids", "state", "allocation", "cluster")
-    return [tuple(node[key] for key in keys) for node in answer["search"]["tree"]["nodes"]]
+    return growth(answer["search"]["tree"]["nodes"])
 
 
 @contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bench.trees import num_distinct_prefixes
 from sglang_ets.core.registry import BUILT_IN
 from tests.e2e.serving import PROBLEMS, Server
-from tests.engine.test_strands import num_distinct_prefixes
 
 pytestmark = pytest.mark.server
 
@@ -26,7 +26,7 @@ def test_a_search_prefills_its_prompt_and_computes_no_token_twice(server: Server
     assert num_prefills(server) - before == 1
     figures = answer["search"]
     assert figures["forks"] == "shared"
-    distinct = num_distinct_prefixes(figures["tree"])
+    distinct = num_distinct_prefixes(figures["tree"]["nodes"])
     assert figures["tokens_computed"] <= 1.05 * distinct < 1.05 * answer["usage"]["completion_tokens"]
 
 

@@ -15,6 +15,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang_ets.patches.cpu_sampler import row_seeds
 
+from bench.trees import num_distinct_prefixes
 from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.engine.children import ChildReq, ChildSpec, SearchIds, make_child
 from sglang_ets.engine.strands import DRAW_KEY, Draw, can_share, run_batch, take_awaited
@@ -64,17 +65,6 @@ def tree_of(world: World) -> Any:
     return world.answer()["tree"]
 
 
-def num_distinct_prefixes(tree: Any) -> int:
-    """Distinct token prefixes of the trajectories of a returned tree, the prompt aside."""
-    paths: dict[int, tuple[int, ...]] = {0: ()}
-    prefixes: set[tuple[int, ...]] = set()
-    for node in tree["nodes"]:
-        before = paths[node["parent"]]
-        paths[node["id"]] = path = (*before, *node["token_ids"])
-        prefixes |= {path[:end] for end in range(len(before) + 1, len(path) + 1)}
-    return len(prefixes)
-
-
 @pytest.mark.parametrize("width", [4, 16, 64])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_trees_are_those_of_a_row_per_node(algorithm: str, width: int) -> None:
@@ -88,7 +78,7 @@ def test_trees_are_those_of_a_row_per_node(algorithm: str, width: int) -> None:
 def test_no_token_is_computed_twice(algorithm: str, overlaps: bool) -> None:
     world = grown(world_of("shared", overlaps=overlaps), width=16, algorithm=algorithm)
     figures, usage = world.answer()["search"], world.answer()["usage"]
-    distinct = num_distinct_prefixes(tree_of(world))
+    distinct = num_distinct_prefixes(tree_of(world)["nodes"])
     assert figures["tokens_computed"] <= 1.05 * distinct < usage["completion_tokens"]
     assert figures["forks"] == "shared"
     assert len(world.scheduler.prefilled) == 1

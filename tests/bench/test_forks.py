@@ -1,0 +1,60 @@
+"""The bench of forks: what counts as an equal tree, what must be computed at least, and its table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import forks, rows
+from bench.trees import growth, num_distinct_prefixes
+
+
+def node(place: int, parent: int, *token_ids: int) -> dict[str, Any]:
+    return {
+        "id": place, "parent": parent, "token_ids": list(token_ids), "state": "complete", "allocation": 0, "cluster": None,
+        "text": str(place),
+    }  # fmt: skip
+
+
+TREE = [node(1, 0, 5, 6), node(2, 0, 5, 7), node(3, 1, 8), node(4, 1, 8), node(5, 2, 8)]
+
+
+def test_equal_beginnings_count_once_and_equal_steps_behind_other_ones_do_not() -> None:
+    assert num_distinct_prefixes(TREE) == len([(5,), (5, 6), (5, 7), (5, 6, 8), (5, 7, 8)])
+
+
+def test_a_tree_is_equal_by_what_grew_and_not_by_how_it_is_shown() -> None:
+    assert growth(TREE) == growth([{**one, "text": "another"} for one in TREE])
+    assert growth(TREE) != growth([*TREE[:-1], node(5, 2, 9)])
+
+
+@pytest.mark.parametrize("other", [None, "shared"])
+def test_a_mode_that_grows_another_tree_ends_the_bench(
+    other: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    @contextmanager
+    def running(_flags: Sequence[Sequence[str]]) -> Iterator[list[Any]]:
+        yield list(forks.MODES)
+
+    def measure(server: Any, *_asked: Any) -> tuple[dict[str, Any], list[Any]]:
+        figures = {"seconds": 2.0 if server == "extend" else 1.0, "cpu_s": 1.0, "problems": 1}
+        figures |= {"completion_tokens": 10, "tokens_computed": 5 if server == "shared" else 10, "distinct_prefixes": 5}
+        return figures, growth(TREE[:-1] if server == other else TREE)
+
+    monkeypatch.setattr(forks, "running", running)
+    monkeypatch.setattr(forks, "measure", measure)
+    args = argparse.Namespace(widths=[8], in_flight=[1], problems=1, rounds=1, seed=0)
+    out = tmp_path / "rows.jsonl"
+    if other:
+        with pytest.raises(SystemExit, match="--search-forks shared grew other trees"):
+            forks.run(args, out)
+        return
+    forks.run(args, out)
+    made = list(rows.read(out))
+    assert len(made) == len(forks.MODES) * len(forks.POLICIES)
+    assert "| 8 | 1 | ets b=4 | shared | 1 | 1 | 2.00x | 1.00x | 0.50 | 1.00 |" in forks.table(made)
