@@ -13,35 +13,19 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-import sglang_ets
+from bench.embedded import MODELS
+from tests.prm.runtime import policy_runtime
 
-MODELS = Path(sglang_ets.__file__).parent / "models"
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "policy")
 
 
 @pytest.fixture(scope="session")
 def scheduler() -> Iterator[Any]:
     """What a PRM engine reads of a scheduler. sglang builds process groups once per process, so they stay."""
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import bootstrap
-    from sglang.srt.runtime_context import SpawnRanks, create_context, use_context
-    from sglang.srt.server_args import ServerArgs
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = ServerArgs(
-        model_path=str(MODELS / "policy"),
-        device="cpu",
-        dtype="float32",
-        attention_backend="torch_native",
-        disable_overlap_schedule=True,
-        random_seed=1,
-    )
-    context = create_context(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
-    with use_context(context):
-        bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
-        bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(arguments))
+    with policy_runtime(0, 1, port) as arguments:
         yield SimpleNamespace(server_args=arguments, tokenizer=TOKENIZER, nccl_port=port, enable_overlap=False)
 
 

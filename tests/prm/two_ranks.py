@@ -18,7 +18,8 @@ from sglang_ets import cpu_shim
 
 cpu_shim.install()  # before anything of sglang
 
-from tests.prm.conftest import MODELS, TOKENIZER  # noqa: E402
+from tests.prm.conftest import TOKENIZER  # noqa: E402
+from tests.prm.runtime import policy_runtime  # noqa: E402
 
 NUM_RANKS = 2
 CORES = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(NUM_RANKS))  # a core for each, if there are two
@@ -34,25 +35,9 @@ ENVIRONMENT = {
 @contextmanager
 def scheduler(rank: int, port: int) -> Iterator[Any]:
     """What a PRM engine reads of the scheduler of one rank, with the policy model's weights split over two."""
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import bootstrap
     from sglang.srt.managers.tp_worker import TpModelWorker
-    from sglang.srt.runtime_context import SpawnRanks, create_context, use_context
-    from sglang.srt.server_args import ServerArgs
 
-    arguments = ServerArgs(
-        model_path=str(MODELS / "policy"),
-        device="cpu",
-        dtype="float32",
-        attention_backend="torch_native",
-        disable_overlap_schedule=True,
-        random_seed=1,
-        tp_size=NUM_RANKS,
-    )
-    context = create_context(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank))
-    with use_context(context):
-        bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
-        bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(arguments))
+    with policy_runtime(rank, NUM_RANKS, port) as arguments:
         worker = TpModelWorker(server_args=arguments, gpu_id=rank, nccl_port=port)
         yield SimpleNamespace(
             server_args=arguments, tokenizer=TOKENIZER, nccl_port=port, tp_worker=worker, enable_overlap=False
