@@ -9,13 +9,14 @@ from typing import Any
 import openai
 
 import sglang_ets
+from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS
 
 MODELS = Path(sglang_ets.__file__).parent / "models"
 
 
 def held_out_problems(count: int | None = None) -> list[dict[str, Any]]:
     """The first `count` shipped problems, or all: prompt, answer and expression of each."""
-    lines = (MODELS / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = EMBEDDED_PROBLEMS.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]
 
 

@@ -27,20 +27,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
 from bench import rows
+from bench.embedded import held_out_problems
 from bench.fuzz import FAULTS, outcome_of
 from bench.hostile import hostile_request
 from bench.server import running_server
 from bench.traffic import ANSWER_LIMIT_S, OrdinaryTraffic, locks_when_idle, memory_mb
 from sglang_ets.core.registry import BUILT_IN
 
-PROBLEMS = Path(__file__).resolve().parents[1] / "sglang_ets" / "models" / "problems.jsonl"
 ALGORITHMS = tuple(BUILT_IN)
 WIDTHS = {4: 8, 8: 8, 16: 8, 64: 4, 256: 1}  # and how often: a wide search takes as long as many narrow ones
 WARM_UP_WIDTH = 64
@@ -198,7 +197,7 @@ def search_body(rng: random.Random, widths: Mapping[int, int]) -> dict[str, Any]
 
 @functools.cache
 def prompts() -> list[str]:
-    return [json.loads(line)["prompt"] for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
+    return [problem["prompt"] for problem in held_out_problems()]
 
 
 def is_expected(body: dict[str, Any], status: int) -> bool:

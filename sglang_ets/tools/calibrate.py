@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from sglang_ets.core.clusters import RunningCenter, cluster_labels, cosine_distances
 from sglang_ets.tools.ask import DEFAULT_URL, AskFailed, Question, watch
+from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS
 
 SMALLEST = 1e-5  # distances below this are rounding
 NUM_BINS = 48
 BAR_CHARS = 50
-EMBEDDED_PROBLEMS = Path(__file__).parents[1] / "models" / "problems.jsonl"
 NUM_EMBEDDED = 8
 SETTINGS = {"algorithm": "rebase", "return_tree": True, "return_embeddings": True}
 TIMEOUT_S = 600.0

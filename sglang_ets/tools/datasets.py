@@ -18,6 +18,7 @@ from typing import Any
 
 DATA_ENV = "SGLANG_ETS_DATA"
 ON_HUB = {"gsm8k": ("openai/gsm8k", "main"), "math500": ("HuggingFaceH4/MATH-500", None)}
+EMBEDDED_PROBLEMS = Path(__file__).parents[1] / "models" / "problems.jsonl"  # of the embedded task, held out
 VALIDATION_SHARE = 5  # one of so many
 QUESTION_KEYS = ("question", "problem", "prompt", "Question")
 ANSWER_KEYS = ("answer", "expected_answer", "Answer")

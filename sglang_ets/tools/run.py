@@ -24,12 +24,11 @@ from rich.table import Table
 
 from sglang_ets.math_process import MathProcess
 from sglang_ets.tools.ask import DEFAULT_URL, EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, parse_settings
-from sglang_ets.tools.datasets import Problem, load
+from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS, Problem, load
 from sglang_ets.tools.grading import grade
 
 EMBEDDED = "embedded"
 FILE_WIDTH = 160
-EMBEDDED_PROBLEMS = Path(__file__).parents[1] / "models" / "problems.jsonl"
 
 Row = dict[str, Any]
 
