@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from sglang_ets import cpu_shim
-from sglang_ets.launch_server import chosen_flags
 from tests.e2e.serving import KEY, ONE_TRAJECTORY_TOKENS, Server, serving
 
 
@@ -36,10 +34,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def overlapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The overlap schedule, pages of searches and a key. By sglang's own launcher: on a CPU ours has no overlap."""
+    """The overlap schedule, pages of searches and a key."""
     flags = ["--search-trace", "--api-key", KEY]
-    flags += [flag for flag in chosen_flags(flags, has_cuda=False) if flag != "--disable-overlap-schedule"]
-    env = {"PYTHONPATH": cpu_shim.FOLDER, "SGLANG_USE_CPU_ENGINE": "1"}
-    log = tmp_path_factory.mktemp("overlapped") / "log.txt"
-    with serving(log, flags, env=env, module="sglang.launch_server") as running:
+    with serving(tmp_path_factory.mktemp("overlapped") / "log.txt", flags, overlaps=True) as running:
         yield replace(running, api_key=KEY)
