@@ -226,7 +226,7 @@ def environment(wheels: Path | None, folder: Path) -> dict[str, str]:
     """Of every part: where wheels are given, these alone beside what the machine has."""
     if wheels is None:
         return {}
-    site = folder / "site"
+    site = folder.resolve() / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
     subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=True)
     return {"PYTHONPATH": os.pathsep.join([str(HERE / "stand_in"), str(site), str(Path.cwd())]), **PLAIN_ENV}
