@@ -41,7 +41,9 @@ def download(pins: list[str], folder: Path) -> None:
     platforms = [item for name in PLATFORMS for item in ("--platform", name)]
     options = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
     pip = [sys.executable, "-m", "pip"]
-    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would put into the wheel what an older build has left there
+    shutil.rmtree(
+        ROOT / "build", ignore_errors=True
+    )  # setuptools would put into the wheel what an older build has left there
     subprocess.run([*pip, "download", "--quiet", *options, "--dest", str(folder), *pins], check=True)
     subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)], check=True)
 

@@ -2,7 +2,7 @@
 
     python -m bench.studies.prm_sharing
 
-Counted in tokens that a forward pass computes, on recorded trees of real searches. A rank has in its cache what it has computed.
+Counted in tokens that a forward pass computes, on recorded trees of real searches. A rank caches what it has computed.
 `at home` scores a step where the step before it was scored; `anywhere` scores it on the rank that is then done first, which may
 have to compute the trajectory again. A level is done when its slowest rank is.
 """
@@ -70,7 +70,7 @@ def gain(nodes: Sequence[Node], num_ranks: int, *, anywhere: bool) -> float:
         for own in level:
             homes = [rank for rank in range(num_ranks) if steps[own].parent in {PROMPT, *cached[rank]}]
             ranks = range(num_ranks) if anywhere else homes
-            rank = min(ranks, key=lambda rank: load[rank] + new_tokens(steps, own, cached[rank]))  # noqa: B023
+            rank = min(ranks, key=lambda rank: load[rank] + new_tokens(steps, own, cached[rank]))
             load[rank] += new_tokens(steps, own, cached[rank])
             at = own
             while at != PROMPT and at not in cached[rank]:
