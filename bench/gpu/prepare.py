@@ -14,6 +14,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+from bench import rows
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SGLANG = "sglang"
@@ -49,7 +51,8 @@ def download(pins: list[str], folder: Path) -> None:
 
 
 def copy_sources(folder: Path) -> None:
-    """bench/ and the tests that need a GPU, beside the wheels; and the one file of sgl_kernel that is called."""
+    """bench/ and the tests that need a GPU, beside the wheels; the one file of sgl_kernel that is called; and the commit."""
+    (folder / rows.COMMIT_FILE).write_text(rows.commit_of(ROOT / "bench"), encoding="utf-8")
     shutil.copytree(ROOT / "bench", folder / "bench", ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
     for name in KERNEL_TESTS:
         source, target = ROOT / "tests" / name, folder / "tests" / name

@@ -72,7 +72,9 @@ def machine(_smoke: bool, _folder: Path) -> Iterator[Row]:
     """What the rest is measured on."""
     import torch
 
-    row: Row = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
+    from bench import rows
+
+    row: Row = {**rows.provenance(), "torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         row |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
