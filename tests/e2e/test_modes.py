@@ -35,6 +35,14 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def overlapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The overlap schedule, pages of searches and a key."""
+    flags = ["--search-trace", "--api-key", KEY]
+    with serving(tmp_path_factory.mktemp("overlapped") / "log.txt", flags, overlaps=True) as running:
+        yield replace(running, api_key=KEY)
+
+
 def assert_every_policy_answers(server: Server) -> None:
     """All policies at once beside each other; no step fails, and both ledgers are empty afterwards."""
     with ThreadPoolExecutor(len(ALGORITHMS)) as clients:
