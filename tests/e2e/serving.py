@@ -89,7 +89,7 @@ def grown_tree(server: Server, prompt: str, width: int, *, algorithm: str, **fie
 def serving(
     log: Path, flags: Sequence[str] = (), *, env: Mapping[str, str] | None = None, overlaps: bool = OVERLAPS
 ) -> Iterator[Server]:
-    """A server with sglang's own memory checks on. With the overlap schedule sglang's launcher starts it: ours has none on a CPU."""
+    """A server with sglang's own memory checks on. With the overlap schedule by sglang's launcher: on a CPU ours has none."""
     given = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
     given |= env or {}
     module = LAUNCHER
