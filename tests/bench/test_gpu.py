@@ -14,7 +14,7 @@ import pytest
 
 from bench import rows
 from bench.gpu import prepare, rehearse
-from bench.gpu.rehearse import PARTS, Part, run_part
+from bench.gpu.rehearse import PARTS, Part, run_part, run_within
 
 STAND_IN = Path(rehearse.__file__).parent / "stand_in"
 INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -99,6 +99,27 @@ def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path: Path, monkeypatc
     monkeypatch.setitem(PARTS, "machine", Part(PARTS["machine"].run, limit_s=0))
     (slow,) = run_part("machine", tmp_path, {}, smoke=True)
     assert slow["error"] == "more than 0 s"
+
+
+STARTS_SOMETHING = """
+import pathlib, sys, time
+from bench.server import _end_by_exit
+_end_by_exit()  # as `running_server` does
+try:
+    print("started", flush=True)
+    time.sleep(60)
+finally:
+    pathlib.Path(sys.argv[1]).write_text("stopped")
+"""
+
+
+def test_a_part_that_takes_too_long_stops_what_it_has_started(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+", encoding="utf-8") as log:
+        status = run_within(4, [sys.executable, "-c", STARTS_SOMETHING, str(tmp_path / "end")], os.environ, log)
+        log.seek(0)
+        assert log.read() == "started\n"
+    assert status is None
+    assert (tmp_path / "end").read_text() == "stopped"
 
 
 def test_one_failure_stops_nothing(
