@@ -6,7 +6,7 @@ equal actions. All policies wait for a level to be complete, except best-of-N, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.core.selection import Level, Selection, num_groups
+from sglang_ets.core.speculation import Guess, best_first
 from sglang_ets.core.stopping import Ballot, EarlyEnd, EarlyReason, early_reason, highest_score
 from sglang_ets.core.token_budget import TokenBudget
 from sglang_ets.core.tree import Node, SearchTree, StepFinish
@@ -99,6 +100,12 @@ class Search:
     @property
     def _waits_for_levels(self) -> bool:
         return self.config.algorithm != "best_of_n"
+
+    @property
+    def speculates(self) -> bool:
+        """Whether `guesses` may give any. With a budget it does not: what is computed and not used would go beyond it."""
+        has_budget = self.config.max_total_tokens is not None or self.config.kv_budget_tokens is not None
+        return self.config.speculate and self._waits_for_levels and not has_budget
 
     def start(self) -> list[Action]:
         """The first level: `width` steps from the prompt, or what the token budget allows. DVTS deals them out to subtrees."""
@@ -196,6 +203,32 @@ class Search:
             raise ValueError("the root of a search tree is no step")
         return self._ends(node.depth, node.parent.trajectory_tokens + num_tokens, finish)
 
+    def guesses(self, num_begun: Mapping[int, int], num_running: int, most: int) -> list[Guess]:
+        """At most so many children of scored leaves that may begin while the longest steps of the level still run.
+
+        Changes nothing: what begins becomes a node only if `on_selected` expands its leaf so far. `num_begun` says how many
+        children of a leaf have begun so, `num_running` how many of all these have not ended: with the level's own steps
+        they are never more than the level has nodes.
+        """
+        num_unfinished = sum(node.finish is None and node.state == "open" for node in self._level)
+        if not self.speculates or self.is_over or not num_unfinished:
+            return []
+        most = min(most, len(self._level) - num_unfinished - num_running)
+        leaves = [node for node in self._level if node.state == "open" and not self._is_complete(node)]
+        num_complete = sum(node.finish is not None and self._is_complete(node) for node in self._level)
+        expected = best_first(
+            [leaf.score for leaf in leaves], self.remaining_width - num_complete, self.config.rebase_temperature
+        )
+        made: list[Guess] = []
+        for place, count in expected:
+            leaf = leaves[place]
+            first = num_begun.get(leaf.id, 0)
+            count = min(count - first, most)
+            if count > 0:
+                made.append(Guess(leaf.id, first, count, self._room(leaf)))
+                most -= count
+        return made
+
     def stop(self, reason: str) -> list[Action]:
         """End now with what there is."""
         return [] if self.is_over else self._finish(reason)
@@ -217,10 +250,14 @@ class Search:
     def _expand(self, node: Node, children: list[Node]) -> Expand:
         self._level += children
         self._open |= dict.fromkeys(child.id for child in children)
-        room = min(self._most_tokens - node.trajectory_tokens, self.config.max_step_tokens)
+        room = self._room(node)
         if self._waits_for_levels:
             room = min(room, self._budget.share(self.remaining_width))
         return Expand(node.id, tuple(child.id for child in children), room)
+
+    def _room(self, node: Node) -> int:
+        """Tokens that a step after this node may have, a token budget aside."""
+        return min(self._most_tokens - node.trajectory_tokens, self.config.max_step_tokens)
 
     @property
     def _most_tokens(self) -> int:

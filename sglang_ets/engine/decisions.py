@@ -89,7 +89,7 @@ class Decisions:
 
 def _state(live: LiveSearch) -> State:
     awaited = "" if live.awaited is None else live.awaited[0]
-    return len(live.search.tree.nodes), len(live.children), awaited
+    return len(live.search.tree.nodes), len(live.children) + len(live.guesses.children), awaited
 
 
 def _decisions(searches: Sequence[LiveSearch]) -> list[Decision]:

@@ -16,6 +16,7 @@ from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy, checked
 from sglang_ets.core.tree import Node
+from sglang_ets.engine.guesses import Guesses
 from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
 from sglang_ets.wire import TRACE_PARAM
@@ -64,6 +65,7 @@ class LiveSearch:
     children: set[str] = field(default_factory=set)  # ids of the internal requests in the engine
     forks: ForkMode = "extend"
     parted: dict[str, Hold] = field(default_factory=dict)  # what children that left a strand start from, by their ids
+    guesses: Guesses = field(default_factory=Guesses)
     tokens_computed: int = 0  # by the policy model for steps; the prompt aside
     awaited: tuple[Literal["select", "answer"], Future[Any] | None] | None = None  # no future: on the first rank
     # Of all holds when the last level was complete.
@@ -134,7 +136,17 @@ class LiveSearch:
     @property
     def is_over(self) -> bool:
         """Answered, and none of its internal requests is left in the engine."""
-        return self.is_answered and not self.children
+        return self.is_answered and not self.children and not self.guesses.children
+
+    def waits_for(self, child_id: str) -> bool:
+        """Whether it has begun this child, which has not ended."""
+        return child_id in self.children or child_id in self.guesses.children
+
+    def left(self, child_id: str) -> bool:
+        """This child, for which it waits, has left the engine. Returns whether it was a guess."""
+        self.guesses.is_due = True  # a row is free
+        self.children.discard(child_id)
+        return self.guesses.children.pop(child_id, None) is not None
 
     @contextmanager
     def on_loop(self) -> Iterator[None]:
@@ -157,7 +169,7 @@ class LiveSearch:
         return node.parent
 
     def holds(self) -> list[Hold]:
-        """Locks of the trajectories that may still grow, in the order of their nodes."""
+        """Locks of the trajectories that may still grow, in the order of their nodes. Those of guesses are not among them."""
         held = [branch.hold for _, branch in sorted(self.branches.items())]
         return [hold for hold in (*held, *self.parted.values()) if hold is not None and hold.locked]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from sglang_ets.engine.live import Branch, LiveSearch
@@ -13,6 +14,7 @@ from sglang_ets.prm.engine import PrmEngine, PrmError, PrmPath, ScoreJob, StepSc
 logger = logging.getLogger(__name__)
 
 SCORE_BATCH_STEPS = 16  # finished steps that wait at most before the PRM runs, unless a level is complete earlier
+EARLY_PARTS = 4  # in so many parts at most a level is scored for a search that guesses, its last part aside
 
 Outcome = tuple[StepScore, PrmPath] | PrmError
 Waiting = tuple[LiveSearch, int]  # a search, and the node whose step waits
@@ -46,7 +48,7 @@ class StepScoring:
         self._waiting = [(live, node_id) for live, node_id in self._waiting if not live.has_ended]
         # A step follows its parent's; best-of-N may have both waiting.
         batch = [(live, node_id) for live, node_id in self._waiting if _parent(live, node_id).prm is not None]
-        if len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch):
+        if len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch) and not _is_early(batch):
             return []
         return batch
 
@@ -63,6 +65,12 @@ class StepScoring:
             outcomes = [PrmError(f"{type(error).__name__}: {error}")] * len(batch)
         self._metrics.scored(len(batch), time.perf_counter() - started)
         return outcomes
+
+
+def _is_early(batch: Sequence[Waiting]) -> bool:
+    """Whether a search that guesses has enough steps here: it can go on only from leaves that have their scores."""
+    counts = Counter(live for live, _ in batch if live.search.speculates)
+    return any(EARLY_PARTS * count >= live.search.remaining_width for live, count in counts.items())
 
 
 def _parent(live: LiveSearch, node_id: int) -> Branch:
