@@ -1,4 +1,4 @@
-"""Which children may begin before their level is complete: those that selection will most probably want. Pure."""
+"""Which children may begin before their level is complete: those that selection would want of what is known so far. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sglang_ets.core.allocation import by_score
+from sglang_ets.core.tree import Node
+
+KNOWN_SHARE = 0.5  # of a level must have its scores: earlier, what is best so far is too often not the best of all
+
+Forecast = tuple[tuple[int, int], ...]  # leaf and number of its children, the best score first
 
 
 @dataclass(frozen=True)
@@ -20,19 +26,12 @@ class Guess:
     max_new_tokens: int
 
 
-def best_first(scores: Sequence[float | None], width: int, temperature: float) -> list[tuple[int, int]]:
-    """Leaf and number of children that it probably gets, of the leaves that probably get any; the best score first.
+def known_width(width: int, num_known: int, num_leaves: int) -> int:
+    """Of a width that all leaves of a level share, what those will get together that have their scores."""
+    return max(1, round(width * num_known / num_leaves))
 
-    A leaf's share of the width is that of REBASE, whatever the policy; it is rounded, where REBASE rounds good leaves up. What
-    has no score yet (None) takes part as if it had the mean of those that have, and is not returned.
-    """
-    known = [score for score in scores if score is not None]
-    if not known:
-        return []
-    mean = sum(known) / len(known)
-    filled = np.array([mean if score is None else score for score in scores], dtype=np.float64)
-    weights = np.exp((filled - filled.max()) / temperature)
-    counts = np.floor(width * weights / weights.sum() + 0.5).astype(int).tolist()
-    return [
-        (place, counts[place]) for place in by_score(filled).tolist() if scores[place] is not None and counts[place]
-    ]
+
+def forecast(leaves: Sequence[Node], allocation: NDArray[np.int64]) -> Forecast:
+    """What selection gave to these leaves, without those that got nothing."""
+    scores = np.array([leaf.score for leaf in leaves], dtype=np.float64)
+    return tuple((leaves[place].id, int(allocation[place])) for place in by_score(scores) if allocation[place])

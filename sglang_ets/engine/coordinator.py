@@ -242,8 +242,7 @@ class SearchCoordinator:
     def _feed(self, running_batch: Any) -> Any:
         """Let searches start, or go on, as the pools allow, and their steps enter the engine behind ordinary requests."""
         self._queue.start()
-        if not (self._queue.num_waiting or self._queue.num_suspended):
-            self._speculation.start([self.searches[search_id] for search_id in self._queue.running])
+        self._guess()
         entered = self._steps.feed(self._queue.running)
         for child in (*entered.forks, *entered.queued):
             child.time_stats.set_wait_queue_entry_time()
@@ -254,6 +253,29 @@ class SearchCoordinator:
             self._locks.start_from(self.searches[child.spec.search_id], child.rid)
             child.source = None  # from here on it may have more tokens than that path
         return running_batch
+
+    def _guess(self) -> None:
+        """Searches that wait for the longest steps of a level go on with what selection would probably keep of it."""
+        running = [self.searches[search_id] for search_id in self._queue.running]
+        running = [live for live in running if live.search.speculates and not live.has_ended]
+        if not running or self._queue.num_waiting or self._queue.num_suspended:
+            return
+        for live in running:
+            if live.guesses.is_stale and live.awaited is None:
+                with self.guard(live):
+                    self._forecast(live)
+        self._speculation.start(running)
+
+    def _forecast(self, live: LiveSearch) -> None:
+        live.guesses.is_stale = False
+        policy = self._policy_of(live.search.config)
+        choose = live.forecast(policy)
+        if choose is None:
+            return
+        if self._decisions.in_loop(getattr(policy, "is_cheap", False)):
+            live.guesses.expected = choose()
+        else:
+            self._decisions.guess(live, choose)
 
     def after_plan(self, plan: Any) -> None:
         """Break a standstill as the pressure valve decides."""
@@ -449,7 +471,7 @@ class SearchCoordinator:
         assert before is not None, "a parent keeps its PRM path until its last child is scored"
         live.prm_tokens += len(path.token_ids) - len(before.token_ids)
         self._locks.child_scored(live, parent_id)
-        live.guesses.is_due = True
+        live.guesses.is_stale = live.guesses.is_due = True
         self.apply(live, live.search.on_scored(node_id, score.score, score.embedding))
 
     def _unscored(self, live: LiveSearch, node_id: int, reason: str) -> None:
@@ -585,6 +607,8 @@ class SearchCoordinator:
             self.fail(live, decision.value.message)
         elif decision.kind == "select":
             self._selected(live, decision.value)
+        elif decision.kind == "guess":
+            live.guesses.expected, live.guesses.is_due = decision.value, True
         else:
             self._answer(live, decision.value)
 

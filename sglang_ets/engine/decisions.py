@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a result
 
-Kind = Literal["select", "answer"]
+Kind = Literal["select", "answer", "guess"]
 # Of one search, what all ranks must have alike: its nodes, its requests in the engine, what it waits for.
 State = tuple[int, int, str]
 
@@ -38,7 +38,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Decision:
-    """Something that a search takes in: a Selection, the ranked answers, or that its time is up."""
+    """Something that a search takes in: a Selection, the ranked answers, a Forecast, or that its time is up."""
 
     place: int  # of the search among the live ones, oldest first
     kind: Kind | Literal["deadline"]
@@ -59,6 +59,10 @@ class Decisions:
     def select(self, live: LiveSearch, choose: Callable[[], Any]) -> None:
         """Let a worker thread choose; the search waits for it."""
         live.awaited = ("select", self._workers.submit(choose) if self._ranks.is_first else None)
+
+    def guess(self, live: LiveSearch, choose: Callable[[], Any]) -> None:
+        """Let a worker thread choose as `select` would; the search goes on, and forgets it once it waits for more."""
+        live.awaited = ("guess", self._workers.submit(choose) if self._ranks.is_first else None)
 
     def answer(self, live: LiveSearch, rank: Callable[[], Future[Any]]) -> None:
         """Start what ranks the answers; the search waits for it."""

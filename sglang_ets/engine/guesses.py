@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from sglang_ets.engine.children import ChildReq, Member
+from sglang_ets.core.speculation import Forecast
 from sglang_ets.kv import Hold
+
+if TYPE_CHECKING:
+    from sglang_ets.engine.children import ChildReq, Member
 
 Place = tuple[int, int]  # node id of a leaf, and the index of a child among its children
 
@@ -30,6 +34,8 @@ class Guesses:
     ended: list[Ended] = field(default_factory=list)
     members: dict[Place, Member] = field(default_factory=dict)  # that have no node yet
     num_begun: dict[int, int] = field(default_factory=dict)  # children of each leaf of this level, failed ones too
+    expected: Forecast = ()  # what selection would want of the leaves that had their scores when it was asked
+    is_stale: bool = False  # others have got theirs since
     is_due: bool = False  # something has changed since the last guess
     is_stopped: bool = False  # until the level is complete
     num_leaves: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy, checked
+from sglang_ets.core.speculation import Forecast, forecast
 from sglang_ets.core.tree import Node
 from sglang_ets.engine.guesses import Guesses
 from sglang_ets.engine.tree_changes import TreeChanges
@@ -67,7 +68,9 @@ class LiveSearch:
     parted: dict[str, Hold] = field(default_factory=dict)  # what children that left a strand start from, by their ids
     guesses: Guesses = field(default_factory=Guesses)
     tokens_computed: int = 0  # by the policy model for steps; the prompt aside
-    awaited: tuple[Literal["select", "answer"], Future[Any] | None] | None = None  # no future: on the first rank
+    awaited: tuple[Literal["select", "answer", "guess"], Future[Any] | None] | None = (
+        None  # no future: on the first rank
+    )
     # Of all holds when the last level was complete.
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
@@ -193,6 +196,23 @@ class LiveSearch:
             costs = token_costs([tree.trajectory_token_ids(tree.nodes[leaf_id]) for leaf_id in leaf_ids])
         level = self.search.level(costs)
         return checked(policy.select(level, config), level, config.algorithm)
+
+    def forecast(self, policy: SelectionPolicy) -> Callable[[], Forecast] | None:
+        """What would be decided of the leaves that have their scores; None if it is too early, or too late, to ask.
+
+        The call may be made on a worker thread while the search goes on.
+        """
+        config, leaves, tree = self.search.config, self.search.scored_leaves(), self.search.tree
+        if not leaves:
+            return None
+        level = self.search.partial_level(leaves)
+        trajectories = [tree.trajectory_token_ids(leaf) for leaf in leaves] if config.reads_costs else []
+
+        def choose() -> Forecast:
+            part = replace(level, kv=token_costs(trajectories)) if config.reads_costs else level
+            return forecast(leaves, checked(policy.select(part, config), part, config.algorithm).allocation)
+
+        return choose
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""

@@ -1,9 +1,9 @@
 """No waiting at the barrier: where rows are left, children of good leaves begin before their level is complete.
 
-A level is complete when its longest step has ended; until then its other rows are empty. So the best of the leaves that have
-their scores go on, as a guess: see `core/speculation.py` for which. A child's seed comes from its place in the tree, so what a
-guess generates is what the child would generate that selection makes at this place. If selection does, the guess becomes
-this child; if not, it is given up. The search knows nothing of it, and its tree is the same.
+A level is complete when its longest step has ended; until then its other rows are empty. So the policy is asked about the
+leaves that have their scores already, and what it would keep goes on, as a guess. A child's seed comes from its place in the
+tree, so what a guess generates is what the child would generate that selection makes at this place. If selection does, the
+guess becomes this child; if not, it is given up. The search knows nothing of it, and its tree is the same.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Speculation:
         if most < 1:
             return
         guesses = live.guesses
-        made = live.search.guesses(guesses.num_begun, guesses.num_running, most)
+        made = live.search.guesses(guesses.expected, guesses.num_begun, guesses.num_running, most)
         guesses.is_due = bool(made)
         for guess in made:
             if not all(room.take(guess.max_new_tokens) for _ in range(guess.count)):
@@ -114,7 +114,7 @@ class Speculation:
             if rid in guesses.parted:
                 live.parted[rid] = guesses.parted.pop(rid)
         self._ledger.drop(guesses.parted.values(), live.prompt_tokens)
-        guesses.parted, guesses.ended, guesses.members, guesses.num_begun = {}, [], {}, {}
+        guesses.parted, guesses.ended, guesses.members, guesses.num_begun, guesses.expected = {}, [], {}, {}, ()
         self._leave(live, unwanted)
         return [ended for ended in own if ended.holds]
 
