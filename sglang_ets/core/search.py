@@ -19,7 +19,7 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.core.selection import Level, Selection, num_groups
-from sglang_ets.core.speculation import KNOWN_SHARE, Forecast, Guess, known_width
+from sglang_ets.core.speculation import KNOWN_SHARE, KNOWN_SHARE_OF_CLUSTERS, Forecast, Guess, known_width
 from sglang_ets.core.stopping import Ballot, EarlyEnd, EarlyReason, early_reason, highest_score
 from sglang_ets.core.token_budget import TokenBudget
 from sglang_ets.core.tree import Node, SearchTree, StepFinish
@@ -156,10 +156,11 @@ class Search:
         return self._level_of(self._leaves, self.remaining_width, kv, embeddings)
 
     def scored_leaves(self) -> list[Node]:
-        """Leaves that have their scores, while steps of their level still run; none while less than half of it is scored."""
+        """Leaves that have their scores, while steps of their level still run; none before enough of it is scored."""
         level = self._level
         num_scored = sum(node.score is not None for node in level)
-        if self.is_over or not self._num_unfinished or num_scored < KNOWN_SHARE * len(level):
+        share = KNOWN_SHARE_OF_CLUSTERS if self.config.reads_embeddings else KNOWN_SHARE
+        if self.is_over or not self._num_unfinished or num_scored < share * len(level):
             return []
         return [node for node in level if node.score is not None and not self._has_completed(node)]
 

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from sglang_ets.core.allocation import by_score
 from sglang_ets.core.tree import Node
 
-KNOWN_SHARE = 0.5  # of a level must have its scores: earlier, what is best so far is too often not the best of all
+# So much of a level must have its scores: earlier, what is best so far is too often not the best of all. Where leaves that
+# mean the same compete for one place, every one that comes may take it.
+KNOWN_SHARE, KNOWN_SHARE_OF_CLUSTERS = 0.5, 0.75
 
 Forecast = tuple[tuple[int, int], ...]  # leaf and number of its children, the best score first
 

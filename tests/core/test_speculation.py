@@ -37,6 +37,8 @@ def test_leaves_with_scores_are_asked_about_once_half_of_them_are_there() -> Non
     search = level_of([0.9, None, 0.5, None])
     assert [leaf.id for leaf in search.scored_leaves()] == [1, 3]
     assert level_of([0.9, 0.5]).scored_leaves() == [], "selection is about to come"
+    assert level_of([0.9, None, 0.5, None], "ets").scored_leaves() == []
+    assert len(level_of([0.9, 0.7, 0.5, None], "ets").scored_leaves()) == 3
     search.stop("deadline")
     assert search.scored_leaves() == []
 
@@ -59,13 +61,13 @@ def test_what_is_expected_comes_best_first() -> None:
 
 @pytest.mark.parametrize("center", [True, False])
 def test_a_part_has_embeddings_and_leaves_the_center_as_it_was(center: bool) -> None:
-    search, other = (level_of([0.5, 0.7, 0.9], "ets", center_embeddings=center) for _ in range(2))
-    search = level_of([0.5, 0.7, None], "ets", center_embeddings=center)
+    other = level_of([0.5, 0.7, 0.8, 0.9], "ets", center_embeddings=center)
+    search = level_of([0.5, 0.7, 0.8, None], "ets", center_embeddings=center)
     for _ in range(2):
         part = search.partial_level(search.scored_leaves())
-        assert part.embeddings is not None and part.embeddings.shape == (2, 2)
-    search.on_step(3, [3, 7], "3 ", "step")
-    search.on_scored(3, 0.9, np.full(2, 0.9, dtype=np.float32))
+        assert part.embeddings is not None and part.embeddings.shape == (3, 2)
+    search.on_step(4, [4, 7], "4 ", "step")
+    search.on_scored(4, 0.9, np.full(2, 0.9, dtype=np.float32))
     whole, same = search.level(None).embeddings, other.level(None).embeddings
     assert whole is not None and same is not None
     assert whole.tolist() == same.tolist()

@@ -20,6 +20,7 @@ from sglang_ets.engine.decisions import Decision, Decisions, Failed, RanksDiffer
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
 from sglang_ets.prm.ranks import ONE_RANK, OneRank, Ranks
 from tests.engine.fakes import DELIMITER, FakeScheduler, ScriptedPrm, World, tokens
+from tests.engine.test_strands import steps_of_two_letters
 
 ALGORITHMS = tuple(BUILT_IN)
 AGES_S = 1e5
@@ -121,6 +122,22 @@ def test_the_second_rank_grows_the_tree_of_the_first_and_decides_nothing(algorit
         first, second = (without_times(world.answer(rid)) for world in worlds)
         assert first == second
         assert first["results"][0]["text"]
+    for world in worlds:
+        world.assert_balanced()
+
+
+@pytest.mark.parametrize("algorithm", ["rebase", "ets", "dvts"])
+def test_both_ranks_begin_the_same_steps_before_selection(algorithm: str) -> None:
+    def drive(world: World) -> None:
+        world.ask(algorithm=algorithm, search_width=16, return_tree=True, speculate=True)
+        for _ in world.ticks():
+            time.sleep(0.001)  # what a forward pass takes: the worker has time to answer
+
+    worlds = two_worlds(steps_of_two_letters)
+    run_both(worlds, drive)
+    first, second = (without_times(world.answer()) for world in worlds)
+    assert first == second
+    assert first["search"]["speculation"]["children"] > 0
     for world in worlds:
         world.assert_balanced()
 
