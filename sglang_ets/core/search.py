@@ -19,7 +19,14 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.core.selection import Level, Selection, num_groups
-from sglang_ets.core.speculation import KNOWN_SHARE, KNOWN_SHARE_OF_CLUSTERS, Forecast, Guess, known_width
+from sglang_ets.core.speculation import (
+    KNOWN_SHARE,
+    KNOWN_SHARE_OF_CLUSTERS,
+    SCORED_PARTS,
+    Forecast,
+    Guess,
+    known_width,
+)
 from sglang_ets.core.stopping import Ballot, EarlyEnd, EarlyReason, early_reason, highest_score
 from sglang_ets.core.token_budget import TokenBudget
 from sglang_ets.core.tree import Node, SearchTree, StepFinish
@@ -157,12 +164,20 @@ class Search:
 
     def scored_leaves(self) -> list[Node]:
         """Leaves that have their scores, while steps of their level still run; none before enough of it is scored."""
-        level = self._level
-        num_scored = sum(node.score is not None for node in level)
-        share = KNOWN_SHARE_OF_CLUSTERS if self.config.reads_embeddings else KNOWN_SHARE
-        if self.is_over or not self._num_unfinished or num_scored < share * len(level):
+        if self.is_over or not self._num_unfinished or not self._is_known_with(0):
             return []
-        return [node for node in level if node.score is not None and not self._has_completed(node)]
+        return [node for node in self._level if node.score is not None and not self._has_completed(node)]
+
+    def wants_scores(self, num_waiting: int) -> bool:
+        """Whether so many of its steps should be scored now, though others still run: it may then go on from them."""
+        is_part = SCORED_PARTS * num_waiting >= len(self._level)
+        return self.speculates and is_part and self._is_known_with(num_waiting)
+
+    def _is_known_with(self, num_more: int) -> bool:
+        """Whether enough of the level has scores, or will have them with so many more."""
+        num_scored = sum(node.score is not None for node in self._level)
+        share = KNOWN_SHARE_OF_CLUSTERS if self.config.reads_embeddings else KNOWN_SHARE
+        return num_scored + num_more >= share * len(self._level)
 
     def partial_level(self, leaves: Sequence[Node]) -> Level:
         """These scored leaves as a level of their own, with their share of the width, and without costs in tokens.

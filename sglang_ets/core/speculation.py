@@ -14,6 +14,7 @@ from sglang_ets.core.tree import Node
 # So much of a level must have its scores: earlier, what is best so far is too often not the best of all. Where leaves that
 # mean the same compete for one place, every one that comes may take it.
 KNOWN_SHARE, KNOWN_SHARE_OF_CLUSTERS = 0.5, 0.75
+SCORED_PARTS = 4  # a level is scored in so many parts at most, its last steps aside: each part is a pass of the PRM
 
 Forecast = tuple[tuple[int, int], ...]  # leaf and number of its children, the best score first
 

@@ -14,7 +14,6 @@ from sglang_ets.prm.engine import PrmEngine, PrmError, PrmPath, ScoreJob, StepSc
 logger = logging.getLogger(__name__)
 
 SCORE_BATCH_STEPS = 16  # finished steps that wait at most before the PRM runs, unless a level is complete earlier
-EARLY_PARTS = 4  # in so many parts at most a level is scored for a search that guesses, its last part aside
 
 Outcome = tuple[StepScore, PrmPath] | PrmError
 Waiting = tuple[LiveSearch, int]  # a search, and the node whose step waits
@@ -68,9 +67,8 @@ class StepScoring:
 
 
 def _is_early(batch: Sequence[Waiting]) -> bool:
-    """Whether a search that guesses has enough steps here: it can go on only from leaves that have their scores."""
-    counts = Counter(live for live, _ in batch if live.search.speculates)
-    return any(EARLY_PARTS * count >= live.search.remaining_width for live, count in counts.items())
+    """Whether a search wants the scores of its steps here, though others of its level still run."""
+    return any(live.search.wants_scores(count) for live, count in Counter(live for live, _ in batch).items())
 
 
 def _parent(live: LiveSearch, node_id: int) -> Branch:

@@ -43,6 +43,14 @@ def test_leaves_with_scores_are_asked_about_once_half_of_them_are_there() -> Non
     assert search.scored_leaves() == []
 
 
+def test_steps_are_wanted_scored_in_parts_as_soon_as_they_can_tell_something() -> None:
+    none, some = level_of([None] * 8), level_of([0.5] * 4 + [None] * 4)
+    assert [num for num in range(1, 9) if none.wants_scores(num)] == [4, 5, 6, 7, 8]
+    assert [num for num in range(1, 5) if some.wants_scores(num)] == [2, 3, 4]
+    assert not level_of([None] * 8, speculate=False).wants_scores(8)
+    assert [num for num in range(1, 9) if level_of([None] * 8, "ets").wants_scores(num)] == [6, 7, 8]
+
+
 def test_a_part_of_a_level_has_its_share_of_the_width() -> None:
     search = level_of([0.9, None, 0.5, 0.6, None, None])
     level = search.partial_level(search.scored_leaves())
