@@ -101,10 +101,14 @@ def measure(args: argparse.Namespace, out: Path) -> None:
 
 
 def table(made: Sequence[dict[str, Any]]) -> str:
-    """Medians over rounds: all at once, and at the policy's own best; ratios to REBASE at its best in the same pool."""
+    """Medians over rounds: all at once, and at the policy's own best; ratios to REBASE at its best in the same pool.
+
+    A server with more flags stands beside the policy's name.
+    """
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in made:
-        runs.setdefault((row["width"], row["share"], row["policy"], row["in_flight"]), []).append(row)
+        policy = " ".join([row["policy"], *row["flags"]])
+        runs.setdefault((row["width"], row["share"], policy, row["in_flight"]), []).append(row)
     rates = {key: statistics.median(row["problems_per_s"] for row in group) for key, group in runs.items()}
     lines = []
     for width, share, policy in dict.fromkeys(key[:3] for key in rates):

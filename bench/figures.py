@@ -46,7 +46,7 @@ def weight(policy: str, name: str) -> str | None:
 
 def colour(policy: str) -> str:
     """Of a policy by its name in the tables; ETS that covers nothing is `ets_kv`."""
-    return COLOURS["ets_kv" if weight(policy, "d") == "0" else re.split(r" \w=", policy)[0]]
+    return COLOURS["ets_kv" if weight(policy, "d") == "0" else re.split(r" \w=|, ", policy)[0]]
 
 
 def accuracy_against_kv(by_title: Mapping[str, tuple[str, Sequence[dict[str, Any]]]], path: Path) -> None:

@@ -3,9 +3,8 @@
     python -m bench.profile --smoke
     python -m bench.profile --width 64 --policy "ets b=4" --seconds 60
 
-py-spy stops the process two hundred times a second and writes down the stack of each busy thread. A sample belongs to the
-first area below that has a part in its stack, so "the search's own Python" is what hooks and coordinator do themselves, not
-what they call a model for. Shares are of the scheduler's main thread; what the worker thread does beside it stands apart.
+py-spy stops the process two hundred times a second and writes down the stack of its main thread. "The search's own Python" is
+what hooks and coordinator do themselves, not what they call a model for. The table goes to bench/results/profile.txt.
 
 One search at a time by default: with more in flight the steps of one hide behind those of others.
 """
@@ -35,25 +34,39 @@ RATE = 200  # samples a second
 SCHEDULER = "sglang::scheduler"  # how sglang names the process
 # Area -> parts of a frame, "function (file:line)", that say a stack belongs to it. The first area that matches has it.
 AREAS: dict[str, tuple[str, ...]] = {
-    "the PRM: forward pass and readout": ("sglang_ets/prm/",),
-    "selection, on the scheduler's thread": ("sglang_ets/core/selection.py", "sglang_ets/core/ilp.py"),
-    "attention over the tree": (
-        "sglang_ets/engine/tree_plan.py",
-        "kernels/paged_attention.py",
-        "patches/torch_native.py",
-    ),
-    "sampling": ("layers/sampler.py", "sglang_ets/engine/strands.py:sample"),
-    "the model, without attention": ("(sglang/srt/models/", "model_executor/model_runner", "model_executor/runner"),
-    "the search's own Python": ("sglang_ets/", "patches/"),
-    "receiving and sending": ("recv_requests", "stream_output", "send_to_tokenizer"),
-    "sglang's scheduler": ("managers/scheduler", "event_loop"),
+    "the PRM: forward passes and readout": ("sglang_ets/prm/",),
+    "selection and answers": ("sglang_ets/core/selection.py", "sglang_ets/core/ilp.py", "sglang_ets/core/answer.py"),
+    "planning of the attention": ("sglang_ets/core/attention_plan.py", "sglang_ets/engine/tree_plan.py"),
+    "attention over the tree": ("patches/torch_native.py", "kernels/paged_attention.py", "engine/tree_attention.py"),
+    "the policy model without attention": ("ModelRunner.forward (",),
+    "sampling": ("ModelRunner.sample (",),
 }
-OTHER = "other"
+OWN, SCHEDULER_CODE, OTHER = "the search's own Python", "sglang's scheduler", "other"
+OURS = ("sglang_ets/", "patches/")
+AROUND = (
+    "run_strands (",
+    "run_batch (sglang_ets",
+    "draw_for_members (",
+    "plan_with_forks (",
+)  # hooks that call what they wrap
+SGLANG = ("(scheduler.py", "(tp_worker.py", "(batch_result_processor.py", "(schedule_batch.py", "(schedule_policy.py")
 
 
 def area_of(stack: str) -> str:
-    """The area that a folded stack, outermost frame first, belongs to."""
-    return next((area for area, parts in AREAS.items() if any(part in stack for part in parts)), OTHER)
+    """The area that a folded stack, outermost frame first, belongs to.
+
+    What is in none of `AREAS` belongs to the innermost of its frames that is the search's or the scheduler's: hooks around
+    a function of sglang stand in the stack of all that it does.
+    """
+    for area, parts in AREAS.items():
+        if any(part in stack for part in parts):
+            return area
+    for frame in reversed(stack.split(";")):
+        if any(part in frame for part in SGLANG):
+            return SCHEDULER_CODE
+        if any(part in frame for part in OURS) and not frame.startswith(AROUND):
+            return OWN
+    return OTHER
 
 
 def samples(folded: str) -> dict[str, Counter[str]]:
@@ -76,12 +89,12 @@ def shares(stacks: Counter[str]) -> list[tuple[str, float]]:
 
 
 def innermost_of_us(stacks: Counter[str], most: int = 12) -> list[tuple[str, float]]:
-    """The functions of this project in which the search's own Python spends its samples, with their share of the thread."""
+    """The functions of this project in which its own Python spends most samples, with their share of the thread."""
     total = sum(stacks.values())
     by_function = Counter[str]()
     for stack, count in stacks.items():
-        if area_of(stack) == "the search's own Python":
-            ours = [frame for frame in stack.split(";") if "sglang_ets/" in frame or "patches/" in frame]
+        if area_of(stack) == OWN:
+            ours = [frame for frame in stack.split(";") if any(part in frame for part in OURS)]
             by_function[ours[-1].rsplit(":", 1)[0] + ")"] += count
     return [(function, count / total) for function, count in by_function.most_common(most)]
 
@@ -138,12 +151,10 @@ def measure(server: Running, args: argparse.Namespace) -> tuple[str, list[dict[s
 
 def report(folded: str, solved: Sequence[dict[str, Any]]) -> str:
     """The profile as text."""
-    by_thread = sorted(samples(folded).values(), key=Counter.total, reverse=True)
-    main, others = by_thread[0], by_thread[1:]
+    main = next(stacks for thread, stacks in samples(folded).items() if thread.endswith("MainThread"))
     lines = [
         f"searches: {len(solved)}, seconds each (mean): {sum(one['latency_s'] for one in solved) / len(solved):.2f}",
         f"samples of the scheduler's main thread: {main.total()} at {RATE} a second",
-        f"samples of its other threads: {sum(other.total() for other in others)}",
         "",
         *(f"{share:6.1%}  {area}" for area, share in shares(main)),
         "",

@@ -119,6 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: attention.table(rows.latest("attention", ("model", "sequences", "kv_tokens", "new_tokens"))),
     "attention_tree": lambda: attention.tree_table(rows_of("attention_tree")),
     "capacity": lambda: capacity.table(rows_of("capacity")),
+    "profile": lambda: f"```text\n{(rows.RESULTS / 'profile.txt').read_text(encoding='utf-8').strip()}\n```",
     "forks": lambda: forks.table(rows_of("forks")),
     "fairness": lambda: fairness.table(rows_of("fairness")),
     "soak": lambda: soak.table(rows_of("soak")),

@@ -1,9 +1,10 @@
-"""Accuracy against KV: search policies on the embedded task, with a strong or a weak PRM. Four grids of settings:
+"""Accuracy against KV: search policies on the embedded task, with a strong or a weak PRM. Five grids of settings:
 
     kv_footprint   every policy and both ways to cover, on held-out problems
     sweep          both weights of ETS on validation problems; the chosen pair and the plain policies on held-out ones
     coverage       ETS with and without its coverage term, as published and by reward, on validation problems
     cuts           distances at which steps become one cluster
+    stopping       searches that may end before their last trajectory, against the same searches that may not
 
     python -m bench.searches --smoke                                      all grids, a minute or two
     python -m bench.searches --grid kv_footprint --widths 16 64 --problems 200
@@ -49,6 +50,7 @@ FROM_SEARCH = ("kv_tokens_mean", "kv_tokens_peak", "kv_retained_mean", "kv_refer
 FROM_SOLVER = ("fallbacks", "loop_blocked_ms_max", "level_loop_ms_mean", "level_loop_ms_max")
 PUBLISHED = {"coverage": "uniform", "cluster_distance": 0.05, "center_embeddings": False}
 TOLERANCE = 0.01  # of accuracy, below REBASE, for weights that are chosen
+LIKELY = (0.95, 0.8)  # probabilities at which an answer is taken for final
 PLAIN = ("best_of_n", "dvts", tables.BASELINE)
 
 Split = Literal["validation", "test"]
@@ -131,6 +133,17 @@ def cut_settings(grid: Grid) -> list[Setting]:
     ]
 
 
+def stopping_settings(grid: Grid) -> list[Setting]:
+    """Policies that may not end early, that end when the answer is settled, and when it is likely by each probability."""
+    stops: dict[str, dict[str, Any]] = {"off": {}, "settled": {"early_stop": "settled"}}
+    stops |= {f"likely {p:g}": {"early_stop": "likely", "early_stop_probability": p} for p in LIKELY}
+    made = []
+    for width in grid.widths:
+        for policy, (stop, more) in product((*plain(("rebase",), width), ets("ets b=4", width, 4.0)), stops.items()):
+            made.append(replace(policy, name=f"{policy.name}, {stop}", search={**policy.search, **more}))
+    return made
+
+
 GRIDS = {
     "kv_footprint": Grid(footprint_settings, "test", 200, widths=(16, 64)),
     "sweep": Grid(
@@ -139,6 +152,7 @@ GRIDS = {
     ),
     "coverage": Grid(coverage_settings, "validation", 100, diversity_weights=(0.0, 1.5)),
     "cuts": Grid(cut_settings, "test", 40, kv_weights=(1.0,), cuts=(0.1, 0.2, 0.3, 0.4, 0.6)),
+    "stopping": Grid(stopping_settings, "test", 60),
 }  # fmt: skip
 SMOKE: dict[str, Any] = {
     "problems": 2, "widths": (8,), "kv_weights": (1.0,), "diversity_weights": (0.0, 1.5), "cuts": (0.2, 0.3),
@@ -273,10 +287,45 @@ def cut_table(done: Sequence[rows.Row]) -> str:
     return rows.markdown(header, cells)
 
 
+def stopping_table(done: Sequence[rows.Row]) -> str:
+    """Each way to end early beside the same searches, problem by problem, that go on to the last trajectory."""
+    by_policy: dict[tuple[int, str, str], dict[str, rows.Row]] = {}
+    for row in done:
+        policy, stop = row["policy"].split(", ")
+        by_policy.setdefault((row["width"], policy, stop), {})[row["problem"]] = row
+    cells = []
+    for (width, policy, stop), rows_of in sorted(by_policy.items()):
+        whole = by_policy[width, policy, "off"]
+        pairs = [(row, whole[problem]) for problem, row in rows_of.items() if problem in whole]
+        changed = sum(row["answer"] != of_whole["answer"] for row, of_whole in pairs)
+        saved = {
+            name: 1 - sum(row[name] for row, _ in pairs) / sum(of_whole[name] for _, of_whole in pairs)
+            for name in ("completion_tokens", "levels", "seconds")
+        }
+        right = f"{sum(row['is_right'] for row, _ in pairs)}/{len(pairs)}"
+        cells.append(
+            [width, policy, stop, right, f"{changed}/{len(pairs)}", *(f"{share:.1%}" for share in saved.values())]
+        )
+    header = [
+        "width",
+        "policy",
+        "`early_stop`",
+        "right",
+        "answers changed",
+        "tokens saved",
+        "levels saved",
+        "time saved",
+    ]
+    return rows.markdown(header, cells)
+
+
+OWN_TABLES = {"cuts": cut_table, "stopping": stopping_table}
+
+
 def report(name: str, done: Sequence[rows.Row], seed: int, picture: Path | None = None) -> str:
     """The tables of a grid's rows; with `picture`, accuracy against KV is drawn there."""
-    if name == "cuts":
-        return cut_table(done)
+    if name in OWN_TABLES:
+        return OWN_TABLES[name](done)
     parts = tables.by_title(done, seed)
     if picture:
         figures.accuracy_against_kv(tables.by_title(done, seed, shared=False), picture)

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from sglang_ets.kernels import Layout, PagedBatch, layout_of, paged_attention, slow_path_reason
 from sglang_ets.patches.record import Patch
 
-from sglang_ets.core.attention_plan import MAX_SEGMENTS_CPU, MIN_SAVED_TOKENS_CPU, plan_slots
+from sglang_ets.core.attention_plan import MAX_SEGMENTS_CPU, MIN_SAVED_TOKENS_CPU, AttentionPlan, SlotPlanner
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class ForwardPass:
     _key: tuple[list[int], list[int], list[int]] | None = None
     _layers: set[int] = field(default_factory=set)  # addresses of the key pools that this pass has read
     _layout: Layout | None = None
+    _planner: SlotPlanner = field(default_factory=lambda: SlotPlanner(MIN_SAVED_TOKENS_CPU, MAX_SEGMENTS_CPU))
 
     def layout(self, batch: PagedBatch) -> Layout:
         """The layout of the pass that this batch belongs to: a new one when its rows change or a layer comes again."""
@@ -83,23 +85,16 @@ class ForwardPass:
             if self._layout is None and reason is not None:
                 logger.warning("attention on this CPU is left to torch, sequence by sequence: %s", reason)
             self._key, self._layers = key, set()
-            self._layout = _planned(batch) if reason is None else layout_of(*key)
+            self._layout = layout_of(*key, self._plan(batch) if reason is None else None)
         self._layers.add(layer)
         return self._layout
 
-
-def _planned(batch: PagedBatch) -> Layout:
-    """Rows that begin with the same pages read these together. Results are the same bits."""
-    plan = None
-    if len(batch.rows) > 1:
-        pages = batch.req_to_token.numpy()
-        cached = zip(batch.rows, batch.kv_lengths, batch.new_lengths, strict=True)
-        plan = plan_slots(
-            [pages[row, : num_kv - num_new] for row, num_kv, num_new in cached],
-            min_saved_tokens=MIN_SAVED_TOKENS_CPU,
-            max_segments=MAX_SEGMENTS_CPU,
-        )
-    return layout_of(batch.rows, batch.kv_lengths, batch.new_lengths, plan)
+    def _plan(self, batch: PagedBatch) -> AttentionPlan | None:
+        """Rows that begin with the same pages read these together. Results are the same bits."""
+        if len(batch.rows) < 2:
+            return None
+        num_cached = np.array(batch.kv_lengths) - batch.new_lengths
+        return self._planner.plan(batch.req_to_token[batch.rows, : num_cached.max()].numpy(), num_cached)
 
 
 UPSTREAM = "none: not reported yet"

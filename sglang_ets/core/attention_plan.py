@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 MIN_SAVED_TOKENS, MAX_SEGMENTS = 256, 4
 MIN_SAVED_TOKENS_CPU, MAX_SEGMENTS_CPU = 16, 64
 TREE_BACKEND = "ets_tree"  # the name of our backend among sglang's
-WINDOW = 256  # positions compared at once
 Span = tuple[Hashable, int, int]  # what holds positions start to end: equal ids are the same KV
 
 
@@ -78,19 +78,35 @@ def plan_paths(
     return _plan(keys, ends, min_saved_tokens, max_segments)
 
 
-def plan_slots(
-    slots: Sequence[NDArray[np.integer]],  # per row, the pool slot of each position
-    *,
-    min_saved_tokens: int = MIN_SAVED_TOKENS,
-    max_segments: int = MAX_SEGMENTS,
-) -> AttentionPlan:
-    """Plan from the common prefixes of the rows' slots, when nobody knows the tree."""
-    shape = (len(slots), max(map(len, slots), default=0))
-    keys = np.empty(shape, dtype=np.int64)
-    for row, page in enumerate(slots):
-        keys[row, : len(page)], keys[row, len(page) :] = page, -1 - row
-    ends = np.broadcast_to(np.arange(1, shape[1] + 1), shape)
-    return _plan(keys, ends, min_saved_tokens, max_segments)
+class SlotPlanner:
+    """Plans from the common prefixes of the rows' slots, when nobody knows the tree, for one decode step after another.
+
+    Rows that have only grown keep their plan.
+    """
+
+    def __init__(self, min_saved_tokens: int = MIN_SAVED_TOKENS, max_segments: int = MAX_SEGMENTS) -> None:
+        self._limits = min_saved_tokens, max_segments
+        self._keys = np.empty((0, 0), dtype=np.int64)
+        self._last = _plan(self._keys, self._keys, *self._limits)
+
+    def plan(
+        self,
+        slots: NDArray[np.integer],  # [rows, positions], the pool slot of each position
+        lengths: NDArray[np.integer],  # [rows], positions that each row has
+    ) -> AttentionPlan:
+        """The plan of these rows. They are known again by their slots alone: other requests may have taken their places."""
+        is_slot = np.arange(slots.shape[1]) < lengths[:, None]
+        keys = np.where(is_slot, slots, -1 - np.arange(len(slots))[:, None]).astype(np.int64)
+        if not self._has_only_grown(keys):
+            ends = np.broadcast_to(np.arange(1, keys.shape[1] + 1), keys.shape)
+            self._keys, self._last = keys, _plan(keys, ends, *self._limits)
+        return self._last
+
+    def _has_only_grown(self, keys: NDArray[np.int64]) -> bool:
+        planned = self._keys
+        if len(keys) != len(planned) or keys.shape[1] < planned.shape[1]:
+            return False
+        return bool(((keys[:, : planned.shape[1]] == planned) | (planned < 0)).all())
 
 
 def _plan(
@@ -99,35 +115,52 @@ def _plan(
     min_saved_tokens: int,
     max_segments: int,
 ) -> AttentionPlan:
-    """Depth first; a stretch that does not pay is left to the segments below it, so that segments stay without gaps."""
+    """Depth first; a stretch that does not pay is left to the segments below it, so that segments stay without gaps.
+
+    In the sorted keys the rows of a segment are neighbours, and what it agrees in is the least that two neighbours do.
+    """
+    places = keys.shape[1]
+    by_key = _sorted_rows(keys)
+    is_other = keys[by_key[1:]] != keys[by_key[:-1]]
+    agreed_places = np.where(is_other.any(axis=1), _first(is_other), places)  # of each of `by_key` with the next
+    agreed, neighbours = agreed_places.tolist(), by_key.tolist()
+    agreed_ends = np.where(agreed_places > 0, ends[by_key[:-1], agreed_places - 1], 0).tolist() if places else agreed
     order: list[int] = []
     spans: list[tuple[int, int, int, int]] = []
-    private_from = np.zeros(len(keys), dtype=np.int64)
-    todo = [(list(range(len(keys))), 0, 0, 0)]  # rows, places known to agree, position after the last segment, segments
+    private_from = [0] * len(keys)
+    todo = [(0, len(keys), 0, 0)]  # first and last of neighbours, position after the last segment, number of segments
     while todo:
-        rows, place, start, num_segments = todo.pop()
-        place = _agreed(keys, rows, place) if len(rows) > 1 else keys.shape[1]
-        end = int(ends[rows[0], place - 1]) if len(rows) > 1 and place else start
-        if num_segments < max_segments and (len(rows) - 1) * (end - start) >= max(min_saved_tokens, 1):
-            spans.append((start, end, len(order), len(order) + len(rows)))
-            start, num_segments = end, num_segments + 1
-        if place == keys.shape[1]:
-            order += rows
-            private_from[rows] = start
+        first, last, start, num_segments = todo.pop()
+        if last - first == 1:
+            order.append(neighbours[first])
+            private_from[neighbours[first]] = start
             continue
-        groups: dict[int, list[int]] = {}
-        for row, key in zip(rows, keys[rows, place].tolist(), strict=True):
-            groups.setdefault(key, []).append(row)
-        todo += [(group, place, start, num_segments) for group in reversed(groups.values())]
-    return AttentionPlan(np.array(order, dtype=np.int64), np.array(spans, dtype=np.int64).reshape(-1, 4), private_from)
+        num_rows, place = last - first, min(agreed[first : last - 1], default=places)
+        end = min(agreed_ends[first : last - 1], default=start)
+        if num_segments < max_segments and (num_rows - 1) * (end - start) >= max(min_saved_tokens, 1):
+            spans.append((start, end, len(order), len(order) + num_rows))
+            start, num_segments = end, num_segments + 1
+        if place == places:
+            rows = sorted(neighbours[first:last])
+            order += rows
+            for row in rows:
+                private_from[row] = start
+            continue
+        bounds = [first, *(at + 1 for at in range(first, last - 1) if agreed[at] == place), last]
+        groups = sorted((min(neighbours[begin:end]), begin, end) for begin, end in pairwise(bounds))
+        todo += [(begin, end, start, num_segments) for _, begin, end in reversed(groups)]
+    segments = np.array(spans, dtype=np.int64).reshape(-1, 4)
+    return AttentionPlan(np.array(order, dtype=np.int64), segments, np.array(private_from, dtype=np.int64))
 
 
-def _agreed(keys: NDArray[np.int64], rows: list[int], place: int) -> int:
-    """The first place from `place` on at which not all rows agree."""
-    while place < keys.shape[1]:
-        window = keys[rows, place : place + WINDOW]
-        is_equal = (window == window[0]).all(axis=0)
-        if not is_equal.all():
-            return place + int(is_equal.argmin())
-        place += len(is_equal)
-    return place
+def _sorted_rows(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows in an order in which those with the longest common beginnings are neighbours."""
+    if keys.shape[1] == 0:
+        return np.arange(len(keys))
+    as_bytes = np.ascontiguousarray(keys).view(np.dtype((np.void, keys.itemsize * keys.shape[1])))
+    return as_bytes.ravel().argsort(kind="stable")
+
+
+def _first(is_other: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The first place of each row that is set; meaningless where none is."""
+    return is_other.argmax(axis=1) if is_other.shape[1] else np.zeros(len(is_other), dtype=np.int64)

@@ -9,7 +9,19 @@ from typing import Any, cast
 import pytest
 
 from bench import figures, rows, searches
-from bench.searches import GRIDS, MODELS, Runner, Setting, chosen, cut_table, grid_of, parsed, report, weak_prm
+from bench.searches import (
+    GRIDS,
+    MODELS,
+    Runner,
+    Setting,
+    chosen,
+    cut_table,
+    grid_of,
+    parsed,
+    report,
+    stopping_table,
+    weak_prm,
+)
 
 REWARD = {"algorithm": "ets", "coverage": "reward"}
 
@@ -34,6 +46,8 @@ def test_grids_have_every_combination_and_the_policies_they_are_compared_with() 
     footprint = ["greedy", "self_consistency", "best_of_n", "beam", "dvts", "rebase"]
     assert names("kv_footprint", "--kv-weights", "4") == [*footprint, "ets_kv b=4", "ets b=4", "ets uniform b=4"]
     assert names("cuts", "--cuts", "0.1", "0.2") == ["ets b=1 d=1.5 cut=0.1", "ets b=1 d=1.5 cut=0.2"]
+    stops = ("off", "settled", "likely 0.95", "likely 0.8")
+    assert names("stopping") == [f"{policy}, {stop}" for policy in ("rebase", "ets b=4") for stop in stops]
     assert names("sweep", "--only", "rebase", "ets b=4 d=0") == ["rebase", "ets b=4 d=0"]
 
 
@@ -143,3 +157,18 @@ def test_a_colour_is_of_a_policy_whatever_its_weights() -> None:
     assert {figures.colour(name) for name in every} == set(figures.COLOURS.values())
     assert figures.colour("ets b=4 d=0") == figures.colour("ets_kv b=1") == figures.COLOURS["ets_kv"]
     assert figures.colour("ets b=4") == figures.colour("ets b=1 d=1.5 cut=0.1") == figures.COLOURS["ets"]
+
+
+def test_searches_that_end_early_are_compared_problem_by_problem_with_those_that_do_not() -> None:
+    done = [
+        row("rebase, off", "1+1", True, 10, answer="2", levels=8),
+        row("rebase, off", "1+2", True, 10, answer="3", levels=8),
+        row("rebase, likely 0.8", "1+1", True, 10, answer="2", levels=4, completion_tokens=50),
+        row("rebase, likely 0.8", "1+2", False, 10, answer="4", levels=6, completion_tokens=80),
+        row(
+            "rebase, likely 0.8", "9+9", False, 10, answer="4", levels=1
+        ),  # never searched to the end: compared with nothing
+    ]
+    off, likely = (line.split(" | ") for line in stopping_table(done).splitlines()[2:][::-1])
+    assert off[2:] == ["off", "2/2", "0/2", "0.0%", "0.0%", "0.0% |"]
+    assert likely[2:] == ["likely 0.8", "1/2", "1/2", "35.0%", "37.5%", "0.0% |"]

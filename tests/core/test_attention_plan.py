@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_ets.core.attention_plan import AttentionPlan, Segment, Span, plan_paths, plan_slots
+from sglang_ets.core.attention_plan import AttentionPlan, Segment, SlotPlanner, Span, plan_paths
 
 Tree = list[list[Span]]
 
@@ -35,6 +35,15 @@ def slots_of(paths: Tree) -> list[np.ndarray]:
             if name not in slots:
                 slots[name] = [next(fresh) for _ in range(end - start)]
     return [np.array([slot for name, _, _ in path for slot in slots[name]], dtype=np.int32) for path in paths]
+
+
+def padded(slots: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of one matrix and their lengths; what lies behind a row's end is another's slots, as in `req_to_token`."""
+    lengths = np.array([len(page) for page in slots], dtype=np.int64)
+    matrix = np.full((len(slots), lengths.max(initial=0)), 3, dtype=np.int32)
+    for row, page in enumerate(slots):
+        matrix[row, : len(page)] = page
+    return matrix, lengths
 
 
 def plain(plan: AttentionPlan) -> tuple[list[Segment], list[int], list[int]]:
@@ -68,7 +77,7 @@ def test_each_position_is_covered_once_and_only_with_its_own_kv(paths: Tree, lea
 def test_slots_and_paths_give_the_same_plan_every_time(paths: Tree, least: int) -> None:
     plan = plain(plan_paths(paths, min_saved_tokens=least))
     assert plain(plan_paths(paths, min_saved_tokens=least)) == plan
-    by_slots = plan_slots(slots_of(paths), min_saved_tokens=least)
+    by_slots = SlotPlanner(least).plan(*padded(slots_of(paths)))
     # Rows may come in another order inside a group (an empty node is a node, but no slots): compare what is shared.
     shared = {(one.start, one.end, frozenset(one.rows)) for one in plan[0]}
     assert {(one.start, one.end, frozenset(one.rows)) for one in by_slots.segments()} == shared
@@ -80,6 +89,35 @@ def test_with_no_limit_everything_shared_is_read_once(paths: Tree) -> None:
     plan = plan_paths(paths, min_saved_tokens=1, max_segments=100)
     slots = slots_of(paths)
     assert sum(map(len, slots)) - plan.saved_tokens == len({slot for page in slots for slot in page.tolist()})
+
+
+@given(trees(), st.data())
+def test_rows_that_only_grow_keep_their_plan_and_others_get_the_plan_of_a_new_planner(
+    paths: Tree, data: st.DataObject
+) -> None:
+    planner, slots = SlotPlanner(1, 100), slots_of(paths)
+    first = planner.plan(*padded(slots))
+    grown = [np.append(page, np.int32(100_000 + row)) for row, page in enumerate(slots)]
+    assert planner.plan(*padded(grown)) is first
+    changed = data.draw(st.lists(st.sampled_from(grown), max_size=20)) if grown else []
+    mine, fresh = planner.plan(*padded(changed)), SlotPlanner(1, 100).plan(*padded(changed))
+    if mine is not first:
+        assert plain(mine) == plain(fresh)
+    for segment in mine.segments():
+        shared = {tuple(changed[row][segment.start : segment.end].tolist()) for row in segment.rows}
+        assert len(shared) == 1
+        assert len(next(iter(shared))) == segment.end - segment.start
+
+
+def test_a_row_that_another_request_has_taken_is_planned_anew() -> None:
+    planner = SlotPlanner(1, 100)
+    both = [np.arange(50, dtype=np.int32), np.arange(50, dtype=np.int32)]
+    assert planner.plan(*padded(both)).saved_tokens == 50
+    both[1] = np.append(
+        np.arange(49, dtype=np.int32), np.int32([70, 71])
+    )  # longer, and its last shared slot is another
+    assert planner.plan(*padded(both)).saved_tokens == 49
+    assert planner.plan(*padded([page[:40] for page in both])).saved_tokens == 40
 
 
 def test_a_chain_with_the_same_rows_is_one_segment() -> None:
@@ -102,7 +140,7 @@ def test_a_row_has_at_most_so_many_segments() -> None:
 
 @pytest.mark.parametrize("paths", [[], [[]], [[("prompt", 0, 900)]], [[("a", 0, 900)], [("b", 0, 900)]]])
 def test_nothing_to_share(paths: Tree) -> None:
-    for plan in (plan_paths(paths), plan_slots(slots_of(paths))):
+    for plan in (plan_paths(paths), SlotPlanner().plan(*padded(slots_of(paths)))):
         assert plain(plan) == ([], list(range(len(paths))), [0] * len(paths))
         assert plan.saved_tokens == 0
 
