@@ -282,8 +282,9 @@ class SearchCoordinator:
         order = [self.searches[search_id] for search_id in self._queue.running]
         if self.scheduler.waiting_queue:  # after a plan: they have found no room
             for live in order:
-                with self.guard(live):
-                    self._speculation.give_up(live)
+                if live.search.speculates:
+                    with self.guard(live):
+                        self._speculation.give_up(live)
         match self._valve.decide(plan, order, [live for live in self.searches.values() if live not in order]):
             case Release(live, tokens):
                 with self.guard(live):

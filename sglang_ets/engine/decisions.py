@@ -13,14 +13,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sglang_ets.engine.live import LiveSearch
+from sglang_ets.engine.live import Kind, LiveSearch
 from sglang_ets.prm.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a result
 
-Kind = Literal["select", "answer", "guess"]
 # Of one search, what all ranks must have alike: its nodes, its requests in the engine, what it waits for.
 State = tuple[int, int, str]
 

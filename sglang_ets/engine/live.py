@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ROOT = 0  # node id of the prompt
 # How steps start: with nodes of equal tokens in one row of the batch, each in a row of its own, or with a prefill each.
 ForkMode = Literal["shared", "decode", "extend"]
+Kind = Literal["select", "answer", "guess"]  # of work that another thread does for a search
 
 
 @dataclass
@@ -68,9 +69,7 @@ class LiveSearch:
     parted: dict[str, Hold] = field(default_factory=dict)  # what children that left a strand start from, by their ids
     guesses: Guesses = field(default_factory=Guesses)
     tokens_computed: int = 0  # by the policy model for steps; the prompt aside
-    awaited: tuple[Literal["select", "answer", "guess"], Future[Any] | None] | None = (
-        None  # no future: on the first rank
-    )
+    awaited: tuple[Kind, Future[Any] | None] | None = None  # no future: on the first rank
     # Of all holds when the last level was complete.
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -131,7 +131,10 @@ def test_both_ranks_begin_the_same_steps_before_selection(algorithm: str) -> Non
     def drive(world: World) -> None:
         world.ask(algorithm=algorithm, search_width=16, return_tree=True, speculate=True)
         for _ in world.ticks():
-            time.sleep(0.001)  # what a forward pass takes: the worker has time to answer
+            awaited = [live.awaited[1] for live in world.ets.searches.values() if live.awaited is not None]
+            wait(
+                [future for future in awaited if future is not None], WAIT_LIMIT_S
+            )  # as if a forward pass took so long
 
     worlds = two_worlds(steps_of_two_letters)
     run_both(worlds, drive)
