@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from http import HTTPStatus
@@ -508,23 +508,29 @@ class SearchCoordinator:
                     self._finish(live, action.reason)
 
     def _expand(self, live: LiveSearch, actions: Sequence[Expand]) -> None:
-        """Queue a child for each new node, or for all that continue the same tokens."""
-        tree = live.search.tree
-        begun: dict[tuple[tuple[int, ...], int], list[int]] = {}
-        rooms: dict[tuple[int, ...], int] = {}
+        """Begin the steps of new nodes, but for those that have begun as guesses."""
+        nodes, rooms = live.search.tree.nodes, dict[int, int]()
         for action in actions:
             branch = live.branches[action.parent_id]
             branch.is_tip = False
             branch.num_open_children += len(action.node_ids)
             branch.num_unscored_children += len(action.node_ids)
-            token_ids = tree.trajectory_token_ids(tree.nodes[action.parent_id])
-            rooms[token_ids] = action.max_new_tokens
             for node_id in action.node_ids:
-                if live.guesses.claim((action.parent_id, tree.nodes[node_id].index), node_id):
-                    continue
-                begun.setdefault((token_ids, 0 if live.forks == "shared" else node_id), []).append(node_id)
+                if not live.guesses.claim((action.parent_id, nodes[node_id].index), node_id):
+                    rooms[node_id] = action.max_new_tokens
+        self._begin_steps(live, rooms)
+
+    def _begin_steps(self, live: LiveSearch, rooms: Mapping[int, int]) -> None:
+        """Queue a child for each of these nodes, or for all that continue the same tokens, with the room of its step."""
+        tree = live.search.tree
+        parents = dict.fromkeys(live.parent_id(node_id) for node_id in rooms)
+        given = {parent_id: tree.trajectory_token_ids(tree.nodes[parent_id]) for parent_id in parents}
+        begun: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for node_id in rooms:
+            row = given[live.parent_id(node_id)], 0 if live.forks == "shared" else node_id
+            begun.setdefault(row, []).append(node_id)
         for (token_ids, _), node_ids in begun.items():
-            self._queue_child(live, node_ids, token_ids, rooms[token_ids])
+            self._queue_child(live, node_ids, token_ids, rooms[node_ids[0]])
 
     def _queue_child(
         self, live: LiveSearch, node_ids: Sequence[int], token_ids: Sequence[int], max_new_tokens: int
@@ -585,7 +591,9 @@ class SearchCoordinator:
 
     def _use_guesses(self, live: LiveSearch) -> None:
         """What selection has claimed goes on, or has ended. After the report, which looks for leaves without a next step."""
-        for ended in self._speculation.decide(live):
+        own, anew = self._speculation.decide(live)
+        self._begin_steps(live, anew)
+        for ended in own:
             with self.guard(live):
                 self._child_done(live, ended)
 

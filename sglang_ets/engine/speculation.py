@@ -49,24 +49,26 @@ class Speculation:
         guesses = live.guesses
         made = live.search.guesses(guesses.expected, guesses.num_begun, guesses.num_running, most)
         guesses.is_due = bool(made)
-        for guess in made:
-            if not all(room.take(guess.max_new_tokens) for _ in range(guess.count)):
-                return
-            self._begin(live, guess)
+        self._begin(live, [guess for guess in made if all(room.take(guess.max_new_tokens) for _ in range(guess.count))])
 
-    def _begin(self, live: LiveSearch, guess: Guess) -> None:
+    def _begin(self, live: LiveSearch, made: Sequence[Guess]) -> None:
+        """Queue a child for each guess, or for all that continue the same tokens."""
         guesses, tree = live.guesses, live.search.tree
-        leaf = tree.nodes[guess.leaf_id]
-        members: list[Member] = []
-        for index in range(guess.first, guess.first + guess.count):
-            guesses.num_children += 1
-            members.append(live.spec.member(-guesses.num_children, (*tree.place(leaf), index)))
-            guesses.members[leaf.id, index] = members[-1]
-        guesses.num_leaves += leaf.id not in guesses.num_begun
-        guesses.num_begun[leaf.id] = guess.first + guess.count
-        source = live.branches[leaf.id].hold if live.forks != "extend" else None
-        for group in [members] if live.forks == "shared" else [[member] for member in members]:
-            child = make_child(live.spec, group, tree.trajectory_token_ids(leaf), guess.max_new_tokens, source)
+        rows: dict[tuple[tuple[int, ...], int], tuple[Guess, list[Member]]] = {}
+        for guess in made:
+            leaf = tree.nodes[guess.leaf_id]
+            token_ids = tree.trajectory_token_ids(leaf)
+            for index in range(guess.first, guess.first + guess.count):
+                guesses.num_children += 1
+                member = live.spec.member(-guesses.num_children, (*tree.place(leaf), index))
+                guesses.members[leaf.id, index] = member
+                row = token_ids, 0 if live.forks == "shared" else member.node_id
+                rows.setdefault(row, (guess, []))[1].append(member)
+            guesses.num_leaves += leaf.id not in guesses.num_begun
+            guesses.num_begun[leaf.id] = guess.first + guess.count
+        for (token_ids, _), (guess, members) in rows.items():
+            source = live.branches[guess.leaf_id].hold if live.forks != "extend" else None
+            child = make_child(live.spec, members, token_ids, guess.max_new_tokens, source)
             guesses.children[child.rid] = child
             self._steps.add(live.id, child)
 
@@ -81,33 +83,36 @@ class Speculation:
             }
             self._forget(live, child)
 
-    def decide(self, live: LiveSearch) -> list[Ended]:
+    def decide(self, live: LiveSearch) -> tuple[list[Ended], dict[int, int]]:
         """Selection has claimed what it wants: this is the search's own from here on, and the rest is given up.
 
-        Returns what has ended of the search's own.
+        Returns what has ended of the search's own, and the nodes whose steps must begin anew, with the room of each: those
+        that a strand held of which selection does not want the first member, by whose seed its row is drawn.
         """
-        own = self._settle(live, lambda member: member.node_id >= 0)
+        own, anew = self._settle(live, lambda member: member.node_id >= 0)
         live.guesses.is_stopped = False
-        return own
+        live.guesses.num_used -= len(anew)
+        return own, anew
 
     def give_up(self, live: LiveSearch) -> None:
         """Nobody wants these guesses, and there are no more in this level."""
         self._settle(live, lambda _member: False)
         live.guesses.is_stopped = True
 
-    def _settle(self, live: LiveSearch, is_wanted: Callable[[Member], bool]) -> list[Ended]:
+    def _settle(self, live: LiveSearch, is_wanted: Callable[[Member], bool]) -> tuple[list[Ended], dict[int, int]]:
         guesses = live.guesses
         own = [self._split(live, ended, is_wanted) for ended in guesses.ended]
         unwanted: list[ChildReq] = []
+        anew: dict[int, int] = {}
         for rid, child in list(guesses.children.items()):
             if not child.members:
                 continue  # given up before
             wanted = tuple(member for member in child.members if is_wanted(member))
-            if not wanted:
+            if wanted[:1] != child.members[:1]:
                 unwanted.append(child)
+                room = child.sampling_params.max_new_tokens - child.num_given
+                anew |= {member.node_id: room for member in wanted}
                 continue
-            if wanted[0] is not child.members[0]:
-                raise RuntimeError(f"selection wants {len(wanted)} members of {rid}; expected the first one among them")
             child.members = wanted
             live.children.add(rid)
             del guesses.children[rid]
@@ -116,7 +121,7 @@ class Speculation:
         self._ledger.drop(guesses.parted.values(), live.prompt_tokens)
         guesses.parted, guesses.ended, guesses.members, guesses.num_begun, guesses.expected = {}, [], {}, {}, ()
         self._leave(live, unwanted)
-        return [ended for ended in own if ended.holds]
+        return [ended for ended in own if ended.holds], anew
 
     def _split(self, live: LiveSearch, ended: Ended, is_wanted: Callable[[Member], bool]) -> Ended:
         """What is wanted of a guess that has ended."""

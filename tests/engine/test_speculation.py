@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.registry import BUILT_IN
+from sglang_ets.core.selection import Level, Selection
 from sglang_ets.engine.children import ChildReq, child_seed
 from sglang_ets.prm.engine import ScoreJob
 from sglang_ets.wire import PROGRESS_KEY
@@ -165,6 +167,43 @@ def test_a_guess_that_has_ended_is_a_step_at_once() -> None:
     assert trees[0] == trees[1]
     assert figures(world)["speculation"]["children_used"] == 3
     assert ticks[1] <= ticks[0] - 25
+
+
+class Fickle:
+    """Of a part of a level it keeps both leaves of the letter a, of a whole one the second alone."""
+
+    is_cheap = True
+
+    def select(self, level: Level, _config: SearchConfig) -> Selection:
+        allocation = np.zeros(len(level.scores), dtype=np.int64)
+        allocation[0] = len(allocation) < 4
+        allocation[1] = level.remaining_width - allocation[0]
+        return Selection(allocation)
+
+
+@pytest.mark.parametrize(
+    ("mode", "overlaps", "num_used"), [("shared", False, 0), ("decode", False, 2), ("shared", True, 1)]
+)
+def test_members_of_a_strand_whose_first_one_is_not_wanted_begin_anew(mode: str, overlaps: bool, num_used: int) -> None:
+    """With the overlap schedule the second child of the second leaf begins later, in a row of its own."""
+
+    def script(child: Any) -> Sequence[int]:
+        if len(given(child)) == len("Q: 1+1?\n"):
+            return tokens(("a", "a", "c", "d" * 9)[child.node_id - 1] + DELIMITER)
+        return tokens("the answer is 1", ends=True)
+
+    trees = []
+    for speculate in (False, True):
+        world = world_of(mode, script, overlaps=overlaps)
+        world.policies["rebase"] = Fickle()
+        world.ask(algorithm="rebase", return_tree=True, speculate=speculate)
+        world.run()
+        world.assert_balanced()
+        trees.append(tree_of(world))
+    assert trees[0] == trees[1]
+    told = figures(world)["speculation"]
+    assert (told["leaves"], told["children"], told["children_used"]) == (2, 3, num_used)
+    assert told["tokens_wasted"] > 0
 
 
 # ---- rows ----
