@@ -8,7 +8,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
-.PHONY: install python demo serve test lint types unit e2e e2e-formats bench smollm2 drift fuzz soak clean
+.PHONY: install python demo serve test lint types unit e2e e2e-others bench smollm2 drift fuzz soak clean
 
 install: $(STAMP)
 
@@ -25,9 +25,9 @@ demo: install
 serve: install
 	@$(PY) -m sglang_ets.launch_server --search ets
 
-# Three parts, two at a time: each keeps about one core busy. The output of one is shown when it has ended.
-test: lint types
-	@$(MAKE) --no-print-directory -j2 --output-sync=target e2e unit e2e-formats
+# Parts, two at a time, the longest first: each keeps about one core busy. The output of one is shown when it has ended.
+test: lint
+	@$(MAKE) --no-print-directory -j2 --output-sync=target e2e e2e-others unit types
 
 lint: install
 	$(PY) -m ruff check .
@@ -41,12 +41,12 @@ unit: install
 
 # One server for most tests.
 e2e: install
-	$(RUN) -m pytest -q -m server --ignore=$(FORMATS)
+	$(RUN) -m pytest -q -m server $(OTHERS:%=--ignore=%)
 
-# A server for each PRM format.
-FORMATS := tests/e2e/test_prm_formats.py
-e2e-formats: install
-	$(RUN) -m pytest -q -m server $(FORMATS)
+# What needs other servers than that one, so that both parts can run at once.
+OTHERS := $(patsubst %,tests/e2e/test_%.py,faults metrics other_servers prm_formats prm_pool refused_starts trace)
+e2e-others: install
+	$(RUN) -m pytest -q -m server $(OTHERS)
 
 # Every bench in its smoke mode: shows that they run, not what they measure; the soak fails if one of its rules is broken.
 # (real_model needs data and another model.)

@@ -69,11 +69,8 @@ def sample_rows(
 
 
 def draws_further(logits: torch.Tensor, info: Any) -> bool:
-    """Whether the sampler, called with these, comes to `sample_rows`, and nothing changes its tokens afterwards."""
-    from sglang.srt.layers import sampler
-
-    is_ours = logits.device.type == "cpu" and info.sampling_seed is not None
-    return is_ours and not info.is_all_greedy and not sampler.SYNC_TOKEN_IDS_ACROSS_TP
+    """Whether the sampler, called with these, comes to `sample_rows`. Tokens by seed need no agreement between ranks."""
+    return logits.device.type == "cpu" and info.sampling_seed is not None and not info.is_all_greedy
 
 
 def drawable(probs: torch.Tensor) -> torch.Tensor:
@@ -202,10 +199,7 @@ PATCHES: tuple[Patch, ...] = (
         upstream=UPSTREAM,
         remove_when=GOES_WHEN,
         condition="cpu",
-        uses=(
-            Use("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo", SAMPLING_FIELDS),
-            Use("sglang.srt.layers.sampler.SYNC_TOKEN_IDS_ACROSS_TP"),
-        ),
+        uses=(Use("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo", SAMPLING_FIELDS),),
     ),
     Patch(
         target="sglang.srt.layers.sampler.multinomial_with_seed",

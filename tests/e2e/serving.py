@@ -17,9 +17,12 @@ import openai
 from bench.embedded import held_out_problems
 from bench.server import LAUNCHER, running_server
 from bench.trees import growth
+from tests.prm.two_ranks import CORES
 
 PROBLEMS = held_out_problems()
 KEY = "a-key-for-tests"
+# sglang asks for NUMA nodes, as many as processes, unless it is told which core is for which.
+TWO_PROCESSES = {"SGLANG_CPU_OMP_THREADS_BIND": CORES, "SGLANG_NCCL_SO_PATH": "/nonexistent"}
 ONE_TRAJECTORY_TOKENS = 600  # of a KV pool: one trajectory fits; the locks of a search of width 32 do not
 
 

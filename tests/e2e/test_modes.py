@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from sglang_ets import cpu_shim
 from sglang_ets.api.trace_pages import add_routes
 from sglang_ets.core.registry import BUILT_IN
+from sglang_ets.launch_server import chosen_flags
 from tests.e2e.serving import KEY, PROBLEMS, Server, grown_tree, serving
 
 pytestmark = pytest.mark.server
@@ -30,6 +32,17 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("paged") / "log.txt"
     with serving(log, ["--search", "ets", *PAGED], env={"SGLANG_TEST_RETRACT": "1"}) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def overlapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The overlap schedule, pages of searches and a key. By sglang's own launcher: on a CPU ours has no overlap."""
+    flags = ["--search-trace", "--api-key", KEY]
+    flags += [flag for flag in chosen_flags(flags, has_cuda=False) if flag != "--disable-overlap-schedule"]
+    env = {"PYTHONPATH": cpu_shim.FOLDER, "SGLANG_USE_CPU_ENGINE": "1"}
+    log = tmp_path_factory.mktemp("overlapped") / "log.txt"
+    with serving(log, flags, env=env, module="sglang.launch_server") as running:
+        yield replace(running, api_key=KEY)
 
 
 def assert_every_policy_answers(server: Server) -> None:
