@@ -1,11 +1,14 @@
 # Targets work from nothing: Python 3.11 (or 3.10, 3.12) and a network are enough.
 # All packages live in one folder of the user's cache, keyed by the requirements, and are shared by every clone;
-# .venv in the clone is a thin layer over it that holds only this clone.
+# .venv in the clone is a thin layer over it that holds only this clone. With SGLANG=version both are others, of that sglang:
+# `make test SGLANG=...` runs the tests against a supported version beside the one that setup.py pins.
 
 PYTHON ?= python3
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sglang-ets
-PY := .venv/bin/python
-STAMP := .venv/.installed
+SGLANG ?=
+VENV := .venv$(addprefix -,$(SGLANG))
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
 .PHONY: install python demo serve test lint types unit e2e e2e-others bench smollm2 drift fuzz soak clean
@@ -13,7 +16,7 @@ RUN := OMP_NUM_THREADS=1 $(PY)
 install: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml .ci/install.py
-	@$(PYTHON) .ci/install.py "$(CACHE)" >&2
+	@$(PYTHON) .ci/install.py "$(CACHE)" $(VENV) $(SGLANG) >&2
 	@touch $@
 
 python: install
@@ -39,7 +42,7 @@ types: install
 unit: install
 	$(RUN) -m pytest -q -m "not server"
 
-# One server for most tests.
+# One server for most tests. `make e2e OVERLAP=1`: all servers with the overlap schedule, which a CPU does without otherwise.
 e2e: install
 	$(RUN) -m pytest -q -m server $(OTHERS:%=--ignore=%)
 
@@ -77,4 +80,4 @@ drift: install
 	@$(RUN) -m sglang_ets.patches.drift $(VERSION)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

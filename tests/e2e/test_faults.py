@@ -324,9 +324,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a million samples": (
         "/generate",
         {"text": PROMPT, "sampling_params": {"n": 10**6}},
-        "n must be an integer from 1 to",
+        "n must be at most",
     ),
-    "a million completions": ("/v1/completions", {"prompt": PROMPT, "n": 10**6}, "n must be an integer from 1 to"),
+    "a million completions": ("/v1/completions", {"prompt": PROMPT, "n": 10**6}, "n must be at most"),
     "many prompts, many samples": ("/v1/completions", {"prompt": ["1="] * 1000, "n": 1000}, "n must be at most"),
     "more log probabilities than tokens": (
         "/generate",

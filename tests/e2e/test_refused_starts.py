@@ -58,7 +58,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_server_does_not_start(started: dict[str, tuple[int, str]], name: str) -> None:
+def test_what_cannot_work_is_refused_before_weights_load(started: dict[str, tuple[int, str]], name: str) -> None:
     code, said = started[name]
     assert code == 1
     assert REFUSED[name][1] in said.strip().splitlines()[-1]
