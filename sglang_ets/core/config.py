@@ -173,6 +173,11 @@ class SearchConfig:
     early_stop_probability: float = setting(
         0.95, "how likely that must be for `likely`", low=0.5, high=1.0, has_flag=True
     )
+    speculate: bool = setting(
+        False,
+        "begin steps of the best leaves in rows that wait for the longest steps of a level; the tree is the same",
+        has_flag=True,
+    )
     max_total_tokens: int | None = setting(
         None,
         "tokens that all trajectories together may generate; as they run out the search narrows",

@@ -6,7 +6,8 @@ equal actions. All policies wait for a level to be complete, except best-of-N, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,14 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.core.selection import Level, Selection, num_groups
+from sglang_ets.core.speculation import (
+    KNOWN_SHARE,
+    KNOWN_SHARE_OF_CLUSTERS,
+    SCORED_PARTS,
+    Forecast,
+    Guess,
+    known_width,
+)
 from sglang_ets.core.stopping import Ballot, EarlyEnd, EarlyReason, early_reason, highest_score
 from sglang_ets.core.token_budget import TokenBudget
 from sglang_ets.core.tree import Node, SearchTree, StepFinish
@@ -100,6 +109,12 @@ class Search:
     def _waits_for_levels(self) -> bool:
         return self.config.algorithm != "best_of_n"
 
+    @property
+    def speculates(self) -> bool:
+        """Whether `guesses` may give any. With a budget it does not: what is computed and not used would go beyond it."""
+        has_budget = self.config.max_total_tokens is not None or self.config.kv_budget_tokens is not None
+        return self.config.speculate and self._waits_for_levels and not has_budget
+
     def start(self) -> list[Action]:
         """The first level: `width` steps from the prompt, or what the token budget allows. DVTS deals them out to subtrees."""
         root = self.tree.root
@@ -144,23 +159,37 @@ class Search:
         It has what the policy reads; without costs `kv` is None.
         To be asked for once a level: its embeddings become part of the running center.
         """
-        leaves = self._leaves
-        steps = [len(leaf.token_ids) for leaf in leaves]
-        return Level(
-            scores=np.array([leaf.score for leaf in leaves], dtype=np.float64),
-            kv=kv,
-            nodes=self._node_costs(leaves) if self.config.reads_costs and self.config.kv_cost == "nodes" else None,
-            embeddings=self._embeddings(leaves) if self.config.reads_embeddings else None,
-            subtree=np.array([leaf.subtree for leaf in leaves], dtype=np.int64),
-            growth_tokens=self.remaining_width * sum(steps) / len(steps),
-            remaining_width=self.remaining_width,
-            depth=leaves[0].depth,
-            seed=self.config.seed,
-            texts=tuple(leaf.text for leaf in leaves),
-            path_scores=tuple(self._step_scores(leaf) for leaf in leaves),
-            parents=np.array([leaf.parent.id for leaf in leaves if leaf.parent is not None], dtype=np.int64),
-            distances=self._distances,
-        )
+        embeddings = self._embeddings(self._leaves, self._center) if self.config.reads_embeddings else None
+        return self._level_of(self._leaves, self.remaining_width, kv, embeddings)
+
+    def scored_leaves(self) -> list[Node]:
+        """Leaves that have their scores, while steps of their level still run; none before enough of it is scored."""
+        if self.is_over or not self._num_unfinished or not self._is_known_with(0):
+            return []
+        return [node for node in self._level if node.score is not None and not self._has_completed(node)]
+
+    def wants_scores(self, num_waiting: int) -> bool:
+        """Whether so many of its steps should be scored now, though others still run: it may then go on from them."""
+        is_part = SCORED_PARTS * num_waiting >= len(self._level)
+        return self.speculates and is_part and self._is_known_with(num_waiting)
+
+    def _is_known_with(self, num_more: int) -> bool:
+        """Whether enough of the level has scores, or will have them with so many more."""
+        num_scored = sum(node.score is not None for node in self._level)
+        share = KNOWN_SHARE_OF_CLUSTERS if self.config.reads_embeddings else KNOWN_SHARE
+        return num_scored + num_more >= share * len(self._level)
+
+    def partial_level(self, leaves: Sequence[Node]) -> Level:
+        """These scored leaves as a level of their own, with their share of the width, and without costs in tokens.
+
+        Changes nothing, so it may be asked for at any time.
+        """
+        num_ended = sum(self._has_completed(node) for node in self._level)
+        num_growing = sum(node.state == "open" and not self._has_completed(node) for node in self._level)
+        width = known_width(self.remaining_width - num_ended, len(leaves), num_growing)
+        center = copy.copy(self._center)
+        embeddings = self._embeddings(leaves, center) if self.config.reads_embeddings else None
+        return self._level_of(leaves, width, None, embeddings)
 
     def on_selected(self, selection: Selection) -> list[Action]:
         """The policy has decided: prune what got nothing, expand the rest."""
@@ -196,6 +225,29 @@ class Search:
             raise ValueError("the root of a search tree is no step")
         return self._ends(node.depth, node.parent.trajectory_tokens + num_tokens, finish)
 
+    def guesses(self, expected: Forecast, num_begun: Mapping[int, int], num_running: int, most: int) -> list[Guess]:
+        """At most so many children of scored leaves that may begin while the longest steps of the level still run.
+
+        Changes nothing: what begins becomes a node only if `on_selected` expands its leaf so far. `num_begun` says how many
+        children of a leaf have begun so, `num_running` how many of all these have not ended: with the level's own steps
+        they are never more than the level has nodes.
+        """
+        if not self.speculates or self.is_over or not self._num_unfinished:
+            return []
+        most = min(most, len(self._level) - self._num_unfinished - num_running)
+        made: list[Guess] = []
+        for leaf_id, count in expected:
+            first = num_begun.get(leaf_id, 0)
+            count = min(count - first, most)
+            if count > 0:
+                made.append(Guess(leaf_id, first, count, self._room(self.tree.nodes[leaf_id])))
+                most -= count
+        return made
+
+    @property
+    def _num_unfinished(self) -> int:
+        return sum(node.finish is None and node.state == "open" for node in self._level)
+
     def stop(self, reason: str) -> list[Action]:
         """End now with what there is."""
         return [] if self.is_over else self._finish(reason)
@@ -217,15 +269,23 @@ class Search:
     def _expand(self, node: Node, children: list[Node]) -> Expand:
         self._level += children
         self._open |= dict.fromkeys(child.id for child in children)
-        room = min(self._most_tokens - node.trajectory_tokens, self.config.max_step_tokens)
+        room = self._room(node)
         if self._waits_for_levels:
             room = min(room, self._budget.share(self.remaining_width))
         return Expand(node.id, tuple(child.id for child in children), room)
+
+    def _room(self, node: Node) -> int:
+        """Tokens that a step after this node may have, a token budget aside."""
+        return min(self._most_tokens - node.trajectory_tokens, self.config.max_step_tokens)
 
     @property
     def _most_tokens(self) -> int:
         """Length of one trajectory at most. Those of best-of-N never meet, so each has its own share of a token budget."""
         return self.config.max_tokens if self._waits_for_levels else self._budget.longest_trajectory
+
+    def _has_completed(self, node: Node) -> bool:
+        """Whether its step, which has ended, is its trajectory's last one."""
+        return node.finish is not None and self._is_complete(node)
 
     def _is_complete(self, node: Node) -> bool:
         return self._ends(node.depth, node.trajectory_tokens, node.finish)
@@ -332,13 +392,33 @@ class Search:
         """The search tree above the leaves, cost 1 a node, as published; numbered in order of creation."""
         return CostTree.from_paths([[(step.id, 1.0) for step in self.tree.path(leaf)] for leaf in leaves], by_key=True)
 
-    def _embeddings(self, leaves: list[Node]) -> NDArray[np.float32] | None:
+    def _level_of(
+        self, leaves: Sequence[Node], width: int, kv: CostTree | None, embeddings: NDArray[np.float32] | None
+    ) -> Level:
+        steps = [len(leaf.token_ids) for leaf in leaves]
+        return Level(
+            scores=np.array([leaf.score for leaf in leaves], dtype=np.float64),
+            kv=kv,
+            nodes=self._node_costs(leaves) if self.config.reads_costs and self.config.kv_cost == "nodes" else None,
+            embeddings=embeddings,
+            subtree=np.array([leaf.subtree for leaf in leaves], dtype=np.int64),
+            growth_tokens=width * sum(steps) / len(steps),
+            remaining_width=width,
+            depth=leaves[0].depth,
+            seed=self.config.seed,
+            texts=tuple(leaf.text for leaf in leaves),
+            path_scores=tuple(self._step_scores(leaf) for leaf in leaves),
+            parents=np.array([leaf.parent.id for leaf in leaves if leaf.parent is not None], dtype=np.int64),
+            distances=self._distances,
+        )
+
+    def _embeddings(self, leaves: Sequence[Node], center: RunningCenter) -> NDArray[np.float32] | None:
         """float32[L, H] as clusters want them; None if the PRM gave none for some leaf."""
         rows = [leaf.embedding for leaf in leaves if leaf.embedding is not None]
         if len(rows) < len(leaves):
             return None
         embeddings = np.stack(rows)
-        return self._center.centered(embeddings) if self.config.center_embeddings else embeddings
+        return center.centered(embeddings) if self.config.center_embeddings else embeddings
 
     def _forget_embedding(self, node: Node) -> None:
         """An embedding is only needed until its level is selected, unless the client wants to see it."""

@@ -61,11 +61,11 @@ class ChildSpec:
         return Member(node_id, child_seed(self.seed, self.parent.origin_input_ids, place))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Member:
     """One node of those for whose step a request stands."""
 
-    node_id: int
+    node_id: int  # negative: there is no such node yet, see `guesses`
     seed: int  # of its draws
 
 
@@ -81,6 +81,7 @@ class ChildReq(Req):
     num_seen: int = 0  # of its output ids, after the last batch
     source: Hold | None = None  # the path that it continues, if it may share its slots; held by whoever made the child
     num_given: int = 0  # of its output ids, that stand before the step: the first input of a fork
+    num_computed: int = 0  # tokens that batches computed for it
 
     @property
     def node_id(self) -> int:

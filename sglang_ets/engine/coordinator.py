@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from http import HTTPStatus
 from importlib.metadata import version
@@ -43,12 +42,14 @@ from sglang_ets.engine.children import (
 from sglang_ets.engine.decisions import Decision, Decisions, Failed
 from sglang_ets.engine.figures import default_settings, finished_line, lost_level, result_of, state_of
 from sglang_ets.engine.forks import Forks, can_fork
+from sglang_ets.engine.guesses import Ended
 from sglang_ets.engine.live import ROOT, Branch, ForkMode, LiveSearch
 from sglang_ets.engine.locks import SearchLocks
 from sglang_ets.engine.metrics import make_metrics
 from sglang_ets.engine.pressure import GiveUp, PressureValve, Release, Suspend
 from sglang_ets.engine.progress import answerable, progress_report, shared_text
 from sglang_ets.engine.scoring import Outcome, StepScoring
+from sglang_ets.engine.speculation import Speculation
 from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
 from sglang_ets.engine.strands import DRAW_KEY, Draw, Strands, can_share, tokens_computed
@@ -122,6 +123,10 @@ class SearchCoordinator:
     @cached_property
     def _strands(self) -> Strands:
         return Strands(self.scheduler, self.ledger)
+
+    @cached_property
+    def _speculation(self) -> Speculation:
+        return Speculation(self.scheduler, self.ledger, self._steps, self._forks)
 
     @cached_property
     def _fork_mode(self) -> ForkMode:
@@ -201,7 +206,7 @@ class SearchCoordinator:
     def after_batch(self, batch: Any, result: Any = None) -> None:
         """Children of this batch that finished become events; complete levels are scored and selected."""
         draw = getattr(result, DRAW_KEY, None)
-        done: list[_Done] = []
+        done: list[tuple[LiveSearch, Ended]] = []
         for row, req in enumerate(batch.reqs):
             if not isinstance(req, ChildReq):
                 continue
@@ -209,13 +214,13 @@ class SearchCoordinator:
                 self._steps.left(req.rid)
             live = self._search_of(req)
             if live is not None:
-                live.tokens_computed += tokens_computed(batch, row) if req.node_id != ROOT else 0
+                self._count(live, req, tokens_computed(batch, row))
                 with self.guard(live):
-                    done += self._after_token(live, req, draw)
+                    done += [(live, ended) for ended in self._after_token(live, req, draw)]
         # All are held before the first of them may end its search, which frees what nobody holds.
-        for one in done:
-            with self.guard(one.live):
-                self._child_done(one)
+        for live, ended in done:
+            with self.guard(live):
+                self._child_done(live, ended)
         self._score_due()
         self._forget_drained()
 
@@ -237,6 +242,7 @@ class SearchCoordinator:
     def _feed(self, running_batch: Any) -> Any:
         """Let searches start, or go on, as the pools allow, and their steps enter the engine behind ordinary requests."""
         self._queue.start()
+        self._guess()
         entered = self._steps.feed(self._queue.running)
         for child in (*entered.forks, *entered.queued):
             child.time_stats.set_wait_queue_entry_time()
@@ -248,9 +254,37 @@ class SearchCoordinator:
             child.source = None  # from here on it may have more tokens than that path
         return running_batch
 
+    def _guess(self) -> None:
+        """Searches that wait for the longest steps of a level go on with what selection would probably keep of it."""
+        running = [self.searches[search_id] for search_id in self._queue.running]
+        running = [live for live in running if live.search.speculates and not live.has_ended]
+        if not running or self._queue.num_waiting or self._queue.num_suspended:
+            return
+        for live in running:
+            if live.guesses.is_stale and live.awaited is None:
+                with self.guard(live):
+                    self._forecast(live)
+        self._speculation.start(running)
+
+    def _forecast(self, live: LiveSearch) -> None:
+        live.guesses.is_stale = False
+        policy = self._policy_of(live.search.config)
+        choose = live.forecast(policy)
+        if choose is None:
+            return
+        if self._decisions.in_loop(getattr(policy, "is_cheap", False)):
+            live.guesses.expected = choose()
+        else:
+            self._decisions.guess(live, choose)
+
     def after_plan(self, plan: Any) -> None:
         """Break a standstill as the pressure valve decides."""
         order = [self.searches[search_id] for search_id in self._queue.running]
+        if self.scheduler.waiting_queue:  # after a plan: they have found no room
+            for live in order:
+                if live.search.speculates:
+                    with self.guard(live):
+                        self._speculation.give_up(live)
         match self._valve.decide(plan, order, [live for live in self.searches.values() if live not in order]):
             case Release(live, tokens):
                 with self.guard(live):
@@ -277,7 +311,9 @@ class SearchCoordinator:
         self._steps.left(req.rid)
         live = self._search_of(req)
         if live is not None:
-            live.children.remove(req.rid)
+            if live.left(req.rid):
+                self._speculation.ended(live, [Ended(req, [])])
+                return True
             # A step that is aborted for want of memory has been taken out of the batch, and carries the reason.
             reason = "aborted while it waited" if req.to_finish is None else req.to_finish.message
             with self.guard(live):
@@ -316,49 +352,67 @@ class SearchCoordinator:
     def _search_of(self, child: ChildReq) -> LiveSearch | None:
         """The search that waits for this child. With the overlap schedule a finished child is shown twice."""
         live = self.searches.get(child.spec.search_id)
-        return live if live is not None and child.rid in live.children else None
+        return live if live is not None and live.waits_for(child.rid) else None
 
-    def _after_token(self, live: LiveSearch, child: ChildReq, draw: Draw | None) -> list[_Done]:
-        """A child may have got a token: its strand parts. Returns the children that have ended with it, each held."""
+    def _count(self, live: LiveSearch, child: ChildReq, num_tokens: int) -> None:
+        if child.members and child.node_id == ROOT:
+            return
+        child.num_computed += num_tokens
+        live.tokens_computed += num_tokens
+        if not child.members:
+            live.guesses.tokens_wasted += num_tokens
+
+    def _after_token(self, live: LiveSearch, child: ChildReq, draw: Draw | None) -> list[Ended]:
+        """A child may have got a token: its strand parts. Returns the steps that have ended with it, each held."""
         has_token, child.num_seen = len(child.output_ids) > child.num_seen, len(child.output_ids)
         is_failed = child.finished() and step_end(child).kind == "failed"
+        is_guess = child.rid in live.guesses.children
         if child.finished():
-            live.children.remove(child.rid)
-        if live.has_ended:
+            live.left(child.rid)
+        if live.has_ended or not child.members:
             return []
-        done = []
+        children: list[ChildReq] = []
         if has_token and draw is not None and not is_failed and len(child.members) > 1:
-            done = self._part(live, child, draw)
+            children = self._part(live, child, draw, is_guess)
         if child.finished():
-            num_holds = 0 if is_failed else len(child.members)
-            done.append(_Done(live, child, [self.ledger.hold(live.id, child.last_node) for _ in range(num_holds)]))
-        return done
+            children.append(child)
+        ended = [Ended(one, self._held(live, one)) for one in children]
+        for one in children:
+            self._locks.start_from(live, one.rid)
+        if not is_guess:
+            return ended
+        self._speculation.ended(live, ended)
+        return []
 
-    def _part(self, live: LiveSearch, child: ChildReq, draw: Draw) -> list[_Done]:
-        """Members that drew another token leave the strand; those whose own token has ended their step are done."""
+    def _held(self, live: LiveSearch, child: ChildReq) -> list[Hold]:
+        """Locks on what a child that has ended left, one for each of its nodes; none if it failed."""
+        num_holds = 0 if step_end(child).kind == "failed" else len(child.members)
+        return [self.ledger.hold(live.id, child.last_node) for _ in range(num_holds)]
+
+    def _part(self, live: LiveSearch, child: ChildReq, draw: Draw, is_guess: bool) -> list[ChildReq]:
+        """Members that drew another token leave the strand. Returns those children whose own token has ended their step."""
         parted = self._strands.part(live.id, child, draw.drawn(child))
-        live.parted |= {one.rid: one.source for one in parted if one.source is not None}
         going_on = [one for one in parted if not one.finished()]
-        live.children.update(one.rid for one in going_on)
+        holds = {one.rid: one.source for one in parted if one.source is not None}
+        if is_guess:
+            live.guesses.parted |= holds
+            live.guesses.children |= {one.rid: one for one in going_on}
+        else:
+            live.parted |= holds
+            live.children.update(one.rid for one in going_on)
         self._steps.add_first(live.id, going_on)
-        done = []
-        for one in parted:
-            if one.finished():
-                num_holds = 0 if step_end(one).kind == "failed" else len(one.members)
-                done.append(_Done(live, one, [self.ledger.hold(live.id, one.last_node) for _ in range(num_holds)]))
-                self._locks.start_from(live, one.rid)
-        return done
+        return [one for one in parted if one.finished()]
 
-    def _child_done(self, one: _Done) -> None:
-        live, child, end = one.live, one.child, step_end(one.child)
+    def _child_done(self, live: LiveSearch, ended: Ended) -> None:
+        child, end = ended.child, step_end(ended.child)
         if end.kind == "failed":
             self._members_failed(live, child, end.reason)
         elif live.has_ended:
-            self.ledger.drop(one.holds, live.prompt_tokens)
+            self.ledger.drop(ended.holds, live.prompt_tokens)
         elif child.node_id == ROOT:
-            self._prompt_ready(live, one.holds[0])
+            self._prompt_ready(live, ended.holds[0])
         else:
-            self._steps_ready(live, child, one.holds, end.kind, end.stop_text)
+            self._steps_ready(live, child, ended.holds, end.kind, end.stop_text)
 
     def _prompt_ready(self, live: LiveSearch, hold: Hold) -> None:
         branch = live.branches[ROOT] = Branch(hold)
@@ -418,6 +472,7 @@ class SearchCoordinator:
         assert before is not None, "a parent keeps its PRM path until its last child is scored"
         live.prm_tokens += len(path.token_ids) - len(before.token_ids)
         self._locks.child_scored(live, parent_id)
+        live.guesses.is_stale = live.guesses.is_due = True
         self.apply(live, live.search.on_scored(node_id, score.score, score.embedding))
 
     def _unscored(self, live: LiveSearch, node_id: int, reason: str) -> None:
@@ -453,21 +508,29 @@ class SearchCoordinator:
                     self._finish(live, action.reason)
 
     def _expand(self, live: LiveSearch, actions: Sequence[Expand]) -> None:
-        """Queue a child for each new node, or for all that continue the same tokens."""
-        tree = live.search.tree
-        begun: dict[tuple[tuple[int, ...], int], list[int]] = {}
-        rooms: dict[tuple[int, ...], int] = {}
+        """Begin the steps of new nodes, but for those that have begun as guesses."""
+        nodes, rooms = live.search.tree.nodes, dict[int, int]()
         for action in actions:
             branch = live.branches[action.parent_id]
             branch.is_tip = False
             branch.num_open_children += len(action.node_ids)
             branch.num_unscored_children += len(action.node_ids)
-            token_ids = tree.trajectory_token_ids(tree.nodes[action.parent_id])
-            rooms[token_ids] = action.max_new_tokens
             for node_id in action.node_ids:
-                begun.setdefault((token_ids, 0 if live.forks == "shared" else node_id), []).append(node_id)
+                if not live.guesses.claim((action.parent_id, nodes[node_id].index), node_id):
+                    rooms[node_id] = action.max_new_tokens
+        self._begin_steps(live, rooms)
+
+    def _begin_steps(self, live: LiveSearch, rooms: Mapping[int, int]) -> None:
+        """Queue a child for each of these nodes, or for all that continue the same tokens, with the room of its step."""
+        tree = live.search.tree
+        parents = dict.fromkeys(live.parent_id(node_id) for node_id in rooms)
+        given = {parent_id: tree.trajectory_token_ids(tree.nodes[parent_id]) for parent_id in parents}
+        begun: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for node_id in rooms:
+            row = given[live.parent_id(node_id)], 0 if live.forks == "shared" else node_id
+            begun.setdefault(row, []).append(node_id)
         for (token_ids, _), node_ids in begun.items():
-            self._queue_child(live, node_ids, token_ids, rooms[token_ids])
+            self._queue_child(live, node_ids, token_ids, rooms[node_ids[0]])
 
     def _queue_child(
         self, live: LiveSearch, node_ids: Sequence[int], token_ids: Sequence[int], max_new_tokens: int
@@ -524,6 +587,15 @@ class SearchCoordinator:
             live.sample_retained()
             if not live.has_ended:
                 self._report(live)
+                self._use_guesses(live)
+
+    def _use_guesses(self, live: LiveSearch) -> None:
+        """What selection has claimed goes on, or has ended. After the report, which looks for leaves without a next step."""
+        own, anew = self._speculation.decide(live)
+        self._begin_steps(live, anew)
+        for ended in own:
+            with self.guard(live):
+                self._child_done(live, ended)
 
     def _report(self, live: LiveSearch) -> None:
         """After a selection: fix the final text and, if the client streams, send it with the figures of the level.
@@ -544,6 +616,8 @@ class SearchCoordinator:
             self.fail(live, decision.value.message)
         elif decision.kind == "select":
             self._selected(live, decision.value)
+        elif decision.kind == "guess":
+            live.guesses.expected, live.guesses.is_due = decision.value, True
         else:
             self._answer(live, decision.value)
 
@@ -569,6 +643,7 @@ class SearchCoordinator:
     def _release(self, live: LiveSearch, tokens: int) -> None:
         """Give up locks on the policy model's KV, which is computed again when it is needed, until `tokens` can be evicted."""
         before = self.scheduler.tree_cache.evictable_size()
+        self._speculation.give_up(live)
         for hold in live.holds_by_promise():
             freed = self.scheduler.tree_cache.evictable_size() - before
             if freed >= tokens:
@@ -642,6 +717,7 @@ class SearchCoordinator:
         self._queue.leave(live.id)
 
     def _abort_children(self, live: LiveSearch) -> None:
+        self._speculation.give_up(live)
         live.children.difference_update(child.rid for child in self._steps.discard(live.id))
         self._locks.drop_parted(live)
         if live.children:
@@ -682,15 +758,6 @@ class SearchCoordinator:
             "kv_freed_at_once_tokens": self.ledger.freed_tokens,
             "prm": self.prm.stats(),
         }
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A child that has ended, and a hold on what it left for each of its nodes; none if it failed."""
-
-    live: LiveSearch
-    child: ChildReq
-    holds: list[Hold]
 
 
 def _step_text(live: LiveSearch, node_id: int, step_ids: tuple[int, ...], *, is_last: bool) -> StepText:

@@ -13,14 +13,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sglang_ets.engine.live import LiveSearch
+from sglang_ets.engine.live import Kind, LiveSearch
 from sglang_ets.prm.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.002  # with nothing to decode, the loop sleeps this long at most for a result
 
-Kind = Literal["select", "answer"]
 # Of one search, what all ranks must have alike: its nodes, its requests in the engine, what it waits for.
 State = tuple[int, int, str]
 
@@ -38,7 +37,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Decision:
-    """Something that a search takes in: a Selection, the ranked answers, or that its time is up."""
+    """Something that a search takes in: a Selection, the ranked answers, a Forecast, or that its time is up."""
 
     place: int  # of the search among the live ones, oldest first
     kind: Kind | Literal["deadline"]
@@ -59,6 +58,10 @@ class Decisions:
     def select(self, live: LiveSearch, choose: Callable[[], Any]) -> None:
         """Let a worker thread choose; the search waits for it."""
         live.awaited = ("select", self._workers.submit(choose) if self._ranks.is_first else None)
+
+    def guess(self, live: LiveSearch, choose: Callable[[], Any]) -> None:
+        """Let a worker thread choose as `select` would; the search goes on, and forgets it once it waits for more."""
+        live.awaited = ("guess", self._workers.submit(choose) if self._ranks.is_first else None)
 
     def answer(self, live: LiveSearch, rank: Callable[[], Future[Any]]) -> None:
         """Start what ranks the answers; the search waits for it."""
@@ -89,7 +92,7 @@ class Decisions:
 
 def _state(live: LiveSearch) -> State:
     awaited = "" if live.awaited is None else live.awaited[0]
-    return len(live.search.tree.nodes), len(live.children), awaited
+    return len(live.search.tree.nodes), len(live.children) + len(live.guesses.children), awaited
 
 
 def _decisions(searches: Sequence[LiveSearch]) -> list[Decision]:

@@ -99,9 +99,21 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
         "prm_tokens": live.prm_tokens,
         "tokens_computed": live.tokens_computed,
         "forks": live.forks,
+        "speculation": _speculation_figures(live) if live.search.speculates else None,
         "solver": _solver_figures(live),
         "seconds": time.monotonic() - live.started_s,
         "warnings": warnings_of(live),
+    }
+
+
+def _speculation_figures(live: LiveSearch) -> dict[str, Any]:
+    guesses = live.guesses
+    return {
+        "leaves": guesses.num_leaves,
+        "children": guesses.num_children,
+        "children_used": guesses.num_used,
+        "hit_rate": guesses.num_used / max(1, guesses.num_children),
+        "tokens_wasted": guesses.tokens_wasted,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,9 @@ from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Search
 from sglang_ets.core.selection import Selection, SelectionPolicy, checked
+from sglang_ets.core.speculation import Forecast, forecast
 from sglang_ets.core.tree import Node
+from sglang_ets.engine.guesses import Guesses
 from sglang_ets.engine.tree_changes import TreeChanges
 from sglang_ets.kv import Hold, PathSnapshot, RadixLedger
 from sglang_ets.wire import TRACE_PARAM
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 ROOT = 0  # node id of the prompt
 # How steps start: with nodes of equal tokens in one row of the batch, each in a row of its own, or with a prefill each.
 ForkMode = Literal["shared", "decode", "extend"]
+Kind = Literal["select", "answer", "guess"]  # of work that another thread does for a search
 
 
 @dataclass
@@ -64,8 +67,9 @@ class LiveSearch:
     children: set[str] = field(default_factory=set)  # ids of the internal requests in the engine
     forks: ForkMode = "extend"
     parted: dict[str, Hold] = field(default_factory=dict)  # what children that left a strand start from, by their ids
+    guesses: Guesses = field(default_factory=Guesses)
     tokens_computed: int = 0  # by the policy model for steps; the prompt aside
-    awaited: tuple[Literal["select", "answer"], Future[Any] | None] | None = None  # no future: on the first rank
+    awaited: tuple[Kind, Future[Any] | None] | None = None  # no future: on the first rank
     # Of all holds when the last level was complete.
     paths: PathSnapshot = field(default_factory=lambda: PathSnapshot({}))
     kv: list[KvSample] = field(default_factory=list)
@@ -134,7 +138,17 @@ class LiveSearch:
     @property
     def is_over(self) -> bool:
         """Answered, and none of its internal requests is left in the engine."""
-        return self.is_answered and not self.children
+        return self.is_answered and not self.children and not self.guesses.children
+
+    def waits_for(self, child_id: str) -> bool:
+        """Whether it has begun this child, which has not ended."""
+        return child_id in self.children or child_id in self.guesses.children
+
+    def left(self, child_id: str) -> bool:
+        """This child, for which it waits, has left the engine. Returns whether it was a guess."""
+        self.guesses.is_due = True  # a row is free
+        self.children.discard(child_id)
+        return self.guesses.children.pop(child_id, None) is not None
 
     @contextmanager
     def on_loop(self) -> Iterator[None]:
@@ -157,7 +171,7 @@ class LiveSearch:
         return node.parent
 
     def holds(self) -> list[Hold]:
-        """Locks of the trajectories that may still grow, in the order of their nodes."""
+        """Locks of the trajectories that may still grow, in the order of their nodes. Those of guesses are not among them."""
         held = [branch.hold for _, branch in sorted(self.branches.items())]
         return [hold for hold in (*held, *self.parted.values()) if hold is not None and hold.locked]
 
@@ -181,6 +195,23 @@ class LiveSearch:
             costs = token_costs([tree.trajectory_token_ids(tree.nodes[leaf_id]) for leaf_id in leaf_ids])
         level = self.search.level(costs)
         return checked(policy.select(level, config), level, config.algorithm)
+
+    def forecast(self, policy: SelectionPolicy) -> Callable[[], Forecast] | None:
+        """What would be decided of the leaves that have their scores; None if it is too early, or too late, to ask.
+
+        The call may be made on a worker thread while the search goes on.
+        """
+        config, leaves, tree = self.search.config, self.search.scored_leaves(), self.search.tree
+        if not leaves:
+            return None
+        level = self.search.partial_level(leaves)
+        trajectories = [tree.trajectory_token_ids(leaf) for leaf in leaves] if config.reads_costs else []
+
+        def choose() -> Forecast:
+            part = replace(level, kv=token_costs(trajectories)) if config.reads_costs else level
+            return forecast(leaves, checked(policy.select(part, config), part, config.algorithm).allocation)
+
+        return choose
 
     def sample_kv(self, ledger: RadixLedger, depth: int) -> None:
         """Record the KV held now, a level being complete. Unique tokens come from the radix cache."""

@@ -42,7 +42,7 @@ class SearchLocks:
 
     def start_from(self, live: LiveSearch, child_id: str) -> None:
         """A child is in the engine, which locks what it needs: what it started from is held no longer for it."""
-        hold = live.parted.pop(child_id, None)
+        hold = live.parted.pop(child_id, None) or live.guesses.parted.pop(child_id, None)
         if hold is not None:
             self._ledger.release(hold)
 

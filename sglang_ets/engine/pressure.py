@@ -70,7 +70,7 @@ class PressureValve:
         if len(running) > 1:
             return Suspend()
         for only in running:
-            if only.holds():
+            if only.holds() or only.guesses.holds():
                 return Release(only, self._enough())
             if self._stuck_ticks >= HOPELESS_TICKS:
                 return GiveUp(only, self._hopeless())

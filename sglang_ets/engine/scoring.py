@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from sglang_ets.engine.live import Branch, LiveSearch
@@ -46,7 +47,7 @@ class StepScoring:
         self._waiting = [(live, node_id) for live, node_id in self._waiting if not live.has_ended]
         # A step follows its parent's; best-of-N may have both waiting.
         batch = [(live, node_id) for live, node_id in self._waiting if _parent(live, node_id).prm is not None]
-        if len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch):
+        if len(batch) < SCORE_BATCH_STEPS and all(live.children for live, _ in batch) and not _is_early(batch):
             return []
         return batch
 
@@ -63,6 +64,11 @@ class StepScoring:
             outcomes = [PrmError(f"{type(error).__name__}: {error}")] * len(batch)
         self._metrics.scored(len(batch), time.perf_counter() - started)
         return outcomes
+
+
+def _is_early(batch: Sequence[Waiting]) -> bool:
+    """Whether a search wants the scores of its steps here, though others of its level still run."""
+    return any(live.search.wants_scores(count) for live, count in Counter(live for live, _ in batch).items())
 
 
 def _parent(live: LiveSearch, node_id: int) -> Branch:

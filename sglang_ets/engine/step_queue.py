@@ -7,7 +7,7 @@ children wait here and enter the engine only as far as rows are left for them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +95,30 @@ class StepQueue:
         """Forget the search's children that are not in the engine. Returns them."""
         return list(self._pending.pop(owner, ()))
 
+    def remove(self, owner: str, ids: Set[str]) -> list[str]:
+        """Forget those of the search's children with these ids that do not run. Returns their ids."""
+        pending, waiting = self._pending.get(owner, deque()), self._scheduler.waiting_queue
+        removed = [req.rid for req in (*pending, *waiting) if req.rid in ids]
+        if removed:
+            self._pending[owner] = deque(child for child in pending if child.rid not in ids)
+            waiting[:] = [req for req in waiting if req.rid not in ids]
+            for rid in removed:
+                self.left(rid)
+        return removed
+
     def pending(self, owner: str) -> Sequence[Any]:
         """Children of this search that are not in the engine, in order. Those that were taken back may have output."""
         return tuple(self._pending.get(owner, ()))
+
+    @property
+    def num_pending(self) -> int:
+        """Children, over all searches, that are not in the engine."""
+        return sum(len(pending) for pending in self._pending.values())
+
+    @property
+    def num_free(self) -> int:
+        """Rows that the children which are here already leave to others."""
+        return self._max_inside - len(self._inside) - self.num_pending
 
     @property
     def num_inside(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from sglang_ets.engine.decisions import Decision, Decisions, Failed, RanksDiffer
 from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
 from sglang_ets.prm.ranks import ONE_RANK, OneRank, Ranks
 from tests.engine.fakes import DELIMITER, FakeScheduler, ScriptedPrm, World, tokens
+from tests.engine.test_strands import steps_of_two_letters
 
 ALGORITHMS = tuple(BUILT_IN)
 AGES_S = 1e5
@@ -121,6 +122,25 @@ def test_the_second_rank_grows_the_tree_of_the_first_and_decides_nothing(algorit
         first, second = (without_times(world.answer(rid)) for world in worlds)
         assert first == second
         assert first["results"][0]["text"]
+    for world in worlds:
+        world.assert_balanced()
+
+
+@pytest.mark.parametrize("algorithm", ["rebase", "ets", "dvts"])
+def test_both_ranks_begin_the_same_steps_before_selection(algorithm: str) -> None:
+    def drive(world: World) -> None:
+        world.ask(algorithm=algorithm, search_width=16, return_tree=True, speculate=True)
+        for _ in world.ticks():
+            awaited = [live.awaited[1] for live in world.ets.searches.values() if live.awaited is not None]
+            wait(
+                [future for future in awaited if future is not None], WAIT_LIMIT_S
+            )  # as if a forward pass took so long
+
+    worlds = two_worlds(steps_of_two_letters)
+    run_both(worlds, drive)
+    first, second = (without_times(world.answer()) for world in worlds)
+    assert first == second
+    assert first["search"]["speculation"]["children"] > 0
     for world in worlds:
         world.assert_balanced()
 

@@ -47,6 +47,7 @@ def live_search(end_reason: str = "", finish: str = "length", status: int = 500)
         id="a",
         search=SimpleNamespace(tree=tree, config=SearchConfig(algorithm="ets")),
         prm_tokens=9,
+        guesses=SimpleNamespace(num_children=5, num_used=3, tokens_wasted=40),
         num_pressure_releases=1,
         end_reason=end_reason,
         req=SimpleNamespace(finished_reason=Finished(finish, status)),
@@ -89,6 +90,9 @@ def test_a_search_is_counted_once_however_often_it_is_published(
     assert value(registry, "nodes_pruned_total", algorithm="ets") == 1
     assert value(registry, "generated_tokens_total", algorithm="ets") == 3
     assert value(registry, "kv_pressure_releases_total", algorithm="ets") == 1
+    assert value(registry, "speculated_steps_total", algorithm="ets") == 5
+    assert value(registry, "used_speculated_steps_total", algorithm="ets") == 3
+    assert value(registry, "speculation_wasted_tokens_total", algorithm="ets") == 40
     assert value(registry, "kv_freed_tokens_total") == 9
     assert value(registry, "searches_running") == 1
     assert value(registry, "searches_total", algorithm="ets", outcome="complete") == 1

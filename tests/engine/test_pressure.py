@@ -35,8 +35,9 @@ def scheduler(free: int = 100, waiting: int = 1, page_size: int = 1) -> Any:
     )
 
 
-def search(num_holds: int = 1, is_answered: bool = False) -> Any:
-    return SimpleNamespace(holds=lambda: [object()] * num_holds, is_answered=is_answered)
+def search(num_holds: int = 1, is_answered: bool = False, num_guessed: int = 0) -> Any:
+    guesses = SimpleNamespace(holds=lambda: [object()] * num_guessed)
+    return SimpleNamespace(holds=lambda: [object()] * num_holds, is_answered=is_answered, guesses=guesses)
 
 
 def plan(running: int = 0, runs: bool = False, prefills: bool = False) -> Any:
@@ -69,6 +70,11 @@ def test_searches_that_do_not_run_give_up_their_locks_first_the_youngest_of_them
 def test_the_only_running_search_gives_up_its_own_locks() -> None:
     only = search()
     assert decide_until_stuck(PressureValve(scheduler()), [only], [search(num_holds=0)]) == Release(only, ENOUGH)
+
+
+def test_what_the_only_search_guessed_is_a_lock_to_give_up() -> None:
+    only = search(num_holds=0, num_guessed=1)
+    assert decide_until_stuck(PressureValve(scheduler()), [only], []) == Release(only, ENOUGH)
 
 
 def test_a_tick_in_which_something_runs_starts_the_count_anew() -> None:

@@ -110,3 +110,17 @@ def test_an_ended_search_forgets_what_has_not_entered() -> None:
 )
 def test_some_rows_are_kept_for_ordinary_requests(rows: int, wanted: int | None, expected: int) -> None:
     assert rows_for_children(rows, wanted) == expected
+
+
+def test_what_nobody_wants_leaves_both_queues_and_frees_its_rows() -> None:
+    waiting: list[FakeReq] = []
+    queue = StepQueue(FakeScheduler(waiting), 3, NoForks())
+    filled(queue, "a", 4)
+    filled(queue, "b", 1)
+    assert (queue.num_free, queue.num_pending) == (-2, 5)
+    queue.feed(["a", "b"])
+    assert (queue.num_free, queue.num_pending, queue.num_inside) == (-2, 2, 3)
+    assert queue.remove("a", {"a1", "a3", "b0"}) == ["a3", "a1"]
+    assert (ids(waiting), queue.pending("a"), ids(list(queue.pending("b")))) == (["a0", "a2"], (), ["b0"])
+    assert (queue.num_free, queue.num_pending, queue.num_inside) == (0, 1, 2)
+    assert queue.remove("a", {"a1"}) == queue.remove("c", {"c0"}) == []

@@ -163,9 +163,9 @@ def test_an_abort_at_any_tick_leaves_nothing(algorithm: str, overlaps: bool) -> 
         world.assert_balanced()
 
 
-def ended_by_deadline(world: World, tick: int) -> Any:
+def ended_by_deadline(world: World, tick: int, **fields: Any) -> Any:
     """What is answered if the time is up after so many ticks."""
-    for now in asked(world, deadline_s=1e4).ticks():
+    for now in asked(world, deadline_s=1e4, **fields).ticks():
         if now == tick:
             for live in world.ets.searches.values():
                 live.started_s -= 1e5
