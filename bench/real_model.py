@@ -12,8 +12,9 @@ trajectories count, and all choose by the same rule. Answers are graded by math-
 
 One problem under one setting is a row; a run that was interrupted goes on where it stopped. `--in-flight` problems are solved
 at once, each setting for itself, and a row has an equal share of the seconds that they took, of the clock and of the server's
-CPU time; the latter means something on a busy machine too. Tables and plot never mix models, data sets, PRMs or limits.
-`--validation` takes the problems that are left for choosing settings on, and no others.
+CPU time; the latter means something on a busy machine too. With `--together` all searches of these problems are in flight at
+once: the weights are read once for all of them, and a row has only its own wait under that load. Tables and plot never mix
+models, data sets, PRMs or limits. `--validation` takes the problems that are left for choosing settings on, and no others.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from sglang_ets.tools.datasets import Problem, load
 from sglang_ets.tools.grading import grade, majority
 
 WARM_UP_TOKENS = 8
-POOL_TOKENS = 20_000
+POOL_TOKENS = 60_000
 TIMEOUT_S = 3600
 PATTERN = "boxed"
 COMMON = {"answer": "weighted_majority", "answer_pattern": PATTERN, "early_stop": "off"}
@@ -59,7 +60,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "ets": {"algorithm": "ets"},
     "ets published": {"algorithm": "ets", "preset": "paper"},
 }
-SAMPLED = "self_consistency"  # made of the trajectories of `best_of_n`
+FREE, SAMPLED = "best_of_n", "self_consistency"  # the second is made of the trajectories of the first
 VALIDATION = ", validation"
 COST_HEADER = ["policy", "width", "KV mean", "KV if unshared", "leaves", "distinct texts", "clusters", "tokens a step",
                "tokens generated", "tokens computed", "CPU s/problem", "answered", "graders disagree"]  # fmt: skip
@@ -112,18 +113,21 @@ def flags(args: argparse.Namespace) -> list[str]:
 
 
 def searched(
-    client: openai.OpenAI, setting: Setting, case: Case, problems: Sequence[Problem], judge: MathProcess
-) -> list[rows.Row]:
-    """The rows of `sglang-ets run`, in the order of the problems, all of them in flight at once."""
-    asked = runs.Asked(
-        "", setting.width, json.dumps(setting.search), case.temperature, case.seed, case.max_tokens, is_chat=True
-    )
+    client: openai.OpenAI, chosen: Sequence[Setting], case: Case, problems: Sequence[Problem], judge: MathProcess
+) -> dict[tuple[str, str], rows.Row]:
+    """The row of `sglang-ets run` for each setting and problem, all of them in flight at once."""
+    texts = {setting.key: json.dumps(setting.search) for setting in chosen}
+    jobs = [
+        (runs.Asked("", setting.width, texts[setting.key], case.temperature, case.seed, case.max_tokens), problem)
+        for setting in chosen
+        for problem in problems
+    ]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.jsonl"
-        for _ in runs.run(client, [(asked, problem) for problem in problems], out, len(problems), judge):
+        for _ in runs.run(client, jobs, out, len(jobs), judge):
             pass
-        made = {row["problem"]: row for row in runs.rows_in(out)}
-    return [made[problem.id] for problem in problems]
+        made = {(row["search"], row["problem"]): row for row in runs.rows_in(out)}
+    return {(key, problem.id): made[text, problem.id] for key, text in texts.items() for problem in problems}
 
 
 def figures_of(row: rows.Row) -> rows.Row:
@@ -136,6 +140,7 @@ def figures_of(row: rows.Row) -> rows.Row:
         **{name: getattr(seen, name) for name in ("leaves", "distinct_texts", "clusters")},
         **{name: row[name] for name in ("answer", "is_right", "is_right_strict", "timed_out")},
         "fallbacks": figures["solver"]["fallbacks"],
+        "seconds": row["seconds"],
         "step_tokens": sum(len(node["token_ids"]) for node in nodes) / len(nodes),
         "completion_tokens": row["usage"]["completion_tokens"],
     }
@@ -148,8 +153,8 @@ def voted(row: rows.Row, judge: MathProcess) -> rows.Row:
     ends = [node for node in nodes if node["state"] == "complete"]
     texts = ["".join(step["text"] for step in path_to(end, by_id)) for end in ends]
     answer = majority([extract_answer(text, PATTERN) for text in texts])
-    tokens = {"completion_tokens": row["usage"]["completion_tokens"]}
-    return {"answer": answer, **tokens, **asdict(grade(judge, answer, row["expected"]))}
+    cost = {"completion_tokens": row["usage"]["completion_tokens"], "seconds": row["seconds"]}
+    return {"answer": answer, **cost, **asdict(grade(judge, answer, row["expected"]))}
 
 
 def greedy(client: openai.OpenAI, case: Case, problem: Problem) -> rows.Row:
@@ -166,28 +171,37 @@ def greedy(client: openai.OpenAI, case: Case, problem: Problem) -> rows.Row:
 
 
 def solve_together(
-    server: Running, setting: Setting, case: Case, problems: Sequence[Problem], judge: MathProcess
+    server: Running, chosen: Sequence[Setting], case: Case, problems: Sequence[Problem], judge: MathProcess
 ) -> list[rows.Row]:
-    """All problems in flight at once; each row has an equal share of the time that they took."""
+    """All problems under all of these settings in flight at once, either searches or one that is none.
+
+    Each row of a single setting has an equal share of the time that its problems took; with several, its own wait.
+    """
     client, count = client_of(server.url, TIMEOUT_S), len(problems)
     started, worked = time.perf_counter(), server.cpu_s()
-    if setting.search:
-        made = searched(client, setting, case, problems, judge)
-        own = [figures_of(row) for row in made]
+    if chosen[0].search:
+        made = searched(client, chosen, case, problems, judge)
     else:
         with ThreadPoolExecutor(count) as pool:
-            own = list(pool.map(lambda problem: greedy(client, case, problem), problems))
-    seconds, cpu_seconds = time.perf_counter() - started, server.cpu_s() - worked
-    for row, problem in zip(own, problems, strict=True):
-        row |= {} if setting.search else asdict(grade(judge, row["answer"], problem.answer))
-    share = {"in_flight": count, "seconds": seconds / count, "cpu_seconds": cpu_seconds / count}
-    done = [_named(setting, problem) | row | share for problem, row in zip(problems, own, strict=True)]
-    if setting.name == "best_of_n":
-        votes = Setting(SAMPLED, setting.width, {})
-        done += [
-            _named(votes, problem) | voted(row, judge) | share for problem, row in zip(problems, made, strict=True)
-        ]
-    return done
+            plain = list(pool.map(lambda problem: greedy(client, case, problem), problems))
+    share = {"seconds": time.perf_counter() - started, "cpu_seconds": server.cpu_s() - worked}
+    if chosen[0].search:
+        done = [row for setting in chosen for one in problems for row in rows_of(setting, one, made, judge)]
+    else:
+        grades = [asdict(grade(judge, row["answer"], one.answer)) for row, one in zip(plain, problems, strict=True)]
+        named = [_named(chosen[0], one) for one in problems]
+        done = [name | row | graded for name, row, graded in zip(named, plain, grades, strict=True)]
+    own = {name: value / count for name, value in share.items()} if len(chosen) == 1 else {}
+    return [row | own | {"in_flight": count * len(chosen)} for row in done]
+
+
+def rows_of(
+    setting: Setting, problem: Problem, made: dict[tuple[str, str], rows.Row], judge: MathProcess
+) -> list[rows.Row]:
+    """Of one search, and of the vote among its trajectories if nothing chose among them on the way."""
+    row = made[setting.key, problem.id]
+    votes = [_named(Setting(SAMPLED, setting.width, {}), problem) | voted(row, judge)] if setting.name == FREE else []
+    return [_named(setting, problem) | figures_of(row), *votes]
 
 
 def _named(setting: Setting, problem: Problem) -> rows.Row:
@@ -240,40 +254,47 @@ def _mean(own: Sequence[rows.Row], name: str) -> str:
     return f"{sum(values) / len(values):.1f}" if values else ""
 
 
-def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, Setting, list[Problem]]]:
-    """What the file has no row of: data set, setting, and the problems to solve together.
+def known_in(out: Path) -> set[tuple[Any, ...]]:
+    """What the file has a row of."""
+    return {(*group_of(row), row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
+
+
+def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, list[Setting], list[Problem]]]:
+    """What the file has no row of: data set, settings, and the problems to solve together.
 
     All settings come before more problems, so that an interrupted run compares equal sets.
     """
-    case = Case.of(args)
-    known = {(*group_of(row), row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
-    todo: list[tuple[str, Setting, list[Problem]]] = []
+    case, known = Case.of(args), known_in(out)
+    greedy_one, *searches = settings(args.width, args.policies)
+    steps = [[greedy_one], searches] if args.together else [[setting] for setting in (greedy_one, *searches)]
+    todo: list[tuple[str, list[Setting], list[Problem]]] = []
     for data in args.data:
         name = Path(data).name + VALIDATION * args.validation
         problems = load(data, args.problems, for_validation=args.validation)
         for first in range(0, len(problems), args.in_flight):
-            for setting in settings(args.width, args.policies):
+            for chosen in steps:
                 batch = [
                     problem
                     for problem in problems[first : first + args.in_flight]
-                    if (*case.group(name), setting.key, problem.id, args.seed) not in known
+                    if any((*case.group(name), one.key, problem.id, args.seed) not in known for one in chosen)
                 ]
-                todo += [(name, setting, batch)] if batch else []
+                todo += [(name, chosen, batch)] if batch else []
     return todo
 
 
 def run(args: argparse.Namespace, out: Path) -> None:
     """Append a graded row for everything that has none."""
-    todo = unsolved(args, out)
+    todo, known = unsolved(args, out), known_in(out)
     if not todo:
         return
     case, judge = Case.of(args), MathProcess()
     with running([flags(args)]) as (server,), awake([server]):
         short = Case(case.model, case.prm, WARM_UP_TOKENS, case.temperature, case.seed)
-        solve_together(server, settings(2, ["ets"])[-1], short, todo[0][2][:1], judge)  # kernels compile
-        for name, setting, batch in tqdm(todo, unit="batch"):
-            for row in solve_together(server, setting, case, batch, judge):
-                rows.append(out, {"data": name, **asdict(case), **row})
+        solve_together(server, settings(2, ["ets"])[-1:], short, todo[0][2][:1], judge)  # kernels compile
+        for name, chosen, batch in tqdm(todo, unit="batch"):
+            for row in solve_together(server, chosen, case, batch, judge):
+                if (*case.group(name), row["setting"], row["problem"], args.seed) not in known:
+                    rows.append(out, {"data": name, **asdict(case), **row})
     judge.stop()
 
 
@@ -291,6 +312,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--in-flight", type=int, default=4, help="problems at once")
+    parser.add_argument("--together", action="store_true", help="all searches of these problems at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plot of the rows anew")
     rows.add_arguments(parser, "1 problem at width 4, two policies")

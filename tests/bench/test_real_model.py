@@ -113,7 +113,7 @@ def args_of(data: Path, **more: Any) -> argparse.Namespace:
     given = {
         "data": [str(data)], "model_path": "/x/qwen", "prm_model_path": None, "prm_format": "judge", "max_tokens": 224,
         "temperature": 1.0, "policies": ["rebase", "dvts"], "width": 8, "problems": 2, "in_flight": 2, "seed": 0,
-        "validation": False, **more,
+        "validation": False, "together": False, **more,
     }  # fmt: skip
     return argparse.Namespace(**given)
 
@@ -126,7 +126,10 @@ def data(tmp_path: Path) -> Path:
 
 
 def names(args: argparse.Namespace, out: Path) -> list[tuple[str, list[str]]]:
-    return [(setting.name, [problem.id for problem in batch]) for _, setting, batch in unsolved(args, out)]
+    return [
+        ("+".join(setting.name for setting in chosen), [problem.id for problem in batch])
+        for _, chosen, batch in unsolved(args, out)
+    ]
 
 
 def test_a_run_goes_on_where_its_own_group_stopped(data: Path, tmp_path: Path) -> None:
@@ -141,6 +144,7 @@ def test_a_run_goes_on_where_its_own_group_stopped(data: Path, tmp_path: Path) -
     both = [first, second]
     assert names(args_of(data), out) == [("greedy", both), ("rebase", [second]), ("dvts", both)]
     assert names(args_of(data, in_flight=1), out)[:3] == [("greedy", [first]), ("dvts", [first]), ("greedy", [second])]
+    assert names(args_of(data, together=True), out) == [("greedy", both), ("rebase+dvts", both)]
 
 
 def test_problems_for_choosing_settings_are_others_under_another_name(data: Path, tmp_path: Path) -> None:
@@ -170,35 +174,40 @@ def searched_row(name: str) -> dict[str, Any]:
     nodes[0]["state"] = "retained"
     for one in nodes:
         one |= {"text": texts[one["id"]], "depth": 1 + bool(one["parent"]), "score": 0.5, "finish": "step"}
-    figures = dict.fromkeys((*real_model.FROM_SEARCH, "tokens_computed"), 3)
+    figures = {**dict.fromkeys((*real_model.FROM_SEARCH, "tokens_computed"), 3), "solver": {"fallbacks": 0}}
     return {
         "problem": name, "answer": "7", "is_right": False, "is_right_strict": False, "timed_out": False, "expected": "5",
-        "usage": {"completion_tokens": 5}, "search_result": {**figures, "solver": {"fallbacks": 0}, "tree": {"nodes": nodes}},
+        "search": json.dumps(settings(3, ["best_of_n"])[1].search), "seconds": 9.0, "usage": {"completion_tokens": 5},
+        "search_result": {**figures, "tree": {"nodes": nodes}},
     }  # fmt: skip
 
 
-def test_problems_in_flight_share_the_time_and_self_consistency_shares_best_of_ns_trajectories(
+def test_one_setting_shares_its_time_and_several_wait_each_for_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = iter([100.0, 106.0])
+    clock = iter([100.0, 106.0, 200.0, 206.0])
     monkeypatch.setattr("bench.real_model.time.perf_counter", lambda: next(clock))
 
     def run(_client: Any, jobs: Sequence[Any], out: Path, in_flight: int, _judge: Any) -> Iterator[tuple[int, int]]:
-        assert in_flight == len(jobs) == 2
-        out.write_text("".join(json.dumps(searched_row(problem.id)) + "\n" for _, problem in reversed(jobs)))
-        yield 2, 2
+        assert in_flight == len(jobs)
+        made = [searched_row(problem.id) | {"search": asked.search} for asked, problem in reversed(jobs)]
+        out.write_text("".join(json.dumps(one) + "\n" for one in made))
+        yield len(jobs), len(jobs)
 
     monkeypatch.setattr(real_model.runs, "run", run)
     problems, (_, best_of_n) = [Problem(name, "", "5") for name in "ab"], settings(3, ["best_of_n"])
-    server = cast(Any, Server(10.0, 14.0))
-    done = solve_together(server, best_of_n, CASE, problems, MathProcess())
+    server = cast(Any, Server(10.0, 14.0, 20.0, 24.0))
+    done = solve_together(server, [best_of_n], CASE, problems, MathProcess())
     assert [(one["setting"], one["problem"], one["answer"], one["is_right"]) for one in done] == [
         ("best_of_n@3", "a", "7", False),
-        ("best_of_n@3", "b", "7", False),
         ("self_consistency@3", "a", "5", True),
+        ("best_of_n@3", "b", "7", False),
         ("self_consistency@3", "b", "5", True),
     ]
     assert {(one["in_flight"], one["seconds"], one["cpu_seconds"]) for one in done} == {(2, 3.0, 2.0)}
+    both = solve_together(server, settings(3, ["best_of_n", "ets"])[1:], CASE, problems, MathProcess())
+    assert {one["setting"] for one in both} == {"best_of_n@3", "self_consistency@3", "ets@3"} and len(both) == 6
+    assert {(one["in_flight"], one["seconds"], "cpu_seconds" in one) for one in both} == {(4, 9.0, False)}
 
 
 def test_a_row_keeps_figures_and_no_texts() -> None:
