@@ -40,7 +40,7 @@ from bench.figures import accuracy_against_kv
 from bench.redundancy import redundancy
 from bench.searches import FROM_SEARCH, Setting
 from bench.tables import by_setting, equal_cost_tables, frontier, table
-from bench.trees import path_to
+from bench.trees import num_distinct_prefixes, path_to
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
 from sglang_ets.tools import run as runs
@@ -63,7 +63,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 FREE, SAMPLED = "best_of_n", "self_consistency"  # the second is made of the trajectories of the first
 VALIDATION = ", validation"
 COST_HEADER = ["policy", "width", "KV mean", "KV if unshared", "leaves", "distinct texts", "clusters", "tokens a step",
-               "tokens generated", "tokens computed", "CPU s/problem", "answered", "graders disagree"]  # fmt: skip
+               "tokens generated", "tokens computed", "distinct prefixes", "CPU s/problem", "answered",
+               "graders disagree"]  # fmt: skip
 COST_MEANS = (
     "kv_tokens_mean",
     "kv_referenced_mean",
@@ -73,6 +74,7 @@ COST_MEANS = (
     "step_tokens",
     "completion_tokens",
     "tokens_computed",
+    "distinct_prefixes",
     "cpu_seconds",
 )
 
@@ -139,6 +141,7 @@ def figures_of(row: rows.Row) -> rows.Row:
         **{name: figures[name] for name in (*FROM_SEARCH, "tokens_computed")},
         **{name: getattr(seen, name) for name in ("leaves", "distinct_texts", "clusters")},
         **{name: row[name] for name in ("answer", "is_right", "is_right_strict", "timed_out")},
+        "distinct_prefixes": num_distinct_prefixes(nodes),
         "fallbacks": figures["solver"]["fallbacks"],
         "seconds": row["seconds"],
         "step_tokens": sum(len(node["token_ids"]) for node in nodes) / len(nodes),

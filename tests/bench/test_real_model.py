@@ -33,7 +33,7 @@ CASE = Case("qwen", "judge", 224, 1.0, 0)
 GSM8K, MATH = CASE.group("gsm8k"), CASE.group("math500")
 KV: dict[str, Any] = {
     "kv_tokens_peak": 90, "kv_referenced_mean": 200, "prm_tokens": 1, "levels": 2, "leaves": 8.0, "distinct_texts": 7.0,
-    "step_tokens": 20.0, "tokens_computed": 5,
+    "step_tokens": 20.0, "tokens_computed": 5, "distinct_prefixes": 4,
 }  # fmt: skip
 
 
@@ -77,9 +77,9 @@ def test_the_summary_compares_kv_and_tokens_and_counts_disagreement() -> None:
         "self_consistency": None,
     }
     assert "## qwen, gsm8k, judge, 224 tokens, temperature 1" in text
-    assert "| rebase | 8 | 100.0 | 200.0 | 8.0 | 7.0 |  | 20.0 | 10.0 | 5.0 | 2.0 | 1/1 | 1/1 |" in text
-    assert "| ets | 8 | 50.0 | 200.0 | 8.0 | 7.0 | 3.0 | 20.0 | 10.0 | 5.0 | 4.0 | 1/1 | 0/1 |" in text
-    assert "| self_consistency | 8 |  |  |  |  |  |  | 10.0 |  | 2.0 | 0/1 | 0/1 |" in text
+    assert "| rebase | 8 | 100.0 | 200.0 | 8.0 | 7.0 |  | 20.0 | 10.0 | 5.0 | 4.0 | 2.0 | 1/1 | 1/1 |" in text
+    assert "| ets | 8 | 50.0 | 200.0 | 8.0 | 7.0 | 3.0 | 20.0 | 10.0 | 5.0 | 4.0 | 4.0 | 1/1 | 0/1 |" in text
+    assert "| self_consistency | 8 |  |  |  |  |  |  | 10.0 |  |  | 2.0 | 0/1 | 0/1 |" in text
     assert "Not dominated at width 8, from the least KV: ets, rebase" in text
 
 
@@ -219,7 +219,7 @@ def test_a_row_keeps_figures_and_no_texts() -> None:
 
 def test_cpu_time_and_tokens_are_means_over_problems() -> None:
     done = [row("greedy", "a", False, cpu_seconds=1.0), row("greedy", "b", False, cpu_seconds=4.0)]
-    assert "| 10.0 |  | 2.5 | 2/2 |" in cost_table(done)
+    assert "| 10.0 |  |  | 2.5 | 2/2 |" in cost_table(done)
 
 
 def test_another_file_than_the_known_one_is_refused(tmp_path: Path) -> None:
