@@ -1,19 +1,22 @@
 # Targets work from nothing: Python 3.11 (or 3.10, 3.12) and a network are enough.
 # All packages live in one folder of the user's cache, keyed by the requirements, and are shared by every clone;
-# .venv in the clone is a thin layer over it that holds only this clone.
+# .venv in the clone is a thin layer over it that holds only this clone. With SGLANG=version both are others, of that sglang:
+# `make test SGLANG=...` runs the tests against a supported version beside the one that setup.py pins.
 
 PYTHON ?= python3
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sglang-ets
-PY := .venv/bin/python
-STAMP := .venv/.installed
+SGLANG ?=
+VENV := .venv$(addprefix -,$(SGLANG))
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
-.PHONY: install python demo serve test lint types unit e2e e2e-formats bench smollm2 drift fuzz soak clean
+.PHONY: install python demo serve test lint types unit e2e e2e-others bench smollm2 drift fuzz soak clean
 
 install: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml .ci/install.py
-	@$(PYTHON) .ci/install.py "$(CACHE)" >&2
+	@$(PYTHON) .ci/install.py "$(CACHE)" $(VENV) $(SGLANG) >&2
 	@touch $@
 
 python: install
@@ -25,9 +28,9 @@ demo: install
 serve: install
 	@$(PY) -m sglang_ets.launch_server --search ets
 
-# Three parts, two at a time: each keeps about one core busy. The output of one is shown when it has ended.
-test: lint types
-	@$(MAKE) --no-print-directory -j2 --output-sync=target e2e unit e2e-formats
+# Parts, two at a time, the longest first: each keeps about one core busy. The output of one is shown when it has ended.
+test: lint
+	@$(MAKE) --no-print-directory -j2 --output-sync=target e2e e2e-others unit types
 
 lint: install
 	$(PY) -m ruff check .
@@ -39,14 +42,14 @@ types: install
 unit: install
 	$(RUN) -m pytest -q -m "not server"
 
-# One server for most tests.
+# One server for most tests. `make e2e OVERLAP=1`: all servers with the overlap schedule, which a CPU does without otherwise.
 e2e: install
-	$(RUN) -m pytest -q -m server --ignore=$(FORMATS)
+	$(RUN) -m pytest -q -m server $(OTHERS:%=--ignore=%)
 
-# A server for each PRM format.
-FORMATS := tests/e2e/test_prm_formats.py
-e2e-formats: install
-	$(RUN) -m pytest -q -m server $(FORMATS)
+# What needs other servers than that one, so that both parts can run at once.
+OTHERS := $(patsubst %,tests/e2e/test_%.py,faults metrics other_servers prm_formats prm_pool refused_starts trace)
+e2e-others: install
+	$(RUN) -m pytest -q -m server $(OTHERS)
 
 # Every bench in its smoke mode: shows that they run, not what they measure; the soak fails if one of its rules is broken.
 # (real_model needs data and another model.)
@@ -77,4 +80,4 @@ drift: install
 	@$(RUN) -m sglang_ets.patches.drift $(VERSION)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,10 +1,11 @@
-"""Packaging: metadata, the one sglang pin, and which folder is which package."""
+"""Packaging: metadata, the one sglang pin, the supported versions beside it, and which folder is which package."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 SGLANG_VERSION = "0.5.23"
+SUPPORTED_SGLANG = [SGLANG_VERSION]  # versions with which the tests pass
 
 INSTALL_REQUIRES = [
     f"sglang=={SGLANG_VERSION}",

@@ -22,6 +22,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("sglang", "torch", "triton", "highspy", "numpy")
 DIRTY = "-dirty"
+COMMIT_FILE = "commit.txt"  # of a copy that is carried to a machine without git (bench/gpu/prepare.py)
 
 Row = dict[str, Any]
 
@@ -48,10 +49,14 @@ def command(argv: Sequence[str]) -> str:
 
 
 def commit_of(folder: Path) -> str:
-    """The commit of the checkout that `folder` belongs to, with `DIRTY` if tracked files differ from it.
+    """The commit of the checkout that `folder` belongs to, with `DIRTY` if tracked files differ from it; of a copy of `bench/`
+    beside which `COMMIT_FILE` stands, what that says.
 
     Result rows and the pages that are written from them may differ: none is run.
     """
+    carried = folder.parent / COMMIT_FILE
+    if carried.exists():
+        return carried.read_text(encoding="utf-8").strip()
     commit = _git(folder, "rev-parse", "--short", "HEAD") or "unknown"
     written = ("bench/results", "README.md", "docs/results.md", "docs/reliability.md", "docs/speed.md")
     rows_aside = (":/", *(f":(top,exclude){path}" for path in written))

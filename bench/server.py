@@ -26,6 +26,10 @@ PORTS = range(20_000, 29_000)
 T = TypeVar("T")
 
 
+class ServerEnded(RuntimeError):
+    """A server that was still to be used."""
+
+
 class Places(Generic[T]):
     """Places of several servers (or clients of them), dealt out in turn; each is lent to one run at a time."""
 
@@ -74,7 +78,7 @@ def running_server(
             _wait_until_up(process, url, log, waiting)
             yield url
             if process.poll() is not None:
-                raise RuntimeError(f"the server ended by itself:\n{_tail(log)}")
+                raise ServerEnded(f"the server ended by itself:\n{_tail(log)}")
         finally:
             _stop(process)
 

@@ -3,6 +3,8 @@
 sglang draws by seed only in its deterministic mode, which needs an accelerator. Here each row of a search has a seed of its own
 (see `children.child_seed`), and a token is one uniform number, a hash of that seed and the position, put through the inverse of
 the row's distribution. What other rows a batch holds does not matter. Rows of other requests have no seed: sglang draws them.
+
+Where several nodes share a row, the row's seeds are a matrix, and each of them draws from the one distribution.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from sglang_ets.patches.record import Patch, Use
 
 NO_SEED = -1  # of a row that belongs to no search; the seeds of a search's rows are not negative
+NUM_HEAVY = 1024  # tokens of a row that are sorted for its top-p; few rows need more
 # Constants of the splitmix64 generator (Steele, Lea, Flood 2014).
 _STEP, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _MANTISSA_BITS = 53
@@ -45,15 +48,29 @@ def sample_rows(
     positions: torch.Tensor,  # int64[N]
     is_simple: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """A token for each row (int32[N]) and what sglang captured on the way: rows with a seed by it, the others as ever."""
-    is_seeded = info.sampling_seed != NO_SEED
-    token_ids, capture = torch.empty(len(probs), dtype=torch.int32), None
+    """A token for each row (int32[N]) and what sglang captured on the way: rows with a seed by it, the others as ever.
+
+    If the seeds are int64[N, K], the first is the row's, and the tokens of the others are left in `FURTHER_KEY` of `info`.
+    """
+    from sglang_ets.engine.strands import FURTHER_KEY
+
+    seeds = info.sampling_seed.view(len(probs), -1)
+    is_seeded = seeds[:, 0] != NO_SEED
+    token_ids, capture = torch.empty(seeds.shape, dtype=torch.int32), None
     if not is_seeded.all():
         # Rows of searches are drawn here too, and drawn again below.
-        token_ids, capture = original(sampler, drawable(probs), replace(info, sampling_seed=None), positions, is_simple)
+        drawn, capture = original(sampler, drawable(probs), replace(info, sampling_seed=None), positions, is_simple)
+        token_ids[:, 0] = drawn
     if is_seeded.any():
         _draw_seeded(token_ids, probs, info, positions, is_seeded)
-    return token_ids, capture
+    if seeds.shape[1] > 1:
+        setattr(info, FURTHER_KEY, token_ids[:, 1:])
+    return token_ids[:, 0].contiguous(), capture
+
+
+def draws_further(logits: torch.Tensor, info: Any) -> bool:
+    """Whether the sampler, called with these, comes to `sample_rows`. Tokens by seed need no agreement between ranks."""
+    return logits.device.type == "cpu" and info.sampling_seed is not None and not info.is_all_greedy
 
 
 def drawable(probs: torch.Tensor) -> torch.Tensor:
@@ -77,41 +94,69 @@ def _draw_seeded(
     token_ids: torch.Tensor, probs: torch.Tensor, info: Any, positions: torch.Tensor, is_seeded: torch.Tensor
 ) -> None:
     """Write the tokens of the rows with a seed. Each goes the way that its own parameters ask for, not those of the batch."""
-    from sglang.srt.layers import sampler
     from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
     is_cut = (info.top_ks != TOP_K_ALL) | (info.top_ps != 1)
     for rows, is_way_cut in ((is_seeded & ~is_cut, False), (is_seeded & is_cut, True)):
         if not rows.any():
             continue
-        weights, seeds, places = probs[rows], info.sampling_seed[rows], positions[rows]
-        min_ps = info.min_ps[rows]
+        weights, places = probs[rows], positions[rows]
+        seeds = info.sampling_seed.view(len(probs), -1)[rows]
         if info.need_min_p_sampling:
             # sglang refuses min_p and seeds together. It drops the lightest tokens, on which neither top-k nor top-p
             # of the heavier ones depends, so it may come before them.
-            weights[weights < weights.amax(1, keepdim=True) * min_ps[:, None]] = 0.0
+            weights[weights < weights.amax(1, keepdim=True) * info.min_ps[rows, None]] = 0.0
         if is_way_cut:
-            top_ks, top_ps = info.top_ks[rows], info.top_ps[rows]
-            token_ids[rows] = sampler.top_k_top_p_min_p_sampling_from_probs_torch(
-                weights, top_ks, top_ps, min_ps, False, seeds, places
-            )
+            token_ids[rows] = _draw_cut(weights, info.top_ks[rows], info.top_ps[rows], seeds, places)
         else:
-            token_ids[rows] = sampler.sampling_from_probs_torch(weights, seeds, places)
+            token_ids[rows] = _columns(weights.to(torch.float64), seeds, places).to(torch.int32)
+
+
+def _draw_cut(
+    weights: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """int32[N, K]: a token for each seed, of weights (float[N, V]) that are cut by top-k and top-p.
+
+    Only as many of the heaviest tokens are sorted as the cut can leave, which depends on nothing but the row: its top-k, or
+    `NUM_HEAVY` if these are more than its top-p. The other rows are sorted whole, by sglang.
+    """
+    from sglang.srt.layers import sampler
+
+    sizes = top_ks.clamp(max=min(NUM_HEAVY, weights.shape[1]))
+    token_ids, is_whole = torch.empty(seeds.shape, dtype=torch.int32), torch.zeros(len(weights), dtype=torch.bool)
+    for size in sizes.unique().tolist():
+        rows = (sizes == size).nonzero()[:, 0]
+        heavy, columns = weights[rows].topk(size)
+        sums = heavy.cumsum(1)
+        is_left_over = (size < top_ks[rows]) & (size < weights.shape[1]) & (sums[:, -1] <= top_ps[rows])
+        is_whole[rows] = is_left_over
+        heavy[sums - heavy > top_ps[rows, None]] = 0.0
+        token_ids[rows] = columns.gather(1, _columns(heavy.double(), seeds[rows], positions[rows])).to(torch.int32)
+    if is_whole.any():
+        whole = [one[is_whole] for one in (weights, top_ks, top_ps)]
+        none, of_rows = torch.zeros(len(whole[0])), (seeds[is_whole], positions[is_whole])
+        drawn = sampler.top_k_top_p_min_p_sampling_from_probs_torch(*whole, none, False, *of_rows)
+        token_ids[is_whole] = drawn.view(-1, seeds.shape[1])
+    return token_ids
 
 
 def draw_by_seed(
     _original: Callable[..., Any], logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """int64[N, 1], a column of each row of `logprobs` (float[N, V]; weights need not sum to 1)."""
-    cumulative = logprobs.to(torch.float64).exp_().cumsum_(dim=1)
-    total = cumulative[:, -1:]
-    drawn = torch.from_numpy(uniform(seed.numpy(), positions.numpy()))[:, None] * total
+    """int64[N, K], for each seed (int64[N, K], or [N]) a column of its row of `logprobs` (float[N, V]; any sum)."""
+    return _columns(logprobs.to(torch.float64).exp_(), seed.view(len(logprobs), -1), positions)
+
+
+def _columns(weights: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """int64[N, K], as `draw_by_seed`, of weights (float64[N, V], overwritten)."""
+    cumulative = weights.cumsum_(dim=1)
+    drawn = torch.from_numpy(uniform(seeds.numpy(), positions.numpy()[:, None])) * cumulative[:, -1:]
     # The first column whose sum exceeds the draw: never one of weight 0.
-    return torch.searchsorted(cumulative, drawn, right=True).clamp_(max=logprobs.shape[1] - 1)
+    return torch.searchsorted(cumulative, drawn, right=True).clamp_(max=weights.shape[1] - 1)
 
 
 def uniform(seed: NDArray[np.int64], position: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-    """float64[N] in [0, 1), a hash of seed and position (int64[N] each)."""
+    """Numbers in [0, 1) in the common shape of both (int64), each a hash of seed and position."""
     with np.errstate(over="ignore"):
         mixed = _mix(_mix(seed.astype(np.uint64) + _STEP) + position.astype(np.uint64) * _STEP)
     return np.asarray((mixed >> np.uint64(64 - _MANTISSA_BITS)) / float(1 << _MANTISSA_BITS), dtype=np.float64)
@@ -125,7 +170,7 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 WHY = "the same seed grows the same tree on the CPU too, where sglang's deterministic mode does not exist"
 UPSTREAM = "none: not asked for yet"
-SAMPLING_FIELDS = ("sampling_seed", "top_ks", "top_ps", "min_ps", "need_min_p_sampling")
+SAMPLING_FIELDS = ("sampling_seed", "top_ks", "top_ps", "min_ps", "need_min_p_sampling", "is_all_greedy")
 GOES_WHEN = "sglang's deterministic mode works on the CPU"
 
 PATCHES: tuple[Patch, ...] = (

@@ -12,10 +12,18 @@ from sglang_ets.patches.record import Patch, Use
 OPENAI = "sglang.srt.entrypoints.openai"
 
 
+def refuse_no_choices(request: Any) -> Any:
+    if getattr(request, "n", None) != 0:
+        return None
+    from sglang_ets.api import serving
+
+    return serving.refuse_no_choices(request)
+
+
 async def answer_search(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
     width = getattr(request, "search_width", None)
     if (type(width) is int and width == 1) or (width is None and getattr(request, "search", None) is None):
-        return await original(serving, request, raw_request)
+        return refuse_no_choices(request) or await original(serving, request, raw_request)
     from sglang_ets.api.serving import answer
 
     return await answer(serving, request, raw_request)

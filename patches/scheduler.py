@@ -63,10 +63,15 @@ def run_strands(original: Callable[..., Any], scheduler: Any, batch: Any, pp_pro
 
 
 def draw_for_members(original: Callable[..., Any], sampler: Any, *args: Any, **kwargs: Any) -> Any:
+    from sglang_ets.patches.cpu_sampler import draws_further
+
     from sglang_ets.engine.strands import take_awaited
 
     draw = take_awaited()
-    return draw.sample(original, sampler, *args, **kwargs) if draw else original(sampler, *args, **kwargs)
+    if draw is None:
+        return original(sampler, *args, **kwargs)
+    logits_output, info = args[:2]
+    return draw.sample(original, sampler, *args, **kwargs, at_once=draws_further(logits_output.next_token_logits, info))
 
 
 def before_abort(scheduler: Any, recv_req: Any) -> None:

@@ -13,6 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# What imports of torch and sglang make stays; to look through it again and again is a third of their time. `main` switches the
+# collector on when they are done, and in a process that the server has spawned the plugin does. A user's script has its own.
+if __name__ in ("__main__", "__mp_main__"):
+    gc.disable()
+
 from sglang_ets import cpu_shim
 
 cpu_shim.install()  # at module level: spawned children import this module before anything of sglang
@@ -115,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sglang.launch_server import run_server
     from sglang.srt.utils import kill_process_tree
 
+    gc.enable()
     try:
         run_server(server_args)
     finally:

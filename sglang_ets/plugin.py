@@ -6,6 +6,7 @@ process, because sglang would otherwise log the failure and serve without search
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -26,6 +27,8 @@ def register() -> None:
         SystemExit: a policy of `--search-policy` cannot be loaded.
     """
     _state["is_registered"] = True
+    if _is_child():
+        gc.enable()  # after the imports: see the launcher
     flags.load_policies(sys.argv)
     if _needs_no_patches():
         return
@@ -127,5 +130,8 @@ def check_scheduler(server_args: Any) -> None:
 
 def _needs_no_patches() -> bool:
     """Detokenizer and data-parallel controller: children that run no scheduler and parse no flags."""
-    is_child = multiprocessing.parent_process() is not None
-    return is_child and "sglang.srt.managers.scheduler" not in sys.modules
+    return _is_child() and "sglang.srt.managers.scheduler" not in sys.modules
+
+
+def _is_child() -> bool:
+    return multiprocessing.parent_process() is not None

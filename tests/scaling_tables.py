@@ -77,7 +77,7 @@ CONFIGURATIONS = (
     Configuration(
         "`--tp 2 --prm-tp 1`, no PRM of its own",
         "refuses: --prm-tp 1 needs a --prm-model-path of its own ...",
-        f"{SCALING}::test_what_cannot_be_split_is_refused_before_weights_load",
+        "tests/e2e/test_refused_starts.py::test_what_cannot_work_is_refused_before_weights_load",
     ),
     Configuration(
         "`--prm-tp 2` with `--tp 4`",

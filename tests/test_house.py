@@ -94,7 +94,9 @@ def test_highspy_has_one_user() -> None:
 def test_the_pin_stands_once() -> None:
     pin = re.search(r'SGLANG_VERSION = "([\d.]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     assert pin is not None
-    settings = [ROOT / name for name in ("pyproject.toml", "Makefile", ".ci/run", "setup.py")]
+    settings = [
+        ROOT / name for name in ("pyproject.toml", "Makefile", ".ci/run", ".ci/weekly", ".ci/install.py", "setup.py")
+    ]
     holders = [path for path in (*SOURCES, *settings) if pin[1] in path.read_text(encoding="utf-8")]
     assert holders == [ROOT / "setup.py"]
 

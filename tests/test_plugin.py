@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +41,22 @@ def test_the_environment_says_whether_a_process_searches(
     plugin.register()
     assert plugin.is_registered()
     assert calls == [("install", is_on, False)]
+
+
+@pytest.mark.parametrize(("name", "is_child"), [("__mp_main__", True), ("sglang_ets.launch_server", False)])
+def test_a_process_of_a_server_collects_no_garbage_until_it_is_registered(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, name: str, is_child: bool
+) -> None:
+    """And a script that imports the launcher is left as it is."""
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object() if is_child else None)
+    try:
+        runpy.run_module("sglang_ets.launch_server", run_name=name)
+        assert gc.isenabled() is not is_child
+        gc.disable()
+        plugin.register()
+        assert gc.isenabled() is is_child
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("runs_scheduler", [False, True])

@@ -14,12 +14,15 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+from bench import rows
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SGLANG = "sglang"
 KERNEL_WHEEL = "sglang-kernel"
 PYTHON = "3.12"
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+GLIBC = 34  # the minor version that sglang's own wheel asks for; the other machine's must be as new
+PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC, 16, -1)), "manylinux2014_x86_64")
 LEFT_OUT = ("results", "data", "__pycache__")  # of bench/
 KERNEL_TESTS = ("__init__.py", "kernels")
 MIB = 1 << 20
@@ -40,12 +43,16 @@ def download(pins: list[str], folder: Path) -> None:
     platforms = [item for name in PLATFORMS for item in ("--platform", name)]
     options = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
     pip = [sys.executable, "-m", "pip"]
+    shutil.rmtree(
+        ROOT / "build", ignore_errors=True
+    )  # setuptools would put into the wheel what an older build has left there
     subprocess.run([*pip, "download", "--quiet", *options, "--dest", str(folder), *pins], check=True)
     subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)], check=True)
 
 
 def copy_sources(folder: Path) -> None:
-    """bench/ and the tests that need a GPU, beside the wheels; and the one file of sgl_kernel that is called."""
+    """bench/ and the tests that need a GPU, beside the wheels; the one file of sgl_kernel that is called; and the commit."""
+    (folder / rows.COMMIT_FILE).write_text(rows.commit_of(ROOT / "bench"), encoding="utf-8")
     shutil.copytree(ROOT / "bench", folder / "bench", ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
     for name in KERNEL_TESTS:
         source, target = ROOT / "tests" / name, folder / "tests" / name

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 HERE = Path(__file__).parent
 TAIL_CHARACTERS = 3000
+END_LIMIT_S = 45.0  # a server is given 30 s to stop
+SMOKE_PATIENCE = 4  # times the limit: Triton's interpreter on a busy CPU
 POLICIES = ("rebase", "ets", "ets_kv", "dvts", "beam", "best_of_n")
 # As the kit's machine needs it: no compiled kernels but Triton's, and no sampling kernels of another package.
 PLAIN_FLAGS = ("--sampling-backend", "pytorch", "--cuda-graph-backend-decode", "disabled")
@@ -72,7 +74,9 @@ def machine(_smoke: bool, _folder: Path) -> Iterator[Row]:
     """What the rest is measured on."""
     import torch
 
-    row: Row = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
+    from bench import rows
+
+    row: Row = {**rows.provenance(), "torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         row |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
@@ -226,10 +230,26 @@ def environment(wheels: Path | None, folder: Path) -> dict[str, str]:
     """Of every part: where wheels are given, these alone beside what the machine has."""
     if wheels is None:
         return {}
-    site = folder / "site"
+    site = folder.resolve() / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
     subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=True)
     return {"PYTHONPATH": os.pathsep.join([str(HERE / "stand_in"), str(site), str(Path.cwd())]), **PLAIN_ENV}
+
+
+def run_within(limit_s: float, command: list[str], env: Mapping[str, str], log: TextIO) -> int | None:
+    """Exit status; None if it took too long. It is then asked to end, so that it can stop the server that it has started: what
+    stays on the card is missing for the next part."""
+    process = subprocess.Popen(command, env=dict(env), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return None
 
 
 def run_part(name: str, folder: Path, env: Mapping[str, str], smoke: bool) -> list[Row]:
@@ -239,16 +259,11 @@ def run_part(name: str, folder: Path, env: Mapping[str, str], smoke: bool) -> li
     command = [sys.executable, "-m", "bench.gpu.rehearse", "--part", name, "--folder", str(folder), "--rows", str(out)]
     error = None
     with (folder / f"part_{name}.log").open("w+", encoding="utf-8") as log:
-        try:
-            subprocess.run(
-                [*command, *(["--smoke"] if smoke else [])],
-                env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT, check=True, timeout=part.limit_s,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            error = f"more than {part.limit_s} s"
-        except subprocess.CalledProcessError:
-            log.seek(0)
-            error = log.read()[-TAIL_CHARACTERS:]
+        limit_s = part.limit_s * (SMOKE_PATIENCE if smoke else 1)
+        status = run_within(limit_s, [*command, *(["--smoke"] if smoke else [])], {**os.environ, **env}, log)
+        log.seek(0)
+        if status != 0:
+            error = f"more than {limit_s} s" if status is None else log.read()[-TAIL_CHARACTERS:]
     made = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
     end: Row = {"part": name, "part_s": time.perf_counter() - started}
     return [*made, end | ({"error": error} if error else {})]

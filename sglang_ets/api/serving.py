@@ -17,7 +17,7 @@ from sglang_ets.api.streaming import last_report, stream_chunks
 from sglang_ets.api.trace import TRACES
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.presets import TEMPERATURES
-from sglang_ets.core.settings import shown
+from sglang_ets.core.settings import shown, wrong
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY, TRACE_PARAM
 
 # OpenAI's clients send again what a 5xx answers. A search whose time is up is not wanted any more, and would cost it all again.
@@ -26,6 +26,18 @@ RETRY_HEADERS: Mapping[int, dict[str, str]] = {
     HTTPStatus.GATEWAY_TIMEOUT: {"x-should-retry": "false"},
 }
 TITLE_CHARS = 80
+
+
+def refuse_no_choices(request: Any) -> Response | None:
+    """The answer to an ordinary request with `n` of 0, of which sglang makes one choice and then divides by their number.
+
+    Returns:
+        An HTTP response; None for a stream that counts no tokens at its end, which sglang serves.
+    """
+    options = request.stream_options
+    if request.stream and not (options and options.include_usage):
+        return None
+    return _error(str(wrong("n", "at least 1", request.n, "leave it out for one choice")), "BadRequest", 400)
 
 
 async def answer(serving: Any, request: Any, raw_request: Any) -> Any:

@@ -22,6 +22,9 @@ from sglang_ets.engine.children import ChildReq, Member, make_parted
 from sglang_ets.kv import RadixLedger
 
 DRAW_KEY = "ets_draw"  # attribute of a batch result
+FURTHER_KEY = (
+    "ets_further_tokens"  # attribute of a sampling info: int32[N, K - 1], what further seeds of its rows have drawn
+)
 
 # What belongs to rows other than those of searches, or was applied to the logits before members draw from them.
 _NOT_OF_MEMBERS: dict[str, Any] = {
@@ -77,9 +80,33 @@ class Draw:
         top_logprobs_nums: Any,
         token_ids_logprobs: Any,
         positions: torch.Tensor,  # int64[N]
+        *,
+        at_once: bool = False,
         **others: Any,
     ) -> Any:
-        """The tokens of the rows as sglang draws them; those of further members are kept aside."""
+        """The tokens of the rows as sglang draws them; those of further members are kept aside.
+
+        With `at_once` the sampler takes several seeds a row, so that a row's distribution is made once for all its members.
+        """
+        if at_once:
+            own = info.sampling_seed
+            info.sampling_seed = self._seeds(own)
+            try:
+                token_ids = original(
+                    sampler,
+                    logits_output,
+                    info,
+                    return_logprob,
+                    top_logprobs_nums,
+                    token_ids_logprobs,
+                    positions,
+                    **others,
+                )
+            finally:
+                info.sampling_seed = own
+            further = info.__dict__.pop(FURTHER_KEY)
+            self.tokens = torch.cat([further[row, : len(members)] for row, _, members in self.rows])
+            return token_ids
         logits = logits_output.next_token_logits
         places = [row for row, _, members in self.rows for _ in members]
         index = torch.tensor(places, dtype=torch.int64).to(logits.device, non_blocking=True)
@@ -91,6 +118,15 @@ class Draw:
         )
         self.tokens = original(sampler, copies, self._info(info, index), False, [], [], positions[index])
         return token_ids
+
+    def _seeds(self, own: torch.Tensor) -> torch.Tensor:
+        """int64[N, K]: the seed of each row, then those of its further members; what is left over is 0."""
+        most = max(len(members) for _, _, members in self.rows)
+        seeds = torch.zeros((len(own), 1 + most), dtype=torch.int64)
+        seeds[:, 0] = own
+        for row, _, members in self.rows:
+            seeds[row, 1 : 1 + len(members)] = torch.tensor([member.seed for member in members])
+        return seeds
 
     def _info(self, info: Any, index: torch.Tensor) -> Any:
         """The sampling settings of each further member: those of its row, and its own seed if rows have seeds."""

@@ -107,7 +107,7 @@ def test_other_lists_are_refused(fields: dict[str, Any], sentence: str) -> None:
 )
 def test_a_refused_request_can_be_aborted(fields: dict[str, Any], is_single: bool) -> None:
     """sglang aborts a stream that has ended in any way, and asks the request whether it is a single one."""
-    request = GenerateReqInput(text="1=", sampling_params={"n": 0}, **fields)
+    request = GenerateReqInput(text="1=", sampling_params={"n": MAX_N + 1}, **fields)
     with pytest.raises(ValueError, match=r"n must be|rid must be"):
         check_request(request)
     assert request.is_single is is_single
@@ -141,11 +141,36 @@ def test_so_many_samples_are_made(params: Any) -> None:
     check_samples(GenerateReqInput(text="1=", sampling_params=params))
 
 
-@pytest.mark.parametrize("n", [0, -1, MAX_N + 1, 10**6, True, 2.0, "2"])
+@pytest.mark.parametrize("n", [0, -1, -(2**31 - 1), True, 1.0, float("nan")])
+@pytest.mark.parametrize("prompt", [{"text": "1="}, {"input_ids": [1, 2]}, {"input_embeds": [[0.5]]}], ids=[*"tie"])
+def test_what_sglang_takes_for_one_sample_of_one_prompt_is_left_to_it(n: Any, prompt: dict[str, Any]) -> None:
+    request = GenerateReqInput(**prompt, sampling_params={"n": n})
+    check_request(request)
+    request.normalize_batch_and_arguments()
+    assert request.is_single
+
+
+@pytest.mark.parametrize("n", [MAX_N + 1, 10**6, 2**31 - 1])
 @pytest.mark.parametrize("is_list", [False, True])
-def test_no_other_number_of_samples_is_made(n: Any, is_list: bool) -> None:
-    with pytest.raises(ValueError, match=f"n must be an integer from 1 to {MAX_N}, got"):
+def test_no_larger_number_of_samples_is_made(n: Any, is_list: bool) -> None:
+    with pytest.raises(ValueError, match=f"^n must be at most {MAX_N}, got"):
         check_samples(GenerateReqInput(text="1=", sampling_params=[{"n": n}] if is_list else {"n": n}))
+
+
+@pytest.mark.parametrize("prompts", [{"text": ["1=", "2="]}, {"text": ["1="]}, {"input_ids": [[1], [2]]}], ids=str)
+@pytest.mark.parametrize("n", [0, -1])
+def test_several_prompts_have_a_sample_each(prompts: dict[str, Any], n: int) -> None:
+    """sglang multiplies their list by `n` and then asks for the first."""
+    with pytest.raises(ValueError, match=f"^n must be at least 1 for a list of prompts, got {n}; "):
+        check_samples(GenerateReqInput(**prompts, sampling_params={"n": n}))
+
+
+@pytest.mark.parametrize("n", ["2", 2.0, float("inf")])
+def test_a_number_of_samples_of_another_type_is_a_mistake_of_the_client(n: Any) -> None:
+    request = GenerateReqInput(text="1=", sampling_params={"n": n})
+    check_samples(request)
+    with pytest.raises(ValueError, match="could not be read"), reading():
+        request.normalize_batch_and_arguments()
 
 
 @pytest.mark.parametrize("field", ["text", "input_ids"])
@@ -155,6 +180,10 @@ def test_samples_are_counted_over_the_prompts(field: str) -> None:
     check_samples(GenerateReqInput(**{field: prompts * 3}, sampling_params={"n": 1}))
     with pytest.raises(ValueError, match=f"n must be at most {MAX_SAMPLES} over the prompts of a request, got"):
         check_samples(GenerateReqInput(**{field: prompts}, sampling_params={"n": 3}))
+
+
+def test_the_tokens_of_one_prompt_are_no_prompts() -> None:
+    check_samples(GenerateReqInput(input_ids=[1] * MAX_SAMPLES, sampling_params={"n": MAX_N}))
 
 
 def test_prompts_of_known_tokens_pass() -> None:

@@ -385,6 +385,35 @@ def test_ordinary_requests_stay_with_sglang(fields: dict[str, Any]) -> None:
     assert post({}, **{"search_width": None, **fields}) == ("stock", [])
 
 
+@pytest.mark.parametrize("make", [completion, chat])
+@pytest.mark.parametrize(
+    ("fields", "is_refused"),
+    [
+        ({"n": 0}, True),
+        ({"n": 0, "stream": True, "stream_options": {"include_usage": True}}, True),
+        ({"n": 0, "stream": True}, False),
+        ({"n": 0, "stream": True, "stream_options": {"include_usage": False}}, False),
+        ({"n": -1}, False),
+        ({"n": 2000}, False),
+    ],
+    ids=str,
+)
+def test_no_choices_are_refused_where_sglang_divides_by_their_number(
+    make: Any, fields: dict[str, Any], is_refused: bool
+) -> None:
+    """HTTP 400 or 500 behind the whole work, and a chat's stream that is cut off."""
+
+    async def stock(*_args: Any) -> str:
+        return "stock"
+
+    answered: Any = asyncio.run(answer_search(stock, Serving({}), make(search_width=None, **fields), None))
+    if not is_refused:
+        assert answered == "stock"
+        return
+    assert answered.status_code == 400
+    assert json.loads(answered.body)["message"] == "n must be at least 1, got 0; leave it out for one choice"
+
+
 @pytest.mark.parametrize("width", [True, 1.0, "1"])
 def test_what_only_equals_1_is_refused(width: Any) -> None:
     response, _ = post({}, search_width=width)

@@ -7,20 +7,22 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
+from bench import rows
 from bench.gpu import prepare, rehearse
-from bench.gpu.rehearse import PARTS, Part, run_part
+from bench.gpu.rehearse import PARTS, Part, run_part, run_within
 
 STAND_IN = Path(rehearse.__file__).parent / "stand_in"
 INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
-def python(*arguments: str, env: dict[str, str] | None = None) -> str:
+def python(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], env=env, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -35,12 +37,20 @@ def test_the_wheels_are_pinned_and_sglang_is_the_pinned_one() -> None:
     assert brought.isdisjoint(pin.split("==")[0] for pin in pins)
 
 
+def test_the_wheel_of_sglang_is_for_a_platform_that_is_asked_for() -> None:
+    text = distribution("sglang").read_text("WHEEL") or ""
+    (tag,) = re.findall(r"^Tag: .*-(\w+)$", text, re.MULTILINE)
+    assert tag in prepare.PLATFORMS
+
+
 def test_a_kit_has_bench_the_tests_of_the_kernels_and_the_file_that_is_called(tmp_path: Path) -> None:
     prepare.copy_sources(tmp_path)
     for path in ("bench/rows.py", "bench/gpu/rehearse.py", "tests/kernels/test_cuda.py", "tests/kernels/conftest.py"):
         assert (tmp_path / path).is_file(), path
     assert not (tmp_path / "bench" / "results").exists()
     assert (tmp_path / "bench/gpu/stand_in/sgl_kernel/scalar_type.py").is_file()
+    printed = python("-c", "from bench import rows; print(rows.provenance()['commit'])", env={"PATH": ""}, cwd=tmp_path)
+    assert printed.strip() == rows.commit_of(Path(rows.__file__).parent)
 
 
 CALLS = """
@@ -89,6 +99,27 @@ def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path: Path, monkeypatc
     monkeypatch.setitem(PARTS, "machine", Part(PARTS["machine"].run, limit_s=0))
     (slow,) = run_part("machine", tmp_path, {}, smoke=True)
     assert slow["error"] == "more than 0 s"
+
+
+STARTS_SOMETHING = """
+import pathlib, sys, time
+from bench.server import _end_by_exit
+_end_by_exit()  # as `running_server` does
+try:
+    print("started", flush=True)
+    time.sleep(60)
+finally:
+    pathlib.Path(sys.argv[1]).write_text("stopped")
+"""
+
+
+def test_a_part_that_takes_too_long_stops_what_it_has_started(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+", encoding="utf-8") as log:
+        status = run_within(4, [sys.executable, "-c", STARTS_SOMETHING, str(tmp_path / "end")], os.environ, log)
+        log.seek(0)
+        assert log.read() == "started\n"
+    assert status is None
+    assert (tmp_path / "end").read_text() == "stopped"
 
 
 def test_one_failure_stops_nothing(

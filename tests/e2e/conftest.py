@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
-from sglang_ets import cpu_shim
-from sglang_ets.launch_server import chosen_flags
-from tests.e2e.serving import KEY, ONE_TRAJECTORY_TOKENS, Server, serving
+from tests.e2e.faulty import make_plugin
+from tests.e2e.serving import ONE_TRAJECTORY_TOKENS, Server, serving
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +18,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """What the first one is, with pages of searches and metrics."""
-    with serving(tmp_path_factory.mktemp("traced") / "log.txt", ["--search-trace", "--enable-metrics"]) as running:
+    """What the first one is, with pages of searches and metrics; and it takes faults, by the ids of searches (faulty.py)."""
+    folder = tmp_path_factory.mktemp("traced")
+    env = {**make_plugin(folder), "SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"}
+    with serving(folder / "log.txt", ["--search-trace", "--enable-metrics"], env=env) as running:
         yield running
 
 
@@ -32,14 +32,3 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags += ["--search", "ets", "--prm-max-total-tokens", str(ONE_TRAJECTORY_TOKENS)]
     with serving(tmp_path_factory.mktemp("strict") / "log.txt", flags) as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def overlapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The overlap schedule, pages of searches and a key. By sglang's own launcher: on a CPU ours has no overlap."""
-    flags = ["--search-trace", "--api-key", KEY]
-    flags += [flag for flag in chosen_flags(flags, has_cuda=False) if flag != "--disable-overlap-schedule"]
-    env = {"PYTHONPATH": cpu_shim.FOLDER, "SGLANG_USE_CPU_ENGINE": "1"}
-    log = tmp_path_factory.mktemp("overlapped") / "log.txt"
-    with serving(log, flags, env=env, module="sglang.launch_server") as running:
-        yield replace(running, api_key=KEY)

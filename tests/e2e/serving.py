@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -17,9 +18,15 @@ import openai
 from bench.embedded import held_out_problems
 from bench.server import LAUNCHER, running_server
 from bench.trees import growth
+from sglang_ets import cpu_shim
+from sglang_ets.launch_server import chosen_flags
+from tests.prm.two_ranks import CORES
 
 PROBLEMS = held_out_problems()
 KEY = "a-key-for-tests"
+OVERLAPS = os.environ.get("OVERLAP") == "1"  # `make e2e OVERLAP=1`: of every server
+# sglang asks for NUMA nodes, as many as processes, unless it is told which core is for which.
+TWO_PROCESSES = {"SGLANG_CPU_OMP_THREADS_BIND": CORES, "SGLANG_NCCL_SO_PATH": "/nonexistent"}
 ONE_TRAJECTORY_TOKENS = 600  # of a KV pool: one trajectory fits; the locks of a search of width 32 do not
 
 
@@ -80,9 +87,16 @@ def grown_tree(server: Server, prompt: str, width: int, *, algorithm: str, **fie
 
 @contextmanager
 def serving(
-    log: Path, flags: Sequence[str] = (), *, env: Mapping[str, str] | None = None, module: str = LAUNCHER
+    log: Path, flags: Sequence[str] = (), *, env: Mapping[str, str] | None = None, overlaps: bool = OVERLAPS
 ) -> Iterator[Server]:
-    """A server with sglang's own memory checks on."""
-    checks = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
-    with running_server(flags, log=log, env={**checks, **(env or {})}, module=module) as url:
+    """A server with sglang's own memory checks on. With the overlap schedule by sglang's launcher: on a CPU ours has none."""
+    given = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
+    given |= env or {}
+    module = LAUNCHER
+    if overlaps:
+        chosen = [flag for flag in chosen_flags(flags, has_cuda=False) if flag != "--disable-overlap-schedule"]
+        path = os.pathsep.join(filter(None, (cpu_shim.FOLDER, given.get("PYTHONPATH"))))
+        flags, module = [*chosen, *flags], "sglang.launch_server"
+        given |= {"PYTHONPATH": path, "SGLANG_USE_CPU_ENGINE": "1"}
+    with running_server(flags, log=log, env=given, module=module) as url:
         yield Server(url, log)

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from bench.server import running_server
+from bench.server import ServerEnded
 from tests.e2e.faulty import OUT_OF_MEMORY, OUT_OF_VOCABULARY, PHASES, Phase, Phases, held, make_plugin
-from tests.e2e.serving import PROBLEMS, Server
+from tests.e2e.serving import PROBLEMS, Server, serving
+from tests.e2e.test_prm_parity import assert_confident
 
 pytestmark = pytest.mark.server
 
@@ -33,9 +35,7 @@ TOLD_S = 0.4  # the server has been told what is done to it
 ACTED_LIMIT_S = 10.0  # of what needs no answer of the scheduler, which may be held up
 NOTICED_S = 1.3  # a client that is gone: the server looks for it once a second
 STOP_LIMIT_S = 10.0
-DETERMINISTIC = ["--enable-deterministic-inference", "--attention-backend", "flashinfer"]
 NO_INTEGERS = r"([^\n]+)"  # answers that only the voting process can compare
-CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 _numbers = itertools.count()
 
 
@@ -217,12 +217,9 @@ class Faulty:
     phases: Phases
 
 
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
-    folder = tmp_path_factory.mktemp("faults")
-    env = {**CHECKS, **make_plugin(folder), "SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"}
-    with running_server(["--enable-metrics"], log=folder / "log.txt", env=env) as url:
-        yield Faulty(Server(url, folder / "log.txt"), Phases(folder))
+@pytest.fixture
+def faulty(traced: Server) -> Faulty:
+    return Faulty(traced, Phases(traced.log.parent))
 
 
 def fetch(server: Server, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
@@ -327,9 +324,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a million samples": (
         "/generate",
         {"text": PROMPT, "sampling_params": {"n": 10**6}},
-        "n must be an integer from 1 to",
+        "n must be at most",
     ),
-    "a million completions": ("/v1/completions", {"prompt": PROMPT, "n": 10**6}, "n must be an integer from 1 to"),
+    "a million completions": ("/v1/completions", {"prompt": PROMPT, "n": 10**6}, "n must be at most"),
     "many prompts, many samples": ("/v1/completions", {"prompt": ["1="] * 1000, "n": 1000}, "n must be at most"),
     "more log probabilities than tokens": (
         "/generate",
@@ -351,17 +348,6 @@ def test_an_ordinary_request_is_refused_where_sglang_would_die(
     assert sentence in message
     assert "\n" not in message
     assert_served_as_before(faulty.server)
-
-
-@pytest.mark.parametrize("flags", [["--disable-radix-cache"], DETERMINISTIC], ids=["by its flag", "by determinism"])
-def test_a_server_without_the_radix_cache_does_not_start(tmp_path: Path, flags: list[str]) -> None:
-    log = tmp_path / "log.txt"
-    with pytest.raises(RuntimeError, match="did not start"), running_server(flags, log=log):
-        pass
-    said = log.read_text(encoding="utf-8", errors="replace")
-    assert "--attention-backend triton or fa3" in said.strip().splitlines()[-1]
-    assert "Traceback" not in said
-    assert "Load weight" not in said
 
 
 # ---- the server is asked to stop ----
@@ -404,23 +390,28 @@ def stopped_in_every_phase(faulty: Faulty, pool: ThreadPoolExecutor) -> list[tup
     return [answer.result(0) for answer in asked]
 
 
-def test_a_server_that_stops_ends_its_searches_at_once(tmp_path: Path) -> None:
-    """With steps retracted all the time, and a PRM that shares the policy model's weights."""
-    env = {**CHECKS, **make_plugin(tmp_path), "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "4"}
-    log = tmp_path / "log.txt"
-    responses: list[tuple[int, str]] = []
+@pytest.fixture(scope="module")
+def retracted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    """Steps are retracted all the time, and the PRM shares the policy model's weights. The last test stops it."""
+    folder = tmp_path_factory.mktemp("retracted")
+    env = {**make_plugin(folder), "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "4"}
+    log = folder / "log.txt"
+    with suppress(ServerEnded), serving(log, ["--prm-format", "confidence"], env=env) as running:
+        yield Faulty(running, Phases(folder))
 
-    def serve() -> None:
-        with running_server(["--prm-format", "confidence"], log=log, env=env) as url:
-            faulty = Faulty(Server(url, log), Phases(tmp_path))
-            assert_goes_on_with_new_weights(faulty)
-            assert "Testing retraction" in log.read_text(encoding="utf-8", errors="replace")
-            with ThreadPoolExecutor(len(PHASES)) as pool:
-                responses.extend(stopped_in_every_phase(faulty, pool))
 
-    with pytest.raises(RuntimeError, match="the server ended by itself"):
-        serve()
-    assert len(responses) == len(PHASES)
+def test_confidence_is_the_policy_models_own(retracted: Faulty) -> None:
+    assert_confident(retracted.server)
+    assert "Testing retraction" in retracted.server.log.read_text(encoding="utf-8", errors="replace")
+
+
+def test_shared_weights_change_under_searches(retracted: Faulty) -> None:
+    assert_goes_on_with_new_weights(retracted)
+
+
+def test_a_server_that_stops_ends_its_searches_at_once(retracted: Faulty) -> None:
+    with ThreadPoolExecutor(len(PHASES)) as pool:
+        responses = stopped_in_every_phase(retracted, pool)
     for outcome, (status, text) in zip(SIGTERM.outcomes.values(), responses, strict=True):
         assert status == outcome.status, text
         assert_says_so(SIGTERM, outcome, text)

@@ -1,12 +1,14 @@
-"""Searches in other modes of the engine: large pages, chunked and mixed prefill, retraction, overlap; and a key."""
+"""Searches in other modes: large pages, chunked and mixed prefill, retraction, overlap, the Python tree core; and a key."""
 
 from __future__ import annotations
 
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.server
 ALGORITHMS = tuple(BUILT_IN)
 WIDTH = 8
 PAGED = ("--page-size", "16", "--chunked-prefill-size", "64", "--enable-mixed-chunk")
+TREE_CORES = re.compile(r"Tree Core: (\w+)")  # sglang's words for what it chose
 PREFIX = "1+1=2\n" * 20  # with a problem behind it, longer than a chunk
 
 
@@ -30,6 +33,14 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("paged") / "log.txt"
     with serving(log, ["--search", "ets", *PAGED], env={"SGLANG_TEST_RETRACT": "1"}) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def overlapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The overlap schedule, pages of searches and a key."""
+    flags = ["--search-trace", "--api-key", KEY]
+    with serving(tmp_path_factory.mktemp("overlapped") / "log.txt", flags, overlaps=True) as running:
+        yield replace(running, api_key=KEY)
 
 
 def assert_every_policy_answers(server: Server) -> None:
@@ -91,6 +102,21 @@ def test_a_seed_grows_the_same_tree_with_the_overlap_schedule_and_with_a_retract
         ]
         assert trees[0] == trees[1], (algorithm, seed)
         assert trees[0] == trees[2], (algorithm, seed)
+
+
+def test_the_python_tree_core_grows_the_same_trees(server: Server, tmp_path: Path) -> None:
+    """sglang takes it where its compiled core does not go with the torch that is there."""
+    assert TREE_CORES.findall(log_of(server)) == ["RustUnifiedTreeCore"] * 2  # of the policy model and the PRM
+    env = {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
+    with serving(tmp_path / "log.txt", ["--search", "ets"], env=env) as plain:
+        assert_every_policy_answers(plain)
+        for algorithm in ALGORITHMS:
+            asked = {"algorithm": algorithm, "max_tokens": 96, "seed": 2}
+            trees = [grown_tree(one, PROBLEMS[1]["prompt"], 4, **asked) for one in (plain, server)]
+            assert trees[0] == trees[1], algorithm
+        state = plain.wait_until_no_search()
+    assert TREE_CORES.findall(log_of(plain)) == ["UnifiedTreeCore"] * 2
+    assert (state["held_kv_tokens"], state["locks"], state["prm"]["held_kv_tokens"], state["prm"]["locks"]) == (0,) * 4
 
 
 def status_of(url: str, key: str | None) -> int:

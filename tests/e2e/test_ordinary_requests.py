@@ -28,7 +28,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "presence_penalty": [{"presence_penalty": -1.5}, {"presence_penalty": 3.0}],
     "repetition_penalty": [{"repetition_penalty": 1.5}, {"repetition_penalty": 0.0}],
     "min_new_tokens": [{"min_new_tokens": 30, "max_new_tokens": 40, "stop": "\n"}, {"min_new_tokens": 30}],
-    "n": [{"n": 2}],
+    "n": [{"n": count} for count in (0, -1, 2)],
     "beam_width": [{"beam_width": 0}],
     "json_schema": [{"json_schema": '{"type": "integer"}'}, {"json_schema": "{"}],
     "regex": [{"regex": "[0-9]{3}"}, {"regex": "("}],
@@ -79,13 +79,10 @@ def test_a_sampling_parameter_does_the_same(server: Server, stock: Server, name:
         assert outcome(server, sampling) == outcome(stock, sampling), sampling
 
 
-def test_no_sample_at_all_is_refused_where_samples_are_bounded(server: Server, stock: Server) -> None:
-    """The one value that we know to have another outcome: stock sglang takes it for 1."""
-    assert outcome(server, {"n": 0}) == (
-        400,
-        "n must be an integer from 1 to 1024, got 0; send several requests for more",
-    )
-    assert outcome(stock, {"n": 0}) == outcome(stock, {})
+def test_no_choice_at_all_is_refused_where_stock_sglang_divides_by_it(server: Server, stock: Server) -> None:
+    body = {"model": "default", "prompt": PROMPT, "n": 0, "max_tokens": 4, "temperature": 0}
+    for fields, status in (({"echo": True}, 500), ({}, 400), ({"prompt": [PROMPT, PROMPT]}, 500)):
+        assert [one.post("/v1/completions", body | fields)[0] for one in (server, stock)] == [400, status], fields
 
 
 def test_the_parameters_have_an_effect_at_all(stock: Server) -> None:

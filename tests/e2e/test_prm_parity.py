@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import sglang_ets
-from tests.e2e.serving import PROBLEMS, Server, serving
+from tests.e2e.serving import PROBLEMS, Server
 
 pytestmark = pytest.mark.server
 
@@ -34,9 +34,11 @@ def scored_paths(answer: dict[str, Any]) -> list[list[dict[str, Any]]]:
     return paths
 
 
-def search_tree(server: Server) -> tuple[list[int], list[list[dict[str, Any]]]]:
+def search_tree(
+    server: Server, algorithm: str = "rebase", **fields: Any
+) -> tuple[list[int], list[list[dict[str, Any]]]]:
     prompt = PROBLEMS[5]["prompt"]
-    answer = server.search(prompt, 8, search={"algorithm": "rebase", "return_tree": True})
+    answer = server.search(prompt, 8, search={"algorithm": algorithm, "return_tree": True}, **fields)
     return TOKENIZER.encode(prompt), scored_paths(answer)
 
 
@@ -45,32 +47,18 @@ def step_ids(path: list[dict[str, Any]]) -> list[int]:
 
 
 @torch.no_grad()
-def test_token_classification(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=LlamaConfig.from_pretrained(MODELS / "policy").vocab_size,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        num_labels=2,
-        initializer_range=0.2,  # large enough that scores differ
-    )
-    model = LlamaForTokenClassification(config).eval()
-    checkpoint = tmp_path / "prm"
-    model.save_pretrained(checkpoint)
-    TOKENIZER.save_pretrained(checkpoint)
-    with serving(tmp_path / "log.txt", ["--prm-model-path", str(checkpoint)]) as server:
-        prompt, paths = search_tree(server)
-        assert server.search_state()["prm"]["format"] == "token_classification"
-    expected = []
+def assert_confident(server: Server) -> None:
+    """On a server whose PRM format is `confidence`."""
+    model = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval()
+    prompt, paths = search_tree(server, "ets")
+    state = server.search_state()["prm"]
+    assert state["format"] == "confidence"
+    assert state["shares_policy_weights"]
     for path in paths:
-        logits = model(torch.tensor([prompt + step_ids(path)])).logits[0, -1]
-        expected.append(float(logits.softmax(-1)[1]))
-        assert path[-1]["score"] == pytest.approx(expected[-1], abs=TOLERANCE)
-    assert max(expected) - min(expected) > 100 * TOLERANCE
+        ids, length = prompt + step_ids(path), len(path[-1]["token_ids"])
+        taken = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+        assert path[-1]["score"] == pytest.approx(float(taken[-length:].mean().exp()), abs=TOLERANCE)
+    assert len({round(path[-1]["score"], 3) for path in paths}) > 5
 
 
 @torch.no_grad()

@@ -1,20 +1,24 @@
-"""Small PRM pools on a real server: no step fails for want of KV, what cannot fit is refused, nothing is left locked."""
+"""Small PRMs on a real server: no step fails for want of KV, what cannot fit is refused, nothing is left locked."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForTokenClassification
 
 from tests.e2e.serving import PROBLEMS, Server, serving
-from tests.prm.conftest import MODELS, changed_config
+from tests.e2e.test_prm_parity import MODELS, TOKENIZER, TOLERANCE, search_tree, step_ids
 
 pytestmark = pytest.mark.server
 
 PROMPTS = [problem["prompt"] for problem in PROBLEMS[:4]]
+CONTEXT_TOKENS, POOL_TOKENS = 160, 2000
+FITTING_TOKENS = 100  # of an answer to one of the problems
 OUT_OF_BALANCE = ("out of balance", " locks on ", "the PRM failed")
 
 
@@ -37,17 +41,64 @@ def assert_sound(server: Server) -> dict[str, Any]:
     return dict(state["prm"])
 
 
-def test_four_searches_at_once_share_a_pool_of_2000_tokens(tmp_path: Path) -> None:
-    with serving(tmp_path / "log.txt", ["--prm-max-total-tokens", "2000"]) as server:
-        with ThreadPoolExecutor(4) as clients:
-            algorithms = ("ets", "rebase", "dvts", "beam")
-            answers = list(clients.map(lambda at: search(server, PROMPTS[at], 64, algorithms[at]), range(4)))
-        assert [status for status, _ in answers] == [200] * 4, answers
-        assert [failed_steps(answer) for _, answer in answers] == [0] * 4
-        state = assert_sound(server)
-        assert state["pool_tokens"] == 2000
-        assert state["locks_given_up"] > 0
-        assert "gives up paths" in server.log.read_text(encoding="utf-8", errors="replace")
+@dataclass(frozen=True)
+class Small:
+    """A server, and its PRM in transformers."""
+
+    server: Server
+    prm: LlamaForTokenClassification
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    """A checkpoint that transformers saved, with a short context and a pool that four searches fill."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=LlamaConfig.from_pretrained(MODELS / "policy").vocab_size,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT_TOKENS,
+        num_labels=2,
+        initializer_range=0.2,  # large enough that scores differ
+    )
+    prm = LlamaForTokenClassification(config).eval()
+    prm.save_pretrained(folder / "prm")
+    TOKENIZER.save_pretrained(folder / "prm")
+    flags = ["--prm-model-path", str(folder / "prm"), "--prm-max-total-tokens", str(POOL_TOKENS)]
+    with serving(folder / "log.txt", flags) as running:
+        yield Small(running, prm)
+
+
+@torch.no_grad()
+def test_scores_of_a_token_classification_are_transformers_own(small: Small) -> None:
+    prompt, paths = search_tree(small.server, max_tokens=FITTING_TOKENS)
+    assert small.server.search_state()["prm"]["format"] == "token_classification"
+    expected = []
+    for path in paths:
+        logits = small.prm(torch.tensor([prompt + step_ids(path)])).logits[0, -1]
+        expected.append(float(logits.softmax(-1)[1]))
+        assert path[-1]["score"] == pytest.approx(expected[-1], abs=TOLERANCE)
+    assert max(expected) - min(expected) > 100 * TOLERANCE
+
+
+def test_four_searches_at_once_share_a_pool_of_2000_tokens(small: Small) -> None:
+    algorithms = ("ets", "rebase", "dvts", "beam")
+    with ThreadPoolExecutor(4) as clients:
+        answers = list(
+            clients.map(
+                lambda at: search(small.server, PROMPTS[at], 64, algorithms[at], max_tokens=FITTING_TOKENS), range(4)
+            )
+        )
+    assert [status for status, _ in answers] == [200] * 4, answers
+    assert [failed_steps(answer) for _, answer in answers] == [0] * 4
+    state = assert_sound(small.server)
+    assert state["pool_tokens"] == POOL_TOKENS
+    assert state["locks_given_up"] > 0
+    assert "gives up paths" in small.server.log.read_text(encoding="utf-8", errors="replace")
 
 
 def test_a_pool_of_one_trajectory_serves_every_width(strict: Server) -> None:
@@ -61,17 +112,12 @@ def test_a_pool_of_one_trajectory_serves_every_width(strict: Server) -> None:
     assert "for the PRM, whose KV pool takes 599; lower max_tokens or raise --prm-max-total-tokens" in str(answer)
 
 
-def test_a_context_that_is_too_short_is_refused_at_admission(tmp_path: Path) -> None:
-    shutil.copytree(MODELS / "prm", tmp_path / "prm")
-    with (
-        changed_config(tmp_path / "prm", max_position_embeddings=160),
-        serving(tmp_path / "log.txt", ["--prm-model-path", str(tmp_path / "prm")]) as server,
-    ):
-        status, answer = search(server, PROMPTS[0], 8, "ets")
-        assert status == 400
-        assert "whose context is 160; lower max_tokens or shorten the prompt" in str(answer)
-        for algorithm in ("ets", "best_of_n"):
-            status, answer = search(server, PROMPTS[0], 8, algorithm, max_tokens=100)
-            assert status == 200, answer
-            assert failed_steps(answer) == 0
-        assert assert_sound(server)["context_tokens"] == 160
+def test_a_context_that_is_too_short_is_refused_at_admission(small: Small) -> None:
+    status, answer = search(small.server, PROMPTS[0], 8, "ets")
+    assert status == 400
+    assert "whose context is 160; lower max_tokens or shorten the prompt" in str(answer)
+    for algorithm in ("ets", "best_of_n"):
+        status, answer = search(small.server, PROMPTS[0], 8, algorithm, max_tokens=FITTING_TOKENS)
+        assert status == 200, answer
+        assert failed_steps(answer) == 0
+    assert assert_sound(small.server)["context_tokens"] == CONTEXT_TOKENS

@@ -23,15 +23,12 @@ import pytest
 from bench.server import _free_port
 from sglang_ets.launch_server import MODELS
 from sglang_ets.tools.plan import model_size
-from tests.e2e.serving import PROBLEMS, Server, serving
-from tests.prm.two_ranks import CORES
+from tests.e2e.serving import PROBLEMS, TWO_PROCESSES, Server, serving
 
 pytestmark = pytest.mark.server
 
 ALGORITHMS = ("ets", "ets_kv", "rebase", "dvts", "beam", "best_of_n")
 PROMPT = PROBLEMS[0]["prompt"]
-# sglang asks for NUMA nodes, as many as processes, unless it is told which core is for which.
-TWO_PROCESSES = {"SGLANG_CPU_OMP_THREADS_BIND": CORES, "SGLANG_NCCL_SO_PATH": "/nonexistent"}
 CHECKER = {"SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
 DIVERGED = (
     "Found rank divergence",
@@ -85,17 +82,6 @@ def test_two_ranks_run_one_search(server: Server, tmp_path: Path) -> None:
         name for name, answer in zip(ALGORITHMS, answers, strict=True) if text(search(server, name)) == text(answer)
     ]
     assert len(same) >= len(ALGORITHMS) // 2, f"as on one rank: {same}; sums of two ranks may differ in the last bit"
-
-
-def test_what_cannot_be_split_is_refused_before_weights_load(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    flags = ["--tp", "2", "--prm-format", "confidence", "--prm-tp", "1"]
-    with pytest.raises(RuntimeError), serving(log, flags, env=TWO_PROCESSES):
-        pytest.fail("it must not serve")
-    said = log.read_text(encoding="utf-8", errors="replace")
-    assert "--prm-tp 1 needs a --prm-model-path of its own" in said
-    assert "Traceback" not in said
-    assert "Load weight" not in said
 
 
 def test_plan_counts_what_a_server_allocates(server: Server) -> None:

@@ -74,20 +74,20 @@ def test_the_list_knows_what_ran_and_best_of_n_has_its_page(traced: Server) -> N
     assert len(embedded(traced.text(row["page"]))["answers"]) == 1
 
 
-def test_a_body_has_the_shape_of_an_untraced_one(traced: Server, server: Server) -> None:
+def test_a_body_has_the_shape_of_an_untraced_one(traced: Server, strict: Server) -> None:
     shapes = []
-    for one in (traced, server):
+    for one in (traced, strict):
         answer = one.search(PROBLEMS[0]["prompt"], 4, n=2)
         shapes.append((set(answer), set(answer["choices"][0]), set(answer["usage"]), set(answer["search"])))
     assert shapes[0] == shapes[1]
 
 
-def test_unknown_searches_and_a_server_without_the_flag_answer_in_one_sentence(traced: Server, server: Server) -> None:
+def test_unknown_searches_and_a_server_without_the_flag_answer_in_one_sentence(traced: Server, strict: Server) -> None:
     for path in ("/search/none", "/search/none/events"):
         status, message = status_of(traced, path)
         assert status == 404 and "'none'" in message
     for path in ("/search", "/search/none", "/search/none/events"):
-        status, message = status_of(server, path)
+        status, message = status_of(strict, path)
         assert status == 404 and "--search-trace" in message
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers import sampler
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang_ets.patches.cpu_sampler import row_seeds
+from sglang_ets.patches.cpu_sampler import draw_by_seed, row_seeds, sample_rows
 
 from bench.trees import num_distinct_prefixes
 from sglang_ets.core.registry import BUILT_IN
@@ -299,6 +302,39 @@ def test_members_draw_as_if_each_had_the_row_for_itself(has_seeds: bool) -> None
                 alone.sampling_seed[row] = member.seed
             expected = hashed_draw(None, LogitsProcessorOutput(next_token_logits=logits.clone()), alone, positions)
             assert draw.drawn(child)[member.node_id] == expected[row]
+
+
+def by_seed(_sampler: Any, out: Any, info: Any, *rest: Any) -> torch.Tensor:
+    """What sglang's sampler does for rows that may be cut, on a CPU with our hooks."""
+    probs = (out.next_token_logits / info.temperatures).softmax(dim=1)
+    out.next_token_logits.zero_()
+    token_ids, _ = sample_rows(
+        lambda _sampler, probs, *_: (probs.argmax(1).int(), None), None, probs, info, rest[-1], False
+    )
+    return token_ids
+
+
+def test_drawn_at_once_the_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "multinomial_with_seed", partial(draw_by_seed, None))
+    reqs = [request("plain", "x", search=False), strand(30), strand(1, 1), strand(9, 2)]
+    logits, positions = torch.randn(4, VOCAB, generator=torch.manual_seed(0)), torch.tensor([7, 8, 9, 10])
+    drawn: list[Any] = []
+    for at_once in (False, True):
+        draw, info = Draw.of(reqs), sampling_info(reqs)
+        assert draw is not None
+        calls = itertools.count()
+
+        def original(*args: Any, calls: Any = calls) -> Any:
+            next(calls)
+            return by_seed(*args)
+
+        out = LogitsProcessorOutput(next_token_logits=logits.clone())
+        rows = draw.sample(original, None, out, info, False, [], [], positions, at_once=at_once)
+        assert next(calls) == (1 if at_once else 2)
+        assert info.sampling_seed.tolist() == row_seeds(reqs)
+        drawn.append((rows.tolist(), [draw.drawn(reqs[row]) for row in (1, 3)]))
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0][1][0].values())) > 3
 
 
 def test_a_batch_without_members_is_sglangs_own() -> None:

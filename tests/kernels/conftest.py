@@ -1,4 +1,4 @@
-"""One test body over every implementation that this process can run on CPU tensors."""
+"""One test body over every implementation: the reference, or under TRITON_INTERPRET=1 the kernel, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import triton.language as tl
 from sglang_ets.kernels.dispatch import INTERPRETED
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
-# Triton joins when test_interpreter.py runs these files again under TRITON_INTERPRET=1.
-BACKENDS = ("reference", "triton") if INTERPRETED else ("reference",)
+# Triton's turn is when test_interpreter.py runs these files again under TRITON_INTERPRET=1.
+BACKENDS = ("triton",) if INTERPRETED else ("reference",)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

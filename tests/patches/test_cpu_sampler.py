@@ -13,9 +13,18 @@ import torch
 from scipy.stats import chisquare, kstest
 from sglang.srt.layers import sampler
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
-from sglang_ets.patches.cpu_sampler import NO_SEED, draw_by_seed, drawable, row_seeds, sample_rows, uniform
+from sglang_ets.patches.cpu_sampler import (
+    NO_SEED,
+    draw_by_seed,
+    drawable,
+    draws_further,
+    row_seeds,
+    sample_rows,
+    uniform,
+)
 
 from sglang_ets.engine.children import ChildReq
+from sglang_ets.engine.strands import FURTHER_KEY
 
 
 def draw(probabilities: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -128,6 +137,62 @@ def test_a_row_that_is_no_distribution_harms_no_other(broken: list[float], cut: 
     )
     sound = PROBABILITIES.repeat(2, 1)
     assert drawable(sound) is sound
+
+
+@pytest.mark.parametrize(
+    "cut", [{}, {"min_p": 0.25}, {"top_k": 4}, {"top_p": 0.6, "min_p": 0.1}, {"top_p": 0.86, "top_k": 5}], ids=str
+)
+def test_further_seeds_of_a_row_draw_as_if_each_had_a_row_of_its_own(
+    cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "multinomial_with_seed", partial(draw_by_seed, None))
+    num_rows, num_seeds = 40, 5
+    probs = torch.rand(num_rows, 50, generator=torch.manual_seed(1)).softmax(dim=1)
+    seeds, positions = torch.arange(num_rows * num_seeds).view(num_rows, num_seeds) * 7, torch.arange(num_rows)
+    seeds[::4, 0] = NO_SEED
+    together = info_of(seeds, **cut)
+    drawn, capture = sample_rows(_nines, None, probs.clone(), together, positions, not cut)
+    for column in range(num_seeds):
+        alone, _ = sample_rows(_nines, None, probs.clone(), info_of(seeds[:, column], **cut), positions, not cut)
+        tokens = drawn if column == 0 else getattr(together, FURTHER_KEY)[:, column - 1]
+        is_drawn = seeds[:, 0] != NO_SEED if column else torch.ones(num_rows, dtype=torch.bool)
+        assert torch.equal(tokens[is_drawn], alone[is_drawn])
+    assert (drawn[::4].tolist(), capture) == ([9] * 10, "captured")
+    assert len(set(getattr(together, FURTHER_KEY).flatten().tolist())) > 2
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 3000])
+def test_a_cut_row_is_drawn_as_sglang_cuts_it(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the other rows ask for; the flat rows need more tokens for their top-p than are sorted at first."""
+    monkeypatch.setattr(sampler, "multinomial_with_seed", partial(draw_by_seed, None))
+    generator = torch.manual_seed(2)
+    probs = torch.cat([torch.randn(60, vocab, generator=generator) * scale for scale in (4.0, 0.1)]).softmax(dim=1)
+    num_rows = len(probs)
+    info = info_of(torch.arange(num_rows) * 3)
+    info.top_ks = torch.tensor([1, 5, 40, 2000, TOP_K_ALL]).repeat(num_rows)[:num_rows]
+    info.top_ps = torch.tensor([0.1, 0.5, 0.9, 0.999, 1.0, 1.0, 0.7]).repeat(num_rows)[:num_rows]
+    drawn, _ = sample_rows(_not_called, None, probs, info, torch.arange(num_rows), False)
+    zeros = torch.zeros(num_rows)
+    seeds = (info.sampling_seed, torch.arange(num_rows))
+    expected = sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+        probs.clone(), info.top_ks, info.top_ps, zeros, False, *seeds
+    )
+    is_cut = (info.top_ks != TOP_K_ALL) | (
+        info.top_ps != 1
+    )  # sglang draws what is not cut in the order of the vocabulary
+    assert torch.equal(drawn[is_cut], expected[is_cut])
+
+
+def _nines(_sampler: Any, probs: torch.Tensor, *_: Any) -> Any:
+    return torch.full((len(probs),), 9, dtype=torch.int32), "captured"
+
+
+def test_seeds_are_drawn_at_once_only_where_the_sampler_comes_to_it() -> None:
+    logits = torch.zeros(1, 6)
+    assert draws_further(logits, SimpleNamespace(sampling_seed=torch.tensor([3]), is_all_greedy=False))
+    assert not draws_further(logits, SimpleNamespace(sampling_seed=torch.tensor([3]), is_all_greedy=True))
+    assert not draws_further(logits, SimpleNamespace(sampling_seed=None, is_all_greedy=False))
+    assert not draws_further(logits.to("meta"), SimpleNamespace(sampling_seed=torch.tensor([3]), is_all_greedy=False))
 
 
 def _not_called(*_args: Any) -> Any:

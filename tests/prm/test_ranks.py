@@ -1,5 +1,7 @@
 """Every PRM format on two tensor-parallel ranks: split over them or whole on each, equal scores that are transformers' own.
 
+Each scores the tree of a search.
+
 Two processes with gloo between them and no server: tests/prm/two_ranks.py.
 """
 
@@ -21,13 +23,24 @@ from transformers import LlamaForCausalLM
 from bench.server import _free_port
 from sglang_ets.prm.choose import NAMES
 from sglang_ets.prm.split import num_prm_ranks, ranks_of
-from tests.prm.checkpoints import CASES, QUESTION, Case, Reference
+from tests.prm.checkpoints import CASES, Case, Reference
 from tests.prm.conftest import MODELS, TOKENIZER
-from tests.prm.two_ranks import ENVIRONMENT, NUM_RANKS, score
+from tests.prm.two_ranks import ENVIRONMENT, NUM_RANKS, Step, score
 
 TOLERANCE = 1e-4
 LIMIT_S = 300
-STEPS = ("7*8=56\n", "10*5=50\n", "50-2=48\n")
+QUESTION = "10*18-19-15+(13*4-15)=\n"
+STEPS: tuple[Step, ...] = (  # of a search: siblings, wrong ones, some of several lines, some that nothing continues
+    (0, "here 10*18=180:180-19-15+(13*4-15)\n"),
+    (0, "here 10*18=170:170-19-15+(13*4-15)\n"),
+    (0, "here 10*18=180:180-19-15+(13*4-15)\nthus 180-19=161:161-15+(13*4-15)\n"),
+    (1, "thus 180-19=161:161-15+(13*4-15)\n"),
+    (1, "next 13*4=52:180-19-15+(52-15)\n\nand 52-15=37:180-19-15+37\n"),
+    (2, "thus 170-19=151:151-15+(13*4-15)\n"),
+    (4, "here 161-15=146:146+(13*4-15)\n"),
+    (4, "next 13*4=52:161-15+(52-15)\nand 52-15=38:161-15+38\n"),
+    (6, "here 151-15=136:136+(13*4-15)"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,19 +54,31 @@ class Wanted:
     num_ranks: int | None = None  # --prm-tp
 
 
-def reference_of(case: Case, folder: Path) -> list[float]:
-    return Reference(case, folder).step_scores(QUESTION, STEPS)[1]
+def path_to(place: int) -> list[str]:
+    """Texts of the steps from the first to this one, by its number."""
+    parent, text = STEPS[place - 1]
+    return [*path_to(parent), text] if parent else [text]
+
+
+PATHS = [path_to(place) for place in range(1, len(STEPS) + 1)]
+
+
+def reference_of(case: Case, folder: Path, num_heads: int = 2) -> list[float]:
+    reference = Reference(case, folder, num_heads)
+    return [reference.step_scores(QUESTION, path)[1][-1] for path in PATHS]
 
 
 def confidence() -> list[float]:
     model = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval()
-    ids, scores = list(TOKENIZER.encode(QUESTION)), []
-    for step in STEPS:
-        new = TOKENIZER.encode(step, add_special_tokens=False)
+    scores = []
+    for path in PATHS:
+        ids = list(TOKENIZER.encode(QUESTION))
+        for step in path:
+            new = TOKENIZER.encode(step, add_special_tokens=False)
+            ids += new
         with torch.no_grad():
-            logits = model(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1]
+            logits = model(torch.tensor([ids])).logits[0, -len(new) - 1 : -1]
         scores.append(float(logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).mean().exp()))
-        ids += new
     return scores
 
 
@@ -90,7 +115,7 @@ def run_both(wanted: Sequence[Wanted], folder: Path) -> list[list[dict[str, Any]
 def test_all_formats_on_two_ranks(tmp_path: Path, load_engine: Any) -> None:
     expected: dict[str, list[float]] = {}
     wanted: list[Wanted] = []
-    for case in (CASES[0], *CASES[3:]):  # one token classification; another family's has three heads below
+    for case in (*CASES[:2], *CASES[3:]):  # the third has three heads, below
         folder = tmp_path / f"{case.format}-{case.architecture}"
         expected[folder.name] = reference_of(case, folder)
         wanted.append(Wanted(folder.name, folder, case.given, NUM_RANKS))
@@ -101,13 +126,14 @@ def test_all_formats_on_two_ranks(tmp_path: Path, load_engine: Any) -> None:
     expected["confidence"] = confidence()
     wanted.append(Wanted("confidence", MODELS / "policy", "confidence", NUM_RANKS))
     odd = tmp_path / "three heads"
-    expected[odd.name] = Reference(CASES[2], odd, num_heads=3).step_scores(QUESTION, STEPS)[1]
+    expected[odd.name] = reference_of(CASES[2], odd, num_heads=3)
     wanted.append(Wanted(odd.name, odd, "auto", 1))
     first, second = run_both(wanted, tmp_path)
     formats = set()
     for one, own, other in zip(wanted, first, second, strict=True):
         assert own["scores"] == other["scores"], one.name
         assert own["scores"] == pytest.approx(expected[one.name], abs=TOLERANCE), one.name
+        assert len({round(score, 3) for score in own["scores"]}) > 2, one.name
         assert own["stats"]["ranks"] == one.ranks, one.name
         assert (own["stats"]["locks"], other["stats"]["locks"]) == (0, 0)
         formats.add(own["stats"]["format"])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from tests.prm.runtime import policy_runtime  # noqa: E402
 NUM_RANKS = 2
 CORES = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(NUM_RANKS))  # a core for each, if there are two
 POOL_TOKENS = 4000
+Step = tuple[int, str]  # the number of the step before it, from 1 on or 0 for none, and its text
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "SGLANG_CPU_OMP_THREADS_BIND": CORES,
@@ -44,20 +46,34 @@ def scheduler(rank: int, port: int) -> Iterator[Any]:
         )
 
 
-def score(engine: Any, question: str, steps: Sequence[str]) -> list[float]:
-    """The score of each step behind the ones before it."""
+def score(engine: Any, question: str, steps: Sequence[Step]) -> list[float]:
+    """The score of each step, a level at a time as a search asks; what is not continued is dropped before the next level."""
     from sglang_ets.prm.engine import ScoreJob
 
-    paths, scores = [engine.open_prompt(TOKENIZER.encode(question), question)], []
-    parent_score = None
-    for depth, step in enumerate(steps, 1):
-        step_ids = tuple(TOKENIZER.encode(step, add_special_tokens=False))
-        ((made, path),) = engine.score([ScoreJob(paths[-1], parent_score, step_ids, step, depth)])
-        paths.append(path)
-        parent_score = made.score
-        scores.append(made.score)
+    paths, scores = [engine.open_prompt(TOKENIZER.encode(question), question)], [None]
+    depths = depths_of(steps)
+    for depth in range(1, depths[-1] + 1):
+        level = [place for place in range(len(depths)) if depths[place] == depth]
+        jobs = []
+        for parent, text in (steps[place - 1] for place in level):
+            step_ids = tuple(TOKENIZER.encode(text, add_special_tokens=False))
+            jobs.append(ScoreJob(paths[parent], scores[parent], step_ids, text, depth))
+        for made, path in engine.score(jobs):
+            paths.append(path)
+            scores.append(made.score)
+        continued = {parent for parent, _ in steps}
+        engine.drop([paths[place] for place in level if place not in continued])
     engine.drop(paths)
-    return scores
+    return scores[1:]
+
+
+def depths_of(steps: Sequence[Step]) -> list[int]:
+    """Of the prompt and of each step; they come in order of depth."""
+    depths = [0]
+    for parent, _ in steps:
+        depths.append(depths[parent] + 1)
+    assert depths == sorted(depths)
+    return depths
 
 
 def load(scheduler: Any, path: str, name: str, num_ranks: int | None) -> Any:
@@ -82,6 +98,7 @@ def run(scheduler: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    gc.disable()  # most of the time goes into imports
     rank, port, jobs, results = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
     os.environ.update(ENVIRONMENT)
     with scheduler(rank, port) as made:

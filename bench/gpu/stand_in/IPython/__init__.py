@@ -1,0 +1,1 @@
+"""Stand-in for a package that sglang imports for its notebooks alone."""
