@@ -93,7 +93,7 @@ class ForwardPass:
         """Rows that begin with the same pages read these together. Results are the same bits."""
         if len(batch.rows) < 2:
             return None
-        num_cached = np.array(batch.kv_lengths) - batch.new_lengths
+        num_cached = np.array(batch.kv_lengths, dtype=np.int64) - np.array(batch.new_lengths, dtype=np.int64)
         return self._planner.plan(batch.req_to_token[batch.rows, : num_cached.max()].numpy(), num_cached)
 
 

@@ -152,14 +152,15 @@ def test_requests_without_an_answer_are_errors_and_end_no_client() -> None:
     assert len(report.errors) == report.outcomes.total()
 
 
-def capacity_row(policy: str, in_flight: int, rate: float, round_: int = 0) -> dict[str, object]:
-    place = {"width": 64, "share": 0.25, "policy": policy, "in_flight": in_flight, "round": round_}
+def capacity_row(policy: str, in_flight: int, rate: float, *flags: str) -> dict[str, object]:
+    place = {"width": 64, "share": 0.25, "policy": policy, "in_flight": in_flight, "round": 0, "flags": list(flags)}
     return {**place, "pool_tokens": 9000, "problems_per_s": rate, "right": 3, "problems": 4}
 
 
 def test_capacity_compares_each_policy_at_its_own_best() -> None:
     made = [capacity_row("rebase", 8, 0.04), capacity_row("rebase", 1, 0.1), capacity_row("ets b=4", 8, 0.2)]
-    rebase, ets = capacity.table(made).splitlines()[2:]
+    made.append(capacity_row("ets b=4", 8, 0.3, "--search-kv-pressure", "4"))
+    rebase, ets, pressed = capacity.table(made).splitlines()[2:]
     assert [cell.strip() for cell in rebase.split("|")][4:11] == [
         "rebase",
         "0.04",
@@ -170,6 +171,7 @@ def test_capacity_compares_each_policy_at_its_own_best() -> None:
         "3 of 4",
     ]
     assert [cell.strip() for cell in ets.split("|")][4:11] == ["ets b=4", "0.2", "0.2", "8", "2.00x", "1.00", "3 of 4"]
+    assert "| ets b=4 --search-kv-pressure 4 | 0.3 |" in pressed
 
 
 def test_fairness_shows_ratios_to_plain_sampling() -> None:
