@@ -10,9 +10,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from bench import attention, capacity, fairness, forks, ilp, rows, searches, soak, tables
+from bench import attention, capacity, fairness, forks, ilp, real_model, rows, searches, soak, tables
 from bench.client_search import table as throughput
 from bench.studies import selection_quality
+from bench.testbed import prm_head
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "speed")))
@@ -103,6 +104,11 @@ def throughput_table() -> str:
     return "\n\n".join(throughput.tables(rows_of("throughput")).split("\n\n")[:2])
 
 
+def real_model_tables() -> str:
+    """Every group under a heading of the page's third level."""
+    return real_model.summary(rows_of("real_model"), seed=0)[0].replace("## ", "### ")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
     "kv": lambda: footprint()[0],
@@ -123,6 +129,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "forks": lambda: forks.table(rows_of("forks")),
     "fairness": lambda: fairness.table(rows_of("fairness")),
     "soak": lambda: soak.table(rows_of("soak")),
+    "real_model": real_model_tables,
+    "prm_head": lambda: prm_head.tables(rows_of("prm_head")),
     "coverage": lambda: searches.report("coverage", rows_of("coverage"), seed=0),
 }
 

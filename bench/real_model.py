@@ -1,159 +1,254 @@
-"""A real language model: SmolLM2-135M-Instruct on GSM8K and MATH-500, searched with a PRM that needs no other weights.
+"""A real language model on GSM8K and MATH-500: what each policy gets right, holds, generates and takes.
 
-    python -m bench.real_model --data gsm8k --smoke
-    python -m bench.real_model --data gsm8k math500 --problems 8 --width 8
+    python -m bench.real_model --model-path Qwen/Qwen2.5-Coder-0.5B-Instruct --data gsm8k --smoke
+    python -m bench.real_model --model-path FOLDER --prm-format judge --data gsm8k --width 4 --problems 100
+    python -m bench.real_model --model-path FOLDER --prm-model-path PRM --data gsm8k math500
     python -m bench.real_model --tables                                    # from the rows that are there
 
-Chat requests go through the model's own template and tokenizer. `--prm-format confidence` scores a step by the model's own mean
-log-probability of it, `judge` asks the same weights a yes/no question. A model of this size solves next to nothing: what this
-shows is KV held, tokens and seconds with a real vocabulary and real steps. Answers are graded by math-verify, and by a
-second, stricter grader.
+Chat requests go through the model's own template and tokenizer, searches through the loop of `sglang-ets run`. `greedy` is a
+plain request, `self_consistency` the majority of the very trajectories that `best_of_n` made, so it costs what that costs, and
+`ets published` is `preset: paper` at the temperature of all others. Searches do not end early, so that all of their
+trajectories count, and all choose by the same rule. Answers are graded by math-verify, and by a second, stricter grader.
 
 One problem under one setting is a row; a run that was interrupted goes on where it stopped. `--in-flight` problems are solved
 at once, each setting for itself, and a row has an equal share of the seconds that they took, of the clock and of the server's
-CPU time; the latter means something on a busy machine too. Tables and plot keep data sets, PRM formats and token limits apart.
+CPU time; the latter means something on a busy machine too. With `--together` all searches of these problems are in flight at
+once: the weights are read once for all of them, and a row has only its own wait under that load. Tables and plot never mix
+models, data sets, PRMs or limits. `--validation` takes the problems that are left for choosing settings on, and no others.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 from tqdm import tqdm
 
 from bench import rows
+from bench.client_search.processes import Running, awake, running
 from bench.embedded import client_of
-from bench.figures import colour, panels
+from bench.figures import accuracy_against_kv
 from bench.redundancy import redundancy
 from bench.searches import FROM_SEARCH, Setting
-from bench.server import running_server
-from bench.smollm2 import checkpoint
-from bench.tables import by_setting, table
+from bench.tables import by_setting, equal_cost_tables, frontier, table
+from bench.trees import num_distinct_prefixes, path_to
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
+from sglang_ets.tools import run as runs
 from sglang_ets.tools.datasets import Problem, load
 from sglang_ets.tools.grading import grade, majority
 
 WARM_UP_TOKENS = 8
-POOL_TOKENS = 32_000
-STEP = {"step_delimiter": ["\n"], "max_step_tokens": 64}
-ANSWERS = "boxed"
-POLICIES = ("best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets")
-COST_HEADER = ["policy", "width", "KV mean", "KV if unshared", "KV peak", "leaves", "distinct texts", "clusters",
-               "tokens a step", "tokens/s", "tokens/CPU s", "answered", "graders disagree"]  # fmt: skip
+POOL_TOKENS = 60_000
+TIMEOUT_S = 3600
+PATTERN = "boxed"
+COMMON = {"answer": "weighted_majority", "answer_pattern": PATTERN, "early_stop": "off"}
+POLICIES: dict[str, dict[str, Any]] = {
+    "best_of_n": {"algorithm": "best_of_n"},
+    "dvts": {"algorithm": "dvts"},
+    "rebase": {"algorithm": "rebase"},
+    "ets_kv": {"algorithm": "ets_kv"},
+    "ets": {"algorithm": "ets"},
+    "ets published": {"algorithm": "ets", "preset": "paper"},
+}
+FREE, SAMPLED = "best_of_n", "self_consistency"  # the second is made of the trajectories of the first
+VALIDATION = ", validation"
+COST_HEADER = ["policy", "width", "KV mean", "KV if unshared", "leaves", "distinct texts", "clusters", "tokens a step",
+               "tokens generated", "tokens computed", "distinct prefixes", "CPU s/problem", "answered",
+               "graders disagree"]  # fmt: skip
 COST_MEANS = (
     "kv_tokens_mean",
     "kv_referenced_mean",
-    "kv_tokens_peak",
     "leaves",
     "distinct_texts",
     "clusters",
     "step_tokens",
+    "completion_tokens",
+    "tokens_computed",
+    "distinct_prefixes",
+    "cpu_seconds",
 )
 
-Group = tuple[str, str, int]  # data set, PRM format, max_tokens: what no table may mix
+Group = tuple[str, str, str, int, float]  # model, data set, PRM, max_tokens, temperature: what no table may mix
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all requests of one run have in common."""
+
+    model: str
+    prm: str
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Case:
+        """Names instead of paths: a folder's place on one machine says nothing elsewhere."""
+        prm = f"{Path(args.prm_model_path).name}, {args.prm_format}" if args.prm_model_path else args.prm_format
+        return cls(Path(args.model_path).name, prm, args.max_tokens, args.temperature, args.seed)
+
+    def group(self, data: str) -> Group:
+        return self.model, data, self.prm, self.max_tokens, self.temperature
 
 
 def settings(width: int, policies: Sequence[str]) -> list[Setting]:
-    """Greedy, self-consistency and the searches."""
-    plain = [Setting("greedy", 1, {}), Setting("self_consistency", width, {})]
-    return plain + [Setting(name, width, {"algorithm": name, **STEP}) for name in policies]
+    """A greedy answer, then the searches; all beside those of this width."""
+    searches = [Setting(name, width, {**POLICIES[name], **COMMON}) for name in policies]
+    return [Setting("greedy", width, {}), *searches]
 
 
-def flags(prm_format: str) -> list[str]:
-    """Of a server that judges with the policy model's own weights."""
-    return ["--search", "ets", "--model-path", str(checkpoint()), "--prm-format", prm_format, "--dtype", "float32",
+def flags(args: argparse.Namespace) -> list[str]:
+    """Of the server; without a PRM of its own it judges with the policy model's weights."""
+    prm = ["--prm-model-path", args.prm_model_path] if args.prm_model_path else []
+    return ["--search", "ets", "--model-path", args.model_path, *prm, "--prm-format", args.prm_format, "--dtype", args.dtype,
             "--max-total-tokens", str(POOL_TOKENS), "--prm-max-total-tokens", str(POOL_TOKENS)]  # fmt: skip
 
 
-def solve(client: openai.OpenAI, setting: Setting, problem: Problem, max_tokens: int, seed: int) -> rows.Row:
-    """One problem under one setting, neither timed nor graded yet."""
-    body: dict[str, Any] = {
-        "model": "default", "messages": [{"role": "user", "content": problem.prompt}], "max_tokens": max_tokens, "seed": seed,
-    }  # fmt: skip
-    cost: rows.Row = {}
-    if setting.search:
-        search = {**setting.search, "answer_pattern": ANSWERS, "return_tree": True}
-        response = client.chat.completions.create(
-            **body, temperature=1.0, extra_body={"search_width": setting.width, "search": search}
-        )
-        figures = dict(response.search)  # type: ignore[attr-defined]
-        nodes = figures["tree"]["nodes"]
-        seen = redundancy(nodes)
-        cost = {name: figures[name] for name in FROM_SEARCH} | {"fallbacks": figures["solver"]["fallbacks"]}
-        cost |= {"leaves": seen.leaves, "distinct_texts": seen.distinct_texts, "clusters": seen.clusters}
-        cost["step_tokens"] = sum(len(node["token_ids"]) for node in nodes) / len(nodes)
-        answer = extract_answer(response.choices[0].message.content or "", ANSWERS)
-    else:
-        response = client.chat.completions.create(**body, n=setting.width, temperature=float(setting.width > 1))
-        texts = [choice.message.content or "" for choice in response.choices]
-        answer = majority([extract_answer(text, ANSWERS) for text in texts])
+def searched(
+    client: openai.OpenAI, chosen: Sequence[Setting], case: Case, problems: Sequence[Problem], judge: MathProcess
+) -> dict[tuple[str, str], rows.Row]:
+    """The row of `sglang-ets run` for each setting and problem, all of them in flight at once."""
+    texts = {setting.key: json.dumps(setting.search) for setting in chosen}
+    jobs = [
+        (runs.Asked("", setting.width, texts[setting.key], case.temperature, case.seed, case.max_tokens), problem)
+        for setting in chosen
+        for problem in problems
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run.jsonl"
+        for _ in runs.run(client, jobs, out, len(jobs), judge):
+            pass
+        made = {(row["search"], row["problem"]): row for row in runs.rows_in(out)}
+    return {(key, problem.id): made[text, problem.id] for key, text in texts.items() for problem in problems}
+
+
+def figures_of(row: rows.Row) -> rows.Row:
+    """What a bench keeps of a row of `sglang-ets run`: no texts and no tree."""
+    figures = row["search_result"]
+    nodes = figures["tree"]["nodes"]
+    seen = redundancy(nodes)
     return {
-        "setting": setting.key, "policy": setting.name, "width": setting.width, "problem": problem.id,
-        "max_tokens": max_tokens, "seed": seed, "answer": answer,
-        "completion_tokens": response.usage.completion_tokens if response.usage else 0,
-        **cost,
-    }  # fmt: skip
+        **{name: figures[name] for name in (*FROM_SEARCH, "tokens_computed")},
+        **{name: getattr(seen, name) for name in ("leaves", "distinct_texts", "clusters")},
+        **{name: row[name] for name in ("answer", "is_right", "is_right_strict", "timed_out")},
+        "distinct_prefixes": num_distinct_prefixes(nodes),
+        "fallbacks": figures["solver"]["fallbacks"],
+        "seconds": row["seconds"],
+        "step_tokens": sum(len(node["token_ids"]) for node in nodes) / len(nodes),
+        "completion_tokens": row["usage"]["completion_tokens"],
+    }
+
+
+def voted(row: rows.Row, judge: MathProcess) -> rows.Row:
+    """The majority of a search's trajectories, without a PRM."""
+    nodes = row["search_result"]["tree"]["nodes"]
+    by_id = {node["id"]: node for node in nodes}
+    ends = [node for node in nodes if node["state"] == "complete"]
+    texts = ["".join(step["text"] for step in path_to(end, by_id)) for end in ends]
+    answer = majority([extract_answer(text, PATTERN) for text in texts])
+    cost = {"completion_tokens": row["usage"]["completion_tokens"], "seconds": row["seconds"]}
+    return {"answer": answer, **cost, **asdict(grade(judge, answer, row["expected"]))}
+
+
+def greedy(client: openai.OpenAI, case: Case, problem: Problem) -> rows.Row:
+    """A plain request, not graded yet."""
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": problem.prompt}],
+        temperature=0.0,
+        max_tokens=case.max_tokens,
+    )
+    text = extract_answer(answer.choices[0].message.content or "", PATTERN)
+    assert answer.usage is not None
+    return {"answer": text, "completion_tokens": answer.usage.completion_tokens}
 
 
 def solve_together(
-    client: openai.OpenAI, setting: Setting, problems: Sequence[Problem], max_tokens: int, seed: int
+    server: Running, chosen: Sequence[Setting], case: Case, problems: Sequence[Problem], judge: MathProcess
 ) -> list[rows.Row]:
-    """All problems in flight at once; each row has an equal share of the time that they took."""
-    started, worked = time.perf_counter(), server_cpu_s()
-    with ThreadPoolExecutor(len(problems)) as pool:
-        done = list(pool.map(lambda problem: solve(client, setting, problem, max_tokens, seed), problems))
-    seconds, cpu_seconds = time.perf_counter() - started, server_cpu_s() - worked
-    count = len(problems)
-    share = {"in_flight": count, "seconds": seconds / count, "cpu_seconds": cpu_seconds / count}
-    return [row | share for row in done]
+    """All problems under all of these settings in flight at once, either searches or one that is none.
+
+    Each row of a single setting has an equal share of the time that its problems took; with several, its own wait.
+    """
+    client, count = client_of(server.url, TIMEOUT_S), len(problems)
+    started, worked = time.perf_counter(), server.cpu_s()
+    if chosen[0].search:
+        made = searched(client, chosen, case, problems, judge)
+    else:
+        with ThreadPoolExecutor(count) as pool:
+            plain = list(pool.map(lambda problem: greedy(client, case, problem), problems))
+    share = {"seconds": time.perf_counter() - started, "cpu_seconds": server.cpu_s() - worked}
+    if chosen[0].search:
+        done = [row for setting in chosen for one in problems for row in rows_of(setting, one, made, judge)]
+    else:
+        grades = [asdict(grade(judge, row["answer"], one.answer)) for row, one in zip(plain, problems, strict=True)]
+        named = [_named(chosen[0], one) for one in problems]
+        done = [name | row | graded for name, row, graded in zip(named, plain, grades, strict=True)]
+    own = {name: value / count for name, value in share.items()} if len(chosen) == 1 else {}
+    return [row | own | {"in_flight": count * len(chosen)} for row in done]
 
 
-def server_cpu_s() -> float:
-    """Of all child processes of this one so far; of those only the server works while a problem is solved."""
-    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return float(sum(one.user + one.system for one in times))
+def rows_of(
+    setting: Setting, problem: Problem, made: dict[tuple[str, str], rows.Row], judge: MathProcess
+) -> list[rows.Row]:
+    """Of one search, and of the vote among its trajectories if nothing chose among them on the way."""
+    row = made[setting.key, problem.id]
+    votes = [_named(Setting(SAMPLED, setting.width, {}), problem) | voted(row, judge)] if setting.name == FREE else []
+    return [_named(setting, problem) | figures_of(row), *votes]
+
+
+def _named(setting: Setting, problem: Problem) -> rows.Row:
+    return {"setting": setting.key, "policy": setting.name, "width": setting.width, "problem": problem.id}
 
 
 def group_of(row: rows.Row) -> Group:
-    return row["data"], row["prm"], row["max_tokens"]
+    return row["model"], row["data"], row["prm"], row["max_tokens"], row["temperature"]
 
 
 def title(group: Group) -> str:
-    data, prm, max_tokens = group
-    return f"{data}, {prm}, {max_tokens} tokens"
+    model, data, prm, max_tokens, temperature = group
+    return f"{model}, {data}, {prm}, {max_tokens} tokens, temperature {temperature:g}"
 
 
-def summary(done: Sequence[rows.Row], seed: int) -> tuple[str, dict[Group, list[rows.Row]]]:
-    """Of each group the table of `kv_footprint` and that of what the searches cost and repeat; summaries to plot."""
-    parts, lines, groups = [], {}, defaultdict(list)
+def summary(done: Sequence[rows.Row], seed: int) -> tuple[str, dict[str, tuple[str, list[rows.Row]]]]:
+    """Of each group accuracy and KV, costs, the frontier of each width, and accuracy at equal cost; by title, to plot."""
+    parts, by_title, groups = [], {}, defaultdict(list)
     for row in done:
         groups[group_of(row)].append(row)
     for group, rows_of_group in sorted(groups.items()):
         own = [row for cases in by_setting(rows_of_group, shared=True).values() for row in cases.values()]
-        first, lines[group] = table(own, seed)
-        parts.append(f"## {title(group)}\n\n{first}\n\n{cost_table(own)}")
-    return "\n\n".join(parts), lines
+        first, summaries = table(own, seed)
+        widths = sorted({s["width"] for s in summaries})
+        lines = [
+            f"Not dominated at width {width}, from the least KV: "
+            + ", ".join(s["policy"] for s in frontier(s for s in summaries if s["width"] == width))
+            for width in widths
+        ]
+        at_equal_cost = [equal_cost_tables(summaries)] if len(widths) > 1 else []
+        parts.append("\n\n".join([f"## {title(group)}", first, cost_table(own), *lines, *at_equal_cost]))
+        by_title[title(group)] = first, summaries
+    return "\n\n".join(parts), by_title
 
 
 def cost_table(done: Sequence[rows.Row]) -> str:
-    """KV footprint, redundancy and throughput of each setting of one group, and how often there was an answer."""
+    """KV footprint, redundancy, tokens and CPU time of each setting of one group, and how often there was an answer."""
     cells = []
     for width, policy in sorted({(row["width"], row["policy"]) for row in done}):
         own = [row for row in done if (row["width"], row["policy"]) == (width, policy)]
-        speeds = [_speed(own, unit) for unit in ("seconds", "cpu_seconds")]
         answered = sum(row["answer"] is not None for row in own)
         differ = sum(row["is_right"] != row["is_right_strict"] for row in own)
         means = [_mean(own, name) for name in COST_MEANS]
-        cells.append([policy, width, *means, *speeds, f"{answered}/{len(own)}", f"{differ}/{len(own)}"])
+        cells.append([policy, width, *means, f"{answered}/{len(own)}", f"{differ}/{len(own)}"])
     return rows.markdown(COST_HEADER, cells)
 
 
@@ -162,90 +257,78 @@ def _mean(own: Sequence[rows.Row], name: str) -> str:
     return f"{sum(values) / len(values):.1f}" if values else ""
 
 
-def _speed(own: Sequence[rows.Row], unit: str) -> str:
-    """Tokens generated in a second; nothing of rows whose time is shared with other settings."""
-    if not all("cpu_seconds" in row for row in own):
-        return ""
-    return f"{sum(row['completion_tokens'] for row in own) / sum(row[unit] for row in own):.1f}"
+def known_in(out: Path) -> set[tuple[Any, ...]]:
+    """What the file has a row of."""
+    return {(*group_of(row), row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
 
 
-def plot(lines: dict[Group, list[rows.Row]], path: Path) -> None:
-    """KV held by each search, mean over levels and peak, a panel for each group and width; labels tell the accuracy."""
-    searched = {
-        (group, width): [s for s in own if s["width"] == width and "kv_tokens_mean" in s]
-        for group, own in lines.items()
-        for width in sorted({s["width"] for s in own if "kv_tokens_mean" in s})
-    }
-    with panels(path, len(searched), height=3.5) as axes:
-        for axis, ((group, width), own) in zip(axes, searched.items(), strict=True):
-            names = [f"{s['policy']} ({s['accuracy']:.2f} right)" for s in own]
-            axis.barh(names, [s["kv_tokens_mean"] for s in own], color=[colour(s["policy"]) for s in own])
-            axis.plot([s["kv_tokens_peak"] for s in own], names, "|", color="0.3")
-            axis.set(
-                title=f"{title(group)}, width {width}", xlabel="KV tokens held: mean over levels, and the peak (|)"
-            )
-            axis.title.set_fontsize(9)
-            axis.tick_params(labelsize=8)
-
-
-def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, Setting, list[Problem]]]:
-    """What the file has no row of: data set, setting, and the problems to solve together.
+def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, list[Setting], list[Problem]]]:
+    """What the file has no row of: data set, settings, and the problems to solve together.
 
     All settings come before more problems, so that an interrupted run compares equal sets.
     """
-    known = {(*group_of(row), row["setting"], row["problem"], row["seed"]) for row in rows.read(out)}
-    todo: list[tuple[str, Setting, list[Problem]]] = []
+    case, known = Case.of(args), known_in(out)
+    greedy_one, *searches = settings(args.width, args.policies)
+    steps = [[greedy_one], searches] if args.together else [[setting] for setting in (greedy_one, *searches)]
+    todo: list[tuple[str, list[Setting], list[Problem]]] = []
     for data in args.data:
-        name, problems = Path(data).name, load(data, limit=args.problems)
+        name = Path(data).name + VALIDATION * args.validation
+        problems = load(data, args.problems, for_validation=args.validation)
         for first in range(0, len(problems), args.in_flight):
-            for setting in settings(args.width, args.policies):
+            for chosen in steps:
                 batch = [
                     problem
                     for problem in problems[first : first + args.in_flight]
-                    if (name, args.prm_format, args.max_tokens, setting.key, problem.id, args.seed) not in known
+                    if any((*case.group(name), one.key, problem.id, args.seed) not in known for one in chosen)
                 ]
-                todo += [(name, setting, batch)] if batch else []
+                todo += [(name, chosen, batch)] if batch else []
     return todo
 
 
 def run(args: argparse.Namespace, out: Path) -> None:
     """Append a graded row for everything that has none."""
-    todo = unsolved(args, out)
+    todo, known = unsolved(args, out), known_in(out)
     if not todo:
         return
-    judge = MathProcess()  # ends with this process
-    with running_server(flags(args.prm_format)) as url:
-        client = client_of(url, timeout_s=3600)
-        solve(client, settings(2, ["ets"])[-1], todo[0][2][0], WARM_UP_TOKENS, args.seed)  # kernels compile
-        for name, setting, batch in tqdm(todo, unit="batch"):
-            done = solve_together(client, setting, batch, args.max_tokens, args.seed)
-            for row, problem in zip(done, batch, strict=True):
-                graded = asdict(grade(judge, row["answer"], problem.answer))
-                rows.append(out, {"data": name, "prm": args.prm_format, **row, **graded})
+    case, judge = Case.of(args), MathProcess()
+    with running([flags(args)]) as (server,), awake([server]):
+        short = Case(case.model, case.prm, WARM_UP_TOKENS, case.temperature, case.seed)
+        solve_together(server, settings(2, ["ets"])[-1:], short, todo[0][2][:1], judge)  # kernels compile
+        for name, chosen, batch in tqdm(todo, unit="batch"):
+            for row in solve_together(server, chosen, case, batch, judge):
+                if (*case.group(name), row["setting"], row["problem"], args.seed) not in known:
+                    rows.append(out, {"data": name, **asdict(case), **row})
+    judge.stop()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", help="a folder or a name on the Hub")
+    parser.add_argument("--prm-model-path", help="default: the policy model's own weights")
+    parser.add_argument("--prm-format", default="judge", help="see docs/prms.md (default judge)")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--data", nargs="+", help="gsm8k, math500, or JSONL files (see sglang_ets/tools/datasets.py)")
-    parser.add_argument("--prm-format", choices=["confidence", "judge"], default="confidence")
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
-    parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--problems", type=int, default=10, help="of each data set")
+    parser.add_argument("--validation", action="store_true", help="the problems left for choosing settings on")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--problems", type=int, default=100, help="of each data set")
     parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--in-flight", type=int, default=4, help="problems at once")
+    parser.add_argument("--together", action="store_true", help="all searches of these problems at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plot of the rows anew")
     rows.add_arguments(parser, "1 problem at width 4, two policies")
     args = parser.parse_args()
-    if not args.tables and not args.data:
-        parser.error("--data must name at least one data set, got none; only --tables goes without")
+    if not args.tables and not (args.data and args.model_path):
+        parser.error("--model-path and --data must be given; only --tables goes without")
     if args.smoke:
-        args.width, args.problems, args.policies, args.max_tokens = 4, 1, ["rebase", "ets"], 60
+        args.width, args.problems, args.policies, args.max_tokens = 4, 1, ["best_of_n", "ets"], 60
     out = rows.out_of(args, "real_model")
     if not args.tables:
         run(args, out)
-    text, lines = summary([row for row in rows.read(out) if row["seed"] == args.seed], args.seed)
-    plot(lines, out.with_suffix(".png"))
+    text, by_title = summary([row for row in rows.read(out) if row["seed"] == args.seed], args.seed)
+    accuracy_against_kv(by_title, out.with_suffix(".png"))
     rows.publish(out, text)
 
 

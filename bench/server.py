@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 LAUNCHER = "sglang_ets.launch_server"
-START_LIMIT_S = 300
+START_LIMIT_S = 900  # a model of half a billion parameters took 290 on a busy machine
 STOP_LIMIT_S = 30
 TAIL_LINES = 40
 PORTS = range(20_000, 29_000)

@@ -2,7 +2,7 @@
 
 A set is a name (`gsm8k`, `math500`), a JSONL file, or owner/name on the Hub. For a name, a file that begins with it
 (`gsm8k_test.jsonl`) is looked for in the folder that SGLANG_ETS_DATA names; without one the Hub is asked through the `datasets`
-package. A fifth of each set, by a hash of the question's text, is left for choosing settings on and never loaded here.
+package. A fifth of each set, by a hash of the question's text, is left for choosing settings on: it is loaded only on request.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Problem:
         return TEMPLATE.format(question=self.question)
 
 
-def load(name_or_path: str, limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems to report on, in the set's order; all if None.
+def load(name_or_path: str, limit: int | None = None, *, for_validation: bool = False) -> list[Problem]:
+    """The first `limit` problems to report on, or those left for choosing settings on, in the set's order; all if None.
 
     Raises:
         ValueError: the limit is wrong, the set is unknown, or a record lacks its question or answer.
@@ -63,7 +63,7 @@ def load(name_or_path: str, limit: int | None = None) -> list[Problem]:
     problems: list[Problem] = []
     for number, record in enumerate(records, 1):
         problem = _problem(record, is_gsm8k, f"{where}, record {number}")
-        if not is_for_validation(problem.question):
+        if is_for_validation(problem.question) == for_validation:
             problems.append(problem)
         if len(problems) == limit:
             break

@@ -87,9 +87,15 @@ def solve(client: openai.OpenAI, asked: Asked, problem: Problem) -> Row:
 
 
 def run(
-    client: openai.OpenAI, jobs: Sequence[tuple[Asked, Problem]], out: Path, in_flight: int
+    client: openai.OpenAI,
+    jobs: Sequence[tuple[Asked, Problem]],
+    out: Path,
+    in_flight: int,
+    judge: MathProcess | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Append a graded line for each job that has none; yields lines written and to be written in all.
+
+    `judge` grades and stays the caller's; without one, a process for this run alone.
 
     Raises:
         openai.APIError: see `solve`; what is in flight is finished and written first.
@@ -97,7 +103,7 @@ def run(
     known = {key_of(row) for row in rows_in(out)}
     todo = [(asked, problem) for asked, problem in jobs if (*asdict(asked).values(), problem.id) not in known]
     _mend(out)
-    judge = MathProcess()
+    grader = judge or MathProcess()
     yield 0, len(todo)
     failed: openai.APIError | None = None
     num_done = 0
@@ -113,13 +119,14 @@ def run(
                         waiting.cancel()  # what runs already is still written
                     continue
                 row = future.result()
-                file.write(json.dumps(row | asdict(grade(judge, row["answer"], row["expected"]))) + "\n")
+                file.write(json.dumps(row | asdict(grade(grader, row["answer"], row["expected"]))) + "\n")
                 file.flush()
                 num_done += 1
                 yield num_done, len(todo)
         finally:
             pool.shutdown(cancel_futures=True)
-            judge.stop()
+            if judge is None:
+                grader.stop()
     if failed is not None:
         raise failed
 

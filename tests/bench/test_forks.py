@@ -12,6 +12,7 @@ import pytest
 
 from bench import forks, rows
 from bench.trees import growth, num_distinct_prefixes
+from sglang_ets.tools.datasets import load
 
 
 def node(place: int, parent: int, *token_ids: int) -> dict[str, Any]:
@@ -48,7 +49,10 @@ def test_a_mode_that_grows_another_tree_ends_the_bench(
 
     monkeypatch.setattr(forks, "running", running)
     monkeypatch.setattr(forks, "measure", measure)
-    args = argparse.Namespace(widths=[8], in_flight=[1], problems=1, rounds=1, seed=0)
+    args = argparse.Namespace(
+        widths=[8], in_flight=[1], problems=1, rounds=1, seed=0, modes=list(forks.MODES), policies=list(forks.POLICIES),
+        model_path=None, max_tokens=512,
+    )  # fmt: skip
     out = tmp_path / "rows.jsonl"
     if other:
         with pytest.raises(SystemExit, match="--search-forks shared grew other trees"):
@@ -57,4 +61,29 @@ def test_a_mode_that_grows_another_tree_ends_the_bench(
     forks.run(args, out)
     made = list(rows.read(out))
     assert len(made) == len(forks.MODES) * len(forks.POLICIES)
-    assert "| 8 | 1 | ets b=4 | shared | 1 | 1 | 2.00x | 1.00x | 0.50 | 1.00 |" in forks.table(made)
+    assert "| embedded | 8 | 1 | ets b=4 | shared | 1 | 1 | 2.00x | 1.00x | 0.50 | 1.00 |" in forks.table(made)
+
+
+def test_a_model_of_ones_own_is_asked_in_chats_about_problems_left_for_validation(tmp_path: Path) -> None:
+    data = tmp_path / "set.jsonl"
+    data.write_text("".join(f'{{"question": "{i} + {i}?", "answer": "{2 * i}"}}\n' for i in range(40)))
+    args = argparse.Namespace(
+        model_path="/a/model", prm_format="judge", dtype="bfloat16", data=str(data), max_tokens=64
+    )
+    task = forks.Task.of(args)
+    assert (task.model, task.is_chat, task.max_tokens) == ("model", True, 64)
+    assert list(task.prompts) == [problem.prompt for problem in load(str(data), for_validation=True)] != []
+    assert task.flags[task.flags.index("--model-path") + 1] == "/a/model"
+
+
+def test_tables_never_mix_models() -> None:
+    base = {"width": 4, "in_flight": 1, "policy": "rebase", "round": 0, "cpu_s": 1.0, "problems": 1}
+    base |= {"completion_tokens": 10, "tokens_computed": 5, "distinct_prefixes": 5}
+    made = [
+        {**base, **model, "mode": mode, "seconds": seconds}
+        for model, factor in (({}, 1.0), ({"model": "another"}, 10.0))
+        for mode, seconds in (("extend", 2 * factor), ("shared", factor))
+    ]
+    text = forks.table(made)
+    assert "| embedded | 4 | 1 | rebase | shared | 1 | 1 | 2.00x" in text
+    assert "| another | 4 | 1 | rebase | shared | 1 | 10 | 2.00x" in text

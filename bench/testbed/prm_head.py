@@ -1,0 +1,384 @@
+"""A PRM for a policy model that has none: two labels on its own hidden states, learned from its own rollouts.
+
+    python -m bench.testbed.prm_head --model-path FOLDER --data gsm8k --out prm-head
+    python -m bench.testbed.prm_head --model-path FOLDER --rollouts run.jsonl --out prm-head      # of `sglang-ets run`
+    sglang-ets serve --search ets --model-path FOLDER --prm-model-path prm-head
+
+Rollouts are the trajectories of `best_of_n` on problems that are left for validation; with each step stands what the server's
+PRM (`--prm-format`, without weights of its own) thinks of it. Every step is labelled with the outcome: whether the final answer
+is right. One forward pass a rollout gives the hidden state at each step's last token, where the server reads a score too; a
+logistic regression on half of the problems is the head. On the other half it is compared with the server's PRM and with the
+likelihoods of the model itself, by AUC: over last steps, over all steps (what a search selects by), and within a problem (right
+against wrong rollouts of the same problem, which is all that a choice among them can use).
+
+The checkpoint in `--out` is a `*ForTokenClassification` of the whole model, which the server recognises by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from tqdm import tqdm
+
+from bench import rows
+from bench.embedded import client_of
+from bench.server import running_server
+from bench.testbed.likelihood import area_under_curve
+from bench.trees import path_to
+from sglang_ets.core.patterns import extract_answer
+from sglang_ets.math_process import MathProcess
+from sglang_ets.prm.choose import CONFIG_FILE
+from sglang_ets.tools import run as runs
+from sglang_ets.tools.datasets import Problem, load
+from sglang_ets.tools.grading import grade
+
+POOL_TOKENS = 20_000
+TIMEOUT_S = 3600
+CHUNK_TOKENS = 64  # of which all logits exist at once
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # on the squared weights of standardised features, beside the mean loss
+NUM_FOLDS = 4
+NUM_RESAMPLES = 1000
+HEADER = ["verifier", "AUC, last steps", "95 %", "AUC, all steps", "AUC within a problem", "best of n right"]
+
+Floats = NDArray[np.float64]
+Read = dict[str, Floats]  # of the steps of one rollout: a score each, under each verifier
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One complete trajectory in the policy model's own tokens."""
+
+    problem: str
+    prompt_ids: tuple[int, ...]
+    steps: tuple[tuple[int, ...], ...]  # none is empty
+    scores: tuple[float, ...]  # of the PRM that the server had
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass says about each of the K steps of a rollout."""
+
+    states: Floats  # float64[K, H], the last hidden states at their last tokens
+    log_probabilities: Floats  # float64[K], sums over their tokens
+    lengths: Floats  # float64[K], tokens
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """The probability that the answer will be right: sigmoid(state @ weight + bias)."""
+
+    weight: Floats  # float64[H]
+    bias: float
+
+    def scores(self, states: Floats) -> Floats:
+        """float64[K] in 0..1 of float64[K, H]."""
+        return 1 / (1 + np.exp(-(states @ self.weight + self.bias)))
+
+
+# ---- rollouts ----
+
+
+def sample(args: argparse.Namespace, out: Path) -> None:
+    """Ask a server of its own for what the file lacks."""
+    problems = load(args.data, args.problems, for_validation=True)
+    search = json.dumps({"algorithm": "best_of_n", "early_stop": "off"})
+    asked = runs.Asked(Path(args.data).name, args.width, search, args.temperature, args.seed, args.max_tokens)
+    flags = ["--search", "ets", "--model-path", args.model_path, "--prm-format", args.prm_format, "--dtype", args.dtype,
+             "--max-total-tokens", str(POOL_TOKENS), "--prm-max-total-tokens", str(POOL_TOKENS)]  # fmt: skip
+    with running_server(flags) as url, tqdm(unit="problem") as bar:
+        client = client_of(url, TIMEOUT_S)
+        for done, total in runs.run(client, [(asked, problem) for problem in problems], out, args.in_flight):
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+
+def rollouts_in(path: Path, tokenizer: Any, pattern: str) -> list[Rollout]:
+    """The distinct complete trajectories of a run's rows, graded.
+
+    Raises:
+        ValueError: the file cannot be read, or its rows have no trees.
+    """
+    judge, made = MathProcess(), {}
+    try:
+        for row in runs.rows_in(path):
+            nodes = row.get("search_result", {}).get("tree", {}).get("nodes")
+            if nodes is None:
+                raise ValueError(f"{path.name} must hold rows of `sglang-ets run`, got fields {', '.join(row)}")
+            by_id = {node["id"]: node for node in nodes}
+            prompt_ids = prompt_of(row, tokenizer)
+            for end in (node for node in nodes if node["state"] == "complete"):
+                steps = [node for node in path_to(end, by_id) if node["token_ids"] and node["score"] is not None]
+                answer = extract_answer("".join(node["text"] for node in path_to(end, by_id)), pattern)
+                token_ids = tuple(tuple(node["token_ids"]) for node in steps)
+                is_right = grade(judge, answer, row["expected"]).is_right
+                scores = tuple(node["score"] for node in steps)
+                made[row["problem"], token_ids] = Rollout(row["problem"], prompt_ids, token_ids, scores, is_right)
+    finally:
+        judge.stop()
+    return [rollout for rollout in made.values() if rollout.steps]
+
+
+def prompt_of(row: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that the server had before the first step."""
+    question = row["question"]
+    if not row["is_chat"]:
+        return tuple(tokenizer.encode(question if question.endswith("\n") else f"{question}\n"))
+    turn = [{"role": "user", "content": Problem(row["problem"], question, row["expected"]).prompt}]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+# ---- features ----
+
+
+@torch.inference_mode()
+def read(model: Any, rollout: Rollout) -> Step:
+    """One pass over the prompt and all steps. `model`: a causal LM of transformers."""
+    token_ids = [*rollout.prompt_ids, *(token for step in rollout.steps for token in step)]
+    hidden = model.get_decoder()(torch.tensor([token_ids]), use_cache=False).last_hidden_state[0]  # float[T, H]
+    first = len(rollout.prompt_ids)
+    head, states = model.get_output_embeddings(), hidden[first - 1 : -1]
+    taken = torch.cat([
+        head(piece).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        for piece, ids in zip(states.split(CHUNK_TOKENS), torch.tensor(token_ids[first:]).split(CHUNK_TOKENS), strict=True)
+    ])  # fmt: skip
+    lengths = [len(step) for step in rollout.steps]
+    ends = np.cumsum(lengths)
+    sums = [float(piece.double().sum()) for piece in taken.split(lengths)]
+    at_ends = hidden[torch.from_numpy(first + ends - 1)].double().numpy()
+    return Step(at_ends, np.array(sums), np.array(lengths, dtype=np.float64))
+
+
+def scores_of(rollout: Rollout, step: Step, head: LinearHead, served: str) -> Read:
+    """Every verifier on every step, as the server would score it. The last one knows nothing but the length."""
+    likelihood = np.exp(step.log_probabilities)
+    return {
+        "head": head.scores(step.states),
+        served: np.array(rollout.scores),
+        "likelihood": np.array(list(accumulate(likelihood, min))),
+        "confidence": np.exp(step.log_probabilities / step.lengths),
+        "shortness alone": -np.cumsum(step.lengths),
+    }
+
+
+# ---- training ----
+
+
+def fit(states: Floats, labels: Floats, weights: Floats, penalty: float) -> LinearHead:
+    """Weighted logistic regression with a squared penalty: float64[N, H], float64[N] of 0 and 1, float64[N]."""
+    mean = np.average(states, axis=0, weights=weights)
+    deviation = np.sqrt(np.average((states - mean) ** 2, axis=0, weights=weights)) + 1e-6
+    scaled, share = (states - mean) / deviation, weights / weights.sum()
+
+    def loss(both: Floats) -> tuple[float, Floats]:
+        margins = (scaled @ both[:-1] + both[-1]) * (2 * labels - 1)
+        value = share @ np.logaddexp(0, -margins) + penalty / 2 * both[:-1] @ both[:-1]
+        slope = -share * (2 * labels - 1) / (1 + np.exp(np.clip(margins, -500, 500)))
+        return float(value), np.append(scaled.T @ slope + penalty * both[:-1], slope.sum())
+
+    both = minimize(loss, np.zeros(states.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    weight = both[:-1] / deviation
+    return LinearHead(weight, float(both[-1] - weight @ mean))
+
+
+def train(rollouts: Sequence[Rollout], steps: Sequence[Step]) -> tuple[LinearHead, float]:
+    """The head of all of them, and its penalty: that of the highest AUC over last steps in cross-validation by problem."""
+
+    def head_of(kept: Sequence[int], penalty: float) -> LinearHead:
+        counts = [len(steps[place].lengths) for place in kept]
+        labels = np.repeat([float(rollouts[place].is_right) for place in kept], counts)
+        weights = np.repeat([1 / count for count in counts], counts)  # a rollout counts once, however many steps it has
+        return fit(np.concatenate([steps[place].states for place in kept]), labels, weights, penalty)
+
+    names = sorted({rollout.problem for rollout in rollouts})
+    fold_of = {name: number % NUM_FOLDS for number, name in enumerate(names)}
+    places = range(len(rollouts))
+
+    def validated(penalty: float) -> float:
+        scores = np.empty(len(rollouts))
+        for fold in range(NUM_FOLDS):
+            head = head_of([place for place in places if fold_of[rollouts[place].problem] != fold], penalty)
+            for place in places:
+                if fold_of[rollouts[place].problem] == fold:
+                    scores[place] = head.scores(steps[place].states[-1:])[0]
+        return area_under_curve(list(scores), [rollout.is_right for rollout in rollouts])
+
+    best = max(PENALTIES, key=validated)
+    return head_of(places, best), best
+
+
+# ---- test ----
+
+
+def compare(rollouts: Sequence[Rollout], reads: Sequence[Read], seed: int) -> list[rows.Row]:
+    """A row for each verifier, on problems that no head has seen."""
+    return [{"verifier": name, **_measured(rollouts, [one[name] for one in reads], seed)} for name in reads[0]]
+
+
+def _measured(rollouts: Sequence[Rollout], scores: Sequence[Floats], seed: int) -> rows.Row:
+    labels = [rollout.is_right for rollout in rollouts]
+    last = [float(own[-1]) for own in scores]
+    every = [(float(score), label) for own, label in zip(scores, labels, strict=True) for score in own]
+    of_problem: dict[str, list[int]] = defaultdict(list)
+    for place, rollout in enumerate(rollouts):
+        of_problem[rollout.problem].append(place)
+    draw, resampled = np.random.default_rng(seed), []
+    for _ in range(NUM_RESAMPLES):
+        drawn = draw.choice(len(of_problem), len(of_problem))
+        places = [place for index in drawn for place in list(of_problem.values())[index]]
+        resampled.append(_auc([last[place] for place in places], [labels[place] for place in places]))
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
+    within = [_auc([last[at] for at in own], [labels[at] for at in own]) for own in of_problem.values()]
+    best = [labels[max(own, key=last.__getitem__)] for own in of_problem.values()]
+    return {
+        "auc_last": _auc(last, labels), "low": float(low), "high": float(high),
+        "auc_all": _auc([score for score, _ in every], [label for _, label in every]),
+        "auc_within": float(np.nanmean(within)), "mixed_problems": int(np.isfinite(within).sum()),
+        "best_of_n": sum(best) / len(best),
+    }  # fmt: skip
+
+
+def _auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    return area_under_curve(scores, labels) if len(set(labels)) == 2 else math.nan
+
+
+def tables(made: Sequence[rows.Row]) -> str:
+    """A table of each head; rows of one run stand together."""
+    by_run: dict[int, list[rows.Row]] = defaultdict(list)
+    for row in made:
+        by_run[row["run"]].append(row)
+    return "\n\n".join(table(own) for own in by_run.values())
+
+
+def table(made: Sequence[rows.Row]) -> str:
+    """A markdown table of the rows of one run."""
+    cells = [
+        [row["verifier"], f"{row['auc_last']:.3f}", f"[{row['low']:.3f}, {row['high']:.3f}]", f"{row['auc_all']:.3f}",
+         f"{row['auc_within']:.3f}", f"{row['best_of_n']:.3f}"]
+        for row in made
+    ]  # fmt: skip
+    first = made[0]
+    return (
+        f"{first['model']}, {first['data']}: head of {first['train_rollouts']} rollouts of {first['train_problems']} problems, "
+        f"tested on {first['test_rollouts']} rollouts ({first['share_right']:.0%} right) of {first['test_problems']} others, "
+        f"{first['mixed_problems']} of which have right and wrong ones\n\n{rows.markdown(HEADER, cells)}"
+    )
+
+
+# ---- the checkpoint ----
+
+
+def save(model_path: str, head: LinearHead, dtype: torch.dtype, out: Path) -> None:
+    """The model with the head as a checkpoint that the server recognises.
+
+    Raises:
+        SystemExit: the server has no such architecture.
+    """
+    from sglang_ets.prm.models import CLASSES  # imports sglang
+
+    model = transformers.AutoModelForTokenClassification.from_pretrained(model_path, num_labels=2, dtype=dtype)
+    if (name := type(model).__name__) not in CLASSES:
+        known = ", ".join(known for known in CLASSES if known.endswith("TokenClassification"))
+        raise SystemExit(
+            f"the server must know the architecture with the head, one of {known}, got {name}; add it there"
+        )
+    with torch.no_grad():
+        model.score.weight.copy_(torch.from_numpy(np.stack([np.zeros_like(head.weight), head.weight])))
+        model.score.bias.copy_(torch.tensor([0.0, head.bias]))
+    model.save_pretrained(out)
+    transformers.AutoTokenizer.from_pretrained(model_path).save_pretrained(out)
+    about = {"format": "token_classification", "separator": "\n\n"}
+    (out / CONFIG_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def halves(rollouts: Sequence[Rollout]) -> tuple[list[int], list[int]]:
+    """Places of the rollouts of every other problem, in the order in which problems come, and of the rest.
+
+    Raises:
+        SystemExit: one half has not both right and wrong rollouts.
+    """
+    names = list(dict.fromkeys(rollout.problem for rollout in rollouts))
+    first = set(names[::2])
+    parts = [[at for at, one in enumerate(rollouts) if (one.problem in first) == wanted] for wanted in (True, False)]
+    for part in parts:
+        if {rollouts[at].is_right for at in part} != {True, False}:
+            raise SystemExit(
+                f"right and wrong rollouts must be in both halves of the problems, got {len(rollouts)} rollouts of "
+                f"{len(names)} problems without; sample more, or easier problems"
+            )
+    return parts[0], parts[1]
+
+
+def learn(
+    model_path: str, rollouts: Sequence[Rollout], dtype: torch.dtype, served: str, seed: int
+) -> tuple[LinearHead, list[rows.Row]]:
+    """The head of one half of the problems, and what it and its rivals are worth on the other."""
+    trained, tested = halves(rollouts)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
+    steps = [read(model, rollout) for rollout in tqdm(rollouts, unit="rollout")]
+
+    def of(places: Sequence[int], things: Sequence[Any]) -> list[Any]:
+        return [things[place] for place in places]
+
+    head, penalty = train(of(trained, rollouts), of(trained, steps))
+    chosen = of(tested, rollouts)
+    pairs = zip(chosen, of(tested, steps), strict=True)
+    reads = [scores_of(rollout, step, head, served) for rollout, step in pairs]
+    about = {
+        "train_problems": len({one.problem for one in of(trained, rollouts)}), "train_rollouts": len(trained),
+        "test_problems": len({one.problem for one in chosen}), "test_rollouts": len(tested),
+        "share_right": sum(one.is_right for one in chosen) / len(chosen), "penalty": penalty,
+    }  # fmt: skip
+    return head, [{**about, **row} for row in compare(chosen, reads, seed)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", required=True, help="the policy model: a folder or a name on the Hub")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint with the head")
+    parser.add_argument("--rollouts", type=Path, help="rows of `sglang-ets run`; default: sampled into --out")
+    parser.add_argument("--data", default="gsm8k", help="of which the problems left for validation are sampled")
+    parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--width", type=int, default=4, help="rollouts of each problem")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--in-flight", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prm-format", default="judge", choices=["judge", "confidence", "likelihood"])
+    parser.add_argument("--answer-pattern", default="boxed")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rows", type=Path, help="append what was measured to this file, and rewrite its tables")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.rollouts or args.out / "rollouts.jsonl"
+    if args.rollouts is None:
+        sample(args, path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_path)
+    rollouts = rollouts_in(path, tokenizer, args.answer_pattern)
+    head, made = learn(args.model_path, rollouts, getattr(torch, args.dtype), args.prm_format, args.seed)
+    about = {"model": Path(args.model_path).name, "data": Path(args.data).name}
+    made = [about | row for row in made]
+    save(args.model_path, head, getattr(torch, args.dtype), args.out)
+    print(table(made))
+    if args.rows:
+        for row in made:
+            rows.append(args.rows, row)
+        args.rows.with_suffix(".md").write_text(f"{tables(list(rows.read(args.rows)))}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

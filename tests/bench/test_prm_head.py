@@ -1,0 +1,170 @@
+"""A PRM head learned from rollouts: the embedded policy model, its own solutions, and no server."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassification
+
+from bench.embedded import MODELS
+from bench.testbed import prm_head
+from bench.testbed.prm_head import (
+    LinearHead,
+    Rollout,
+    Step,
+    compare,
+    fit,
+    halves,
+    learn,
+    read,
+    rollouts_in,
+    save,
+    train,
+)
+from bench.testbed.sampling import sample
+from bench.testbed.task import distinct_problems, split_steps
+from sglang_ets.prm.choose import check_checkpoint
+
+TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "policy")
+NUM_PROBLEMS, WIDTH = 6, 6
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prm_head, "NUM_RESAMPLES", 40)
+
+
+def path_of(text: str, first: int) -> list[dict[str, Any]]:
+    """The nodes of one complete trajectory, the first of which has the id `first`."""
+    steps = split_steps(text)
+    return [
+        {
+            "id": first + place, "parent": first + place - 1 if place else 0, "text": step, "score": 0.5,
+            "token_ids": TOKENIZER.encode(step, add_special_tokens=False),
+            "state": "complete" if place == len(steps) - 1 else "retained",
+        }
+        for place, step in enumerate(steps)
+    ]  # fmt: skip
+
+
+def row_of(question: str, expected: str, texts: list[str]) -> dict[str, Any]:
+    nodes: list[dict[str, Any]] = []
+    for text in texts:
+        nodes += path_of(text, len(nodes) + 1)
+    made = {"problem": question, "question": question, "expected": expected, "is_chat": False}
+    return made | {"search_result": {"tree": {"nodes": nodes}}}
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory: pytest.TempPathFactory) -> list[Rollout]:
+    """Solutions of the embedded policy model as rows of `sglang-ets run`, read back."""
+    policy = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32)
+    problems = sorted(distinct_problems("validation", 40), key=lambda problem: len(problem.prompt))[:NUM_PROBLEMS]
+    solutions = sample(policy, problems, WIDTH, temperature=1.0, seed=0)
+    path = tmp_path_factory.mktemp("rollouts") / "run.jsonl"
+    with path.open("w") as file:
+        for problem, texts in zip(problems, solutions, strict=True):
+            file.write(json.dumps(row_of(problem.prompt.strip(), str(problem.answer), [*texts, texts[0]])) + "\n")
+    return rollouts_in(path, TOKENIZER, "the_answer_is")
+
+
+def test_rollouts_are_the_distinct_trajectories_with_their_outcomes(rollouts: list[Rollout]) -> None:
+    assert len({(one.problem, one.steps) for one in rollouts}) == len(rollouts) <= NUM_PROBLEMS * WIDTH
+    assert {one.is_right for one in rollouts} == {True, False}
+    first = rollouts[0]
+    assert first.prompt_ids == tuple(TOKENIZER.encode(first.problem + "\n"))
+    assert len(first.scores) == len(first.steps)
+
+
+def test_a_file_without_trees_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "1"}\n')
+    with pytest.raises(ValueError, match="must hold rows of `sglang-ets run`, got fields problem"):
+        rollouts_in(path, TOKENIZER, "boxed")
+
+
+@torch.no_grad()
+def test_a_pass_reads_states_at_the_ends_of_steps_and_the_steps_own_probabilities(
+    rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prm_head, "CHUNK_TOKENS", 7)
+    model, one = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval(), rollouts[0]
+    token_ids = [*one.prompt_ids, *(token for step in one.steps for token in step)]
+    whole = model(torch.tensor([token_ids]), output_hidden_states=True)
+    states, log_p = whole.hidden_states[-1][0].numpy(), whole.logits[0].log_softmax(-1)
+    made = read(model, one)
+    at = len(one.prompt_ids)
+    for place, step in enumerate(one.steps):
+        expected = sum(float(log_p[at + index - 1, token]) for index, token in enumerate(step))
+        at += len(step)
+        assert made.log_probabilities[place] == pytest.approx(expected, abs=1e-4)
+        np.testing.assert_allclose(made.states[place], states[at - 1], atol=1e-4)
+    assert made.lengths.tolist() == [len(step) for step in one.steps]
+
+
+def test_a_fit_separates_what_can_be_separated_and_is_right_on_average() -> None:
+    draw = np.random.default_rng(0)
+    states = draw.normal(3, [1, 5, 0.1, 2], size=(300, 4))
+    labels = (states[:, 1] > 4).astype(float)
+    weights = draw.uniform(0.1, 1, size=300)
+    loose = fit(states, labels, weights, 1e-4)
+    assert ((loose.scores(states) > 0.5) == labels).mean() > 0.98
+    for penalty in (1e-3, 1.0):
+        # The bias is free, so the mean probability is the share of right ones whatever the penalty.
+        mean = np.average(fit(states, labels, weights, penalty).scores(states), weights=weights)
+        assert mean == pytest.approx(np.average(labels, weights=weights), abs=1e-3)
+    assert np.abs(fit(states, labels, weights, 100.0).weight).max() < np.abs(loose.weight).max() / 100
+
+
+def test_a_head_is_trained_on_some_problems_and_tested_on_others() -> None:
+    """Right rollouts lie on one side of the first direction in all problems."""
+    draw, chance = np.random.default_rng(0), random.Random(0)
+    made, steps = [], []
+    for number in range(40):
+        is_right = chance.random() < 0.5
+        states = draw.normal(size=(3, 6))
+        states[:, 0] += 3 * is_right
+        made.append(Rollout(str(number // 2), (), ((number,),) * 3, (0.5,) * 3, is_right))
+        steps.append(Step(states, np.full(3, -1.0), np.ones(3)))
+    first, second = halves(made)
+    assert not {made[at].problem for at in first} & {made[at].problem for at in second}
+    head, _ = train([made[at] for at in first], [steps[at] for at in first])
+    tested = [made[at] for at in second]
+    reads = [prm_head.scores_of(made[at], steps[at], head, "judge") for at in second]
+    by_name = {row["verifier"]: row for row in compare(tested, reads, seed=0)}
+    assert by_name["head"]["auc_last"] > 0.9 > 0.5 == by_name["judge"]["auc_last"]
+    assert by_name["head"]["low"] <= by_name["head"]["auc_last"] <= by_name["head"]["high"]
+    with pytest.raises(SystemExit, match="right and wrong rollouts must be in both halves"):
+        halves([one for one in made if one.is_right])
+
+
+def test_the_checkpoint_is_one_that_the_server_recognises(rollouts: list[Rollout], tmp_path: Path) -> None:
+    head, made = learn(str(MODELS / "policy"), rollouts, torch.float32, "judge", seed=0)
+    assert [row["verifier"] for row in made][:2] == ["head", "judge"]
+    assert all(row["train_problems"] == row["test_problems"] == NUM_PROBLEMS // 2 for row in made)
+    text = prm_head.table([{"model": "m", "data": "d", **row} for row in made])
+    assert f"| head | {made[0]['auc_last']:.3f} | [{made[0]['low']:.3f}, {made[0]['high']:.3f}] |" in text
+    save(str(MODELS / "policy"), head, torch.float32, tmp_path)
+    check_checkpoint(str(tmp_path), "auto")
+    model = LlamaForTokenClassification.from_pretrained(tmp_path).eval()
+    one = rollouts[0]
+    token_ids = [*one.prompt_ids, *(token for step in one.steps for token in step)]
+    with torch.no_grad():
+        last = float(model(torch.tensor([token_ids])).logits[0, -1].softmax(-1)[1])
+    policy = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval()
+    assert last == pytest.approx(head.scores(read(policy, one).states)[-1], abs=1e-4)
+
+
+def test_a_model_whose_head_the_server_does_not_know_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_ets.prm.models.CLASSES", {"Qwen2ForTokenClassification": object})
+    head = LinearHead(np.zeros(1), 0.0)
+    with pytest.raises(SystemExit, match="one of Qwen2ForTokenClassification, got LlamaForTokenClassification"):
+        save(str(MODELS / "policy"), head, torch.float32, tmp_path)
