@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "custom_params": [{"custom_params": {"a": 1}}],
     "watermark": [{"watermark": None}],
 }
+TIME_OF_DAY = re.compile(r"\[\d\d:\d\d:\d\d\] ")  # in what the grammar compiler says
 MADE_BY_SGLANG = {
     *("stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len"),
     *("is_normalized", "ebnf_full_assistant"),
@@ -62,7 +64,8 @@ def outcome(server: Server, sampling: dict[str, Any]) -> Any:
     status, answer = server.post("/generate", body)
     if status != 200:
         error = answer.get("error", answer)  # refused as a whole before it is read, or by its values
-        return status, error["message"] if isinstance(error, dict) and "message" in error else error
+        message = error["message"] if isinstance(error, dict) and "message" in error else error
+        return status, TIME_OF_DAY.sub("", str(message))
     answers = answer if isinstance(answer, list) else [answer]
     ends = [(one["meta_info"]["finish_reason"], one["meta_info"]["completion_tokens"]) for one in answers]
     return [(one["text"], one["output_ids"], end) for one, end in zip(answers, ends, strict=True)]
