@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassification
 
+from bench import rows
 from bench.embedded import MODELS
 from bench.testbed import prm_head
 from bench.testbed.prm_head import (
@@ -168,3 +169,10 @@ def test_a_model_whose_head_the_server_does_not_know_is_refused(
     head = LinearHead(np.zeros(1), 0.0)
     with pytest.raises(SystemExit, match="one of Qwen2ForTokenClassification, got LlamaForTokenClassification"):
         save(str(MODELS / "policy"), head, torch.float32, tmp_path)
+
+
+def test_the_rows_of_this_repository_make_their_tables() -> None:
+    path = rows.RESULTS / "prm_head.jsonl"
+    made = list(rows.read(path))
+    assert made and not [row for row in made if "/" in row["data"]]
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == prm_head.tables(made) + "\n"
