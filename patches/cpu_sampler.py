@@ -62,7 +62,7 @@ def sample_rows(
         drawn, capture = original(sampler, drawable(probs), replace(info, sampling_seed=None), positions, is_simple)
         token_ids[:, 0] = drawn
     if is_seeded.any():
-        _draw_seeded(token_ids, probs, info, positions, is_seeded)
+        _draw_seeded(token_ids, probs, info, seeds, positions, is_seeded)
     if seeds.shape[1] > 1:
         setattr(info, FURTHER_KEY, token_ids[:, 1:])
     return token_ids[:, 0].contiguous(), capture
@@ -91,7 +91,12 @@ def drawable(probs: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_seeded(
-    token_ids: torch.Tensor, probs: torch.Tensor, info: Any, positions: torch.Tensor, is_seeded: torch.Tensor
+    token_ids: torch.Tensor,  # int32[N, K]
+    probs: torch.Tensor,  # float[N, V]
+    info: Any,
+    seeds: torch.Tensor,  # int64[N, K]
+    positions: torch.Tensor,  # int64[N]
+    is_seeded: torch.Tensor,  # bool[N]
 ) -> None:
     """Write the tokens of the rows with a seed. Each goes the way that its own parameters ask for, not those of the batch."""
     from sglang.srt.sampling.sampling_params import TOP_K_ALL
@@ -100,16 +105,15 @@ def _draw_seeded(
     for rows, is_way_cut in ((is_seeded & ~is_cut, False), (is_seeded & is_cut, True)):
         if not rows.any():
             continue
-        weights, places = probs[rows], positions[rows]
-        seeds = info.sampling_seed.view(len(probs), -1)[rows]
+        weights, of_rows = probs[rows], (seeds[rows], positions[rows])
         if info.need_min_p_sampling:
             # sglang refuses min_p and seeds together. It drops the lightest tokens, on which neither top-k nor top-p
             # of the heavier ones depends, so it may come before them.
             weights[weights < weights.amax(1, keepdim=True) * info.min_ps[rows, None]] = 0.0
         if is_way_cut:
-            token_ids[rows] = _draw_cut(weights, info.top_ks[rows], info.top_ps[rows], seeds, places)
+            token_ids[rows] = _draw_cut(weights, info.top_ks[rows], info.top_ps[rows], *of_rows)
         else:
-            token_ids[rows] = _columns(weights.to(torch.float64), seeds, places).to(torch.int32)
+            token_ids[rows] = _columns(weights.to(torch.float64), *of_rows).to(torch.int32)
 
 
 def _draw_cut(

@@ -119,16 +119,19 @@ def _plan(
 
     In the sorted keys the rows of a segment are neighbours, and what it agrees in is the least that two neighbours do.
     """
-    places = keys.shape[1]
-    by_key = _sorted_rows(keys)
+    num_keys, places = keys.shape
+    if not keys.size:
+        return AttentionPlan(np.arange(num_keys), np.empty((0, 4), dtype=np.int64), np.zeros(num_keys, dtype=np.int64))
+    as_bytes = np.ascontiguousarray(keys).view(np.dtype((np.void, keys.itemsize * places)))
+    by_key = as_bytes.ravel().argsort(kind="stable")
     is_other = keys[by_key[1:]] != keys[by_key[:-1]]
-    agreed_places = np.where(is_other.any(axis=1), _first(is_other), places)  # of each of `by_key` with the next
+    agreed_places = np.where(is_other.any(axis=1), is_other.argmax(axis=1), places)  # of each of `by_key` with the next
     agreed, neighbours = agreed_places.tolist(), by_key.tolist()
-    agreed_ends = np.where(agreed_places > 0, ends[by_key[:-1], agreed_places - 1], 0).tolist() if places else agreed
+    agreed_ends = np.where(agreed_places > 0, ends[by_key[:-1], agreed_places - 1], 0).tolist()
     order: list[int] = []
     spans: list[tuple[int, int, int, int]] = []
-    private_from = [0] * len(keys)
-    todo = [(0, len(keys), 0, 0)]  # first and last of neighbours, position after the last segment, number of segments
+    private_from = [0] * num_keys
+    todo = [(0, num_keys, 0, 0)]  # first and last of neighbours, position after the last segment, number of segments
     while todo:
         first, last, start, num_segments = todo.pop()
         if last - first == 1:
@@ -151,16 +154,3 @@ def _plan(
         todo += [(begin, end, start, num_segments) for _, begin, end in reversed(groups)]
     segments = np.array(spans, dtype=np.int64).reshape(-1, 4)
     return AttentionPlan(np.array(order, dtype=np.int64), segments, np.array(private_from, dtype=np.int64))
-
-
-def _sorted_rows(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows in an order in which those with the longest common beginnings are neighbours."""
-    if keys.shape[1] == 0:
-        return np.arange(len(keys))
-    as_bytes = np.ascontiguousarray(keys).view(np.dtype((np.void, keys.itemsize * keys.shape[1])))
-    return as_bytes.ravel().argsort(kind="stable")
-
-
-def _first(is_other: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The first place of each row that is set; meaningless where none is."""
-    return is_other.argmax(axis=1) if is_other.shape[1] else np.zeros(len(is_other), dtype=np.int64)
