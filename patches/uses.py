@@ -342,6 +342,8 @@ TREE_ATTENTION = (
     Use(f"{TRITON_BACKEND}.init_forward_metadata_out_graph", ("forward_batch", "in_capture")),
     Use(f"{TRITON_BACKEND}.init_cuda_graph_state", ("max_bs", "max_num_tokens")),
     Use(f"{TRITON_BACKEND}.get_num_kv_splits", ("num_kv_splits", "seq_lens")),
+    Use(f"{TRITON_BACKEND}.shared_read_ends", ("fm",)),
+    Use(f"{SRT}.layers.attention.base_attn_backend.SharedReadEnds", ("POST_REPLAY",)),
     Use(
         TRITON_BACKEND,
         (
