@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.trees import Node, kv_tree, path_to
+from bench.trees import Node, trajectory
 from sglang_ets.core.allocation import rebase_allocation
 from sglang_ets.core.clusters import first_occurrence_labels
 from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.kv_costs import token_costs
 
 TEMPERATURE = 0.2  # of REBASE
 STEP_TOKENS = (12, 40)  # length of a grown step
@@ -68,7 +69,7 @@ def recorded_levels(nodes: Sequence[Node], width: int) -> Iterator[Case]:
     for depth in sorted({node["depth"] for node in nodes if node["depth"] > 0}):
         leaves = [n for n in nodes if n["depth"] == depth and n["cluster"] is not None and n["score"] is not None]
         if len(leaves) >= 2:
-            tree = kv_tree([path_to(leaf, by_id) for leaf in leaves])
+            tree = token_costs([trajectory(leaf, by_id) for leaf in leaves])
             yield _case([n["score"] for n in leaves], tree, [n["cluster"] for n in leaves], width)
 
 
