@@ -14,8 +14,8 @@ DOTS_PER_INCH = 110
 COMPARABLE = 0.9  # of the most problems in a panel: with fewer, a point is pale and beside the frontier
 FEWEST_POINTS = 5  # of a panel: less is a table
 COLOURS = {
-    "best_of_n": "#7f7f7f", "beam": "#b8860b", "dvts": "#2a9d4e", "rebase": "#000000", "ets_kv": "#1f77b4",
-    "ets": "#d62728", "ets uniform": "#9467bd", "ets published": "#9467bd",
+    "best_of_n": "#7f7f7f", "beam": "#b8860b", "dvts": "#2a9d4e", "dora": "#e377c2", "particles": "#17becf",
+    "rebase": "#000000", "ets_kv": "#1f77b4", "ets": "#d62728", "ets uniform": "#9467bd", "ets published": "#9467bd",
 }  # fmt: skip
 MARKERS = {"0.5": "v", "1": "o", "2": "s", "4": "D"}  # by kv_cost_weight
 FILLS: dict[str, Any] = {"1": "none", "2": "left"}  # by diversity_weight, where a figure has several; else full

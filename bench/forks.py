@@ -1,13 +1,14 @@
-"""What it is worth that children start in the running batch, and that nodes of equal tokens share a row of it.
+"""What it is worth that children start in the running batch, that nodes of equal tokens share a row of it, and that good leaves
+go on while a level's longest steps end.
 
     python -m bench.forks --smoke
     python -m bench.forks --widths 16 64 --rounds 3
     python -m bench.forks --model-path FOLDER --data gsm8k --widths 4 16 --modes extend shared     # a model of your own
 
-Three servers that differ in `--search-forks` alone solve the same problems with the same seeds, in turns within each round;
-the two that are not measured are frozen. Their trees must be equal, node by node, so the rows compare time and nothing else:
-the bench ends with an error if one tree differs. A model of your own judges itself (`--prm-format`) and is asked in chats
-about the problems of a data set that are left for validation.
+Servers that differ in `--search-forks` alone, and one that shares rows and speculates, solve the same problems with the same
+seeds, in turns within each round; those that are not measured are frozen. Their trees must be equal, node by node, so the rows
+compare time and nothing else: the bench ends with an error if one tree differs. A model of your own judges itself
+(`--prm-format`) and is asked in chats about the problems of a data set that are left for validation.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,11 @@ from bench.trees import grow, growth, num_distinct_prefixes
 from sglang_ets.engine.live import ForkMode
 from sglang_ets.tools.datasets import load
 
-MODES = get_args(ForkMode)[::-1]
+SPECULATE = "speculate"
+MODES: dict[str, list[str]] = {  # and the flags of its server
+    **{mode: ["--search-forks", mode] for mode in get_args(ForkMode)[::-1]},
+    SPECULATE: ["--search-forks", "shared", "--search-speculate"],
+}
 POLICIES: dict[str, dict[str, Any]] = {
     "rebase": {"algorithm": "rebase"},
     "ets b=4": {"algorithm": "ets", "kv_cost_weight": 4.0},
@@ -39,6 +44,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 POOL_TOKENS = 100_000  # nothing is short
 OWN_POOL_TOKENS = 20_000  # of a model of one's own, whose tokens are larger
+GUESSES = ("children", "children_used", "tokens_wasted")  # of speculation
 EMBEDDED = "embedded"
 MAX_TOKENS = 512
 
@@ -94,6 +100,8 @@ def measure(
         "tokens_computed": sum(one["tokens_computed"] for one, _ in made),
         "distinct_prefixes": sum(map(num_distinct_prefixes, trees)),
     }
+    guesses = [one["speculation"] for one, _ in made if one["speculation"]]
+    figures |= {name: sum(one[name] for one in guesses) for name in GUESSES if guesses}
     return figures, [growth(nodes) for nodes in trees]
 
 
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace, out: Any) -> None:
         SystemExit: trees of two modes differ.
     """
     task = Task.of(args)
-    with running([[*task.flags, "--search-forks", mode] for mode in args.modes]) as servers:
+    with running([[*task.flags, *MODES[mode]] for mode in args.modes]) as servers:
         for server in servers:  # the first searches compile and load; they are not measured
             measure(server, task, task.prompts[-1:], "rebase", args.widths[0], args.seed, 1)
         rounds = [
@@ -118,7 +126,7 @@ def run(args: argparse.Namespace, out: Any) -> None:
                 figures, trees = measure(servers[place], task, here, policy, width, args.seed, in_flight)
                 if expected is not None and trees != expected:
                     sys.exit(
-                        f"--search-forks {args.modes[place]} grew other trees: {policy}, width {width}, round {number}"
+                        f"{' '.join(MODES[args.modes[place]])} grew other trees: {policy}, width {width}, round {number}"
                     )
                 expected = trees
                 key = {"model": task.model, "mode": args.modes[place], "policy": policy, "width": width}
@@ -142,11 +150,21 @@ def table(made: Sequence[dict[str, Any]]) -> str:
         lines.append([
             model, width, in_flight, policy, mode, total["problems"], total["seconds"] / total["problems"], f"{ratio:.2f}x",
             f"{cpu:.2f}x", f"{total['tokens_computed'] / total['completion_tokens']:.2f}",
-            f"{total['tokens_computed'] / total['distinct_prefixes']:.2f}",
+            f"{total['tokens_computed'] / total['distinct_prefixes']:.2f}", guesses_of(of_round.values()),
         ])  # fmt: skip
-    header = ["model", "width", "at a time", "policy", "`--search-forks`", "problems", "s/problem", "speed against extend",
-              "the same in CPU time", "computed / generated", "computed / distinct"]  # fmt: skip
+    header = ["model", "width", "at a time", "policy", "forks", "problems", "s/problem", "speed against extend",
+              "the same in CPU time", "computed / generated", "computed / distinct", "guesses used; waste"]  # fmt: skip
     return rows.markdown(header, lines)
+
+
+def guesses_of(made: Collection[dict[str, Any]]) -> str:
+    """Of children that began before selection the share that it wanted, and of all computed tokens what the others cost."""
+    begun = sum(row.get("children", 0) for row in made)
+    if not begun:
+        return ""
+    used = sum(row["children_used"] for row in made) / begun
+    wasted = sum(row["tokens_wasted"] for row in made) / sum(row["tokens_computed"] for row in made)
+    return f"{used:.0%} of {begun}; {wasted:.1%}"
 
 
 def main() -> None:

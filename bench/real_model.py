@@ -55,6 +55,8 @@ COMMON = {"answer": "weighted_majority", "answer_pattern": PATTERN, "early_stop"
 POLICIES: dict[str, dict[str, Any]] = {
     "best_of_n": {"algorithm": "best_of_n"},
     "dvts": {"algorithm": "dvts"},
+    "dora": {"algorithm": "dora"},
+    "particles": {"algorithm": "particles"},
     "rebase": {"algorithm": "rebase"},
     "ets_kv": {"algorithm": "ets_kv"},
     "ets": {"algorithm": "ets"},

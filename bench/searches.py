@@ -53,6 +53,7 @@ PUBLISHED = {"coverage": "uniform", "cluster_distance": 0.05, "center_embeddings
 TOLERANCE = 0.01  # of accuracy, below REBASE, for weights that are chosen
 LIKELY = (0.95, 0.8)  # probabilities at which an answer is taken for final
 PLAIN = ("best_of_n", "dvts", tables.BASELINE)
+SEARCHES = ("best_of_n", "beam", "dvts", "dora", "particles", tables.BASELINE)
 
 Split = Literal["validation", "test"]
 Problem = Mapping[str, Any]  # prompt and answer
@@ -98,7 +99,7 @@ def footprint_settings(grid: Grid) -> list[Setting]:
     """Greedy once; per width self-consistency, the plain policies and ETS at each cost weight."""
     made = [Setting("greedy", 1, {})]
     for width in grid.widths:
-        made += [Setting("self_consistency", width, {}), *plain(("best_of_n", "beam", "dvts", "rebase"), width)]
+        made += [Setting("self_consistency", width, {}), *plain(SEARCHES, width)]
         for b in grid.kv_weights:
             made.append(Setting(f"ets_kv b={b:g}", width, {"algorithm": "ets_kv", "kv_cost_weight": b}))
             made.append(ets(f"ets b={b:g}", width, b))

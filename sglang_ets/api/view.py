@@ -18,7 +18,9 @@ from typing import Any
 from sglang_ets.api.view_tree import KvLevel, ViewNode, kv_levels, read_nodes
 
 # What of the figures the page shows, if it is there.
-FIGURES = ("algorithm", "width", "seed", "finish_reason", "kv_tokens_peak", "kv_tokens_mean", "seconds")
+FIGURES = (
+    "algorithm", "width", "seed", "finish_reason", "kv_tokens_peak", "kv_tokens_mean", "tokens_computed", "seconds",
+)  # fmt: skip
 EXIT_BAD_INPUT = 2
 # Inside <script> only these can end the element or open a comment, and JSON reads the escapes back.
 OFFLINE, LIVE = "", "; connect-src 'self'"  # a live page may ask its own server, nothing else
@@ -51,6 +53,13 @@ class SearchView:
     is_live: bool = False  # the search still runs, and the page follows it
     note: str = ""  # why it has no answer
     warnings: tuple[str, ...] = ()  # what makes the answer less than it could be, a sentence each
+    kv_scale_tokens: int = 0  # of the longest KV bar at least, so that pages side by side have bars of one scale
+
+    @property
+    def longest_bar_tokens(self) -> int:
+        """What the longest KV bar of this tree shows."""
+        held = [tokens for level in self.levels for tokens in (level.held_tokens, level.measured_held_tokens)]
+        return max((tokens for tokens in held if tokens is not None), default=0)
 
 
 def read_view(data: Any, title: str, rebase_temperature: float | None = None) -> SearchView:

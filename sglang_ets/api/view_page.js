@@ -159,7 +159,7 @@
   function drawLevels(ctx) {
     const left = LABEL_PX + treePx() + 14, room = KV_PX - 76, half = boxHeight() / 2;
     const known = data.levels.flatMap((l) => [l.held_tokens, l.retained_tokens, l.rebase_tokens, l.measured_held_tokens]);
-    const scale = room / Math.max(1, ...known.map((value) => value || 0));
+    const scale = room / Math.max(1, data.kv_scale_tokens, ...known.map((value) => value || 0));
     ctx.textAlign = "left"; ctx.font = "11px system-ui"; ctx.fillStyle = theme.soft;
     ctx.fillText("level", 14, 18); ctx.fillText("KV tokens held", left, 18);
     ctx.textAlign = "center"; ctx.fillText(`prompt, ${data.prompt_tokens} tokens`, LABEL_PX + treePx() / 2, 18);
@@ -322,6 +322,8 @@
     if (f.algorithm) shown.push(`${f.algorithm}${f.width ? ` width ${f.width}` : ""}`);
     shown.push(`${levels.length} levels, ${nodes.length} steps, ${nodes.filter((n) => n.state === "pruned").length} pruned`);
     if (f.kv_tokens_peak) shown.push(`KV peak ${f.kv_tokens_peak} tokens`);
+    const generated = nodes.reduce((sum, node) => sum + node.tokens, 0);
+    if (f.tokens_computed) shown.push(`${f.tokens_computed} of ${generated} generated tokens computed`);
     if (f.seconds) shown.push(`${f.seconds.toFixed(1)} s`);
     if (f.finish_reason || data.note) shown.push(data.note || f.finish_reason);
     $("live").hidden = !data.is_live; $("live").textContent = "running";

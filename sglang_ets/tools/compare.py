@@ -1,6 +1,7 @@
 """`sglang-ets compare rebase.json ets.json`: two searches of one problem side by side, as one self-contained page.
 
-Above, what each of them answered and held; below, the page of each tree as `sglang-ets view` writes it.
+Above, what each of them answered, held and computed; below, the page of each tree as `sglang-ets view` writes it, with KV
+bars of one scale.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import html
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ FIGURES = {
     "kv_tokens_mean": "KV tokens held, mean",
     "kv_tokens_peak": "KV tokens held, peak",
     "kv_referenced_mean": "KV tokens if nothing were shared, mean",
+    "tokens_generated": "tokens generated",
+    "tokens_computed": "tokens computed",
     "seconds": "seconds",
 }
+COUNTS = ("width", "levels")  # of which a ratio says nothing
 STYLE = """
 body { margin: 0; font: 14px/1.4 system-ui, sans-serif; color: #1a1a1a; background: #fff }
 table { border-collapse: collapse; margin: 12px } th, td { padding: 2px 14px; text-align: right }
@@ -41,7 +46,9 @@ def compared(paths: Sequence[Path]) -> str:
         ValueError: a file cannot be read or holds no tree; one sentence.
     """
     answers = [read_file(path) for path in paths]
-    trees = [render(read_view(answer, path.stem, None)) for answer, path in zip(answers, paths, strict=True)]
+    views = [read_view(answer, path.stem) for answer, path in zip(answers, paths, strict=True)]
+    scale = max(view.longest_bar_tokens for view in views)
+    trees = [render(replace(view, kv_scale_tokens=scale)) for view in views]
     frames = "".join(
         f'<iframe title="{html.escape(path.stem)}" srcdoc="{html.escape(tree)}"></iframe>'
         for path, tree in zip(paths, trees, strict=True)
@@ -55,10 +62,12 @@ def compared(paths: Sequence[Path]) -> str:
 def _table(answers: Sequence[Any], paths: Sequence[Path]) -> str:
     figures = [_figures_of(answer) for answer in answers]
     names = [str(own.get("algorithm", path.stem)) for own, path in zip(figures, paths, strict=True)]
-    lines = [_row("", names, "th"), _row("answer", [_answer_of(answer) for answer in answers])]
+    lines = [_row("", [*names, "ratio"], "th"), _row("answer", [*map(_answer_of, answers), ""])]
     for key, label in FIGURES.items():
-        if any(key in own for own in figures):
-            lines.append(_row(label, [_shown(own.get(key)) for own in figures]))
+        first, second = (own.get(key) for own in figures)
+        if first is not None or second is not None:
+            ratio = f"{first / second:.2f}" if key not in COUNTS and first and second else ""
+            lines.append(_row(label, [_shown(first), _shown(second), ratio]))
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -68,7 +77,11 @@ def _row(label: str, values: Sequence[str], cell: str = "td") -> str:
 
 def _figures_of(answer: Any) -> Mapping[str, Any]:
     own = answer.get("search") if isinstance(answer, dict) else None
-    return own if isinstance(own, dict) else {}
+    if not isinstance(own, dict):
+        return {}
+    usage = answer.get("usage")
+    generated = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return {**own, "tokens_generated": generated}
 
 
 def _answer_of(answer: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_a_tree_is_equal_by_what_grew_and_not_by_how_it_is_shown() -> None:
     assert growth(TREE) != growth([*TREE[:-1], node(5, 2, 9)])
 
 
-@pytest.mark.parametrize("other", [None, "shared"])
+@pytest.mark.parametrize("other", [None, "shared", "speculate"])
 def test_a_mode_that_grows_another_tree_ends_the_bench(
     other: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -55,13 +56,19 @@ def test_a_mode_that_grows_another_tree_ends_the_bench(
     )  # fmt: skip
     out = tmp_path / "rows.jsonl"
     if other:
-        with pytest.raises(SystemExit, match="--search-forks shared grew other trees"):
+        with pytest.raises(SystemExit, match=re.escape(f"{' '.join(forks.MODES[other])} grew other trees")):
             forks.run(args, out)
         return
     forks.run(args, out)
     made = list(rows.read(out))
     assert len(made) == len(forks.MODES) * len(forks.POLICIES)
     assert "| embedded | 8 | 1 | ets b=4 | shared | 1 | 1 | 2.00x | 1.00x | 0.50 | 1.00 |" in forks.table(made)
+
+
+def test_the_table_says_how_many_guesses_were_used_and_what_the_others_cost() -> None:
+    rounds = [{"children": 3, "children_used": 2, "tokens_wasted": 5, "tokens_computed": 100} for _ in range(2)]
+    assert forks.guesses_of(rounds) == "67% of 6; 5.0%"
+    assert forks.guesses_of([{"tokens_computed": 100}]) == ""
 
 
 def test_a_model_of_ones_own_is_asked_in_chats_about_problems_left_for_validation(tmp_path: Path) -> None:

@@ -30,7 +30,28 @@ def test_the_page_has_both_trees_and_what_they_held(tmp_path: Path, capsys: pyte
     assert not re.search(r'(?:src|href)="http', page), "self-contained"
     for answer in answers():
         assert f"<td>{answer['search']['kv_tokens_peak']}</td>" in page  # type: ignore[index]
-    assert "<th>rebase</th><th>ets</th>" in page and "<td>183</td><td>38</td>" in page
+    assert "<th>rebase</th><th>ets</th><th>ratio</th>" in page and "<td>183</td><td>38</td>" in page
+
+
+def test_both_pages_draw_their_kv_bars_at_one_scale() -> None:
+    """So that who holds less has the shorter bars."""
+    frames = [html.unescape(frame) for frame in re.findall(r'srcdoc="([^"]*)"', compared(TREES))]
+    scales = [int(found.group(1)) for frame in frames if (found := re.search(r'"kv_scale_tokens":(\d+)', frame))]
+    held = [answer["search"]["kv_tokens_peak"] for answer in answers()]  # type: ignore[index]
+    assert scales == [max(held)] * 2 and len(set(held)) == 2
+
+
+def test_a_figure_of_both_has_a_ratio_and_one_that_a_side_lacks_has_none(tmp_path: Path) -> None:
+    first, second = answers()
+    first["search"]["tokens_computed"] = 300  # type: ignore[index]
+    second["search"].pop("tokens_computed", None)  # type: ignore[attr-defined]
+    for search, seconds in ((first["search"], 3.0), (second["search"], 1.5)):
+        search["seconds"] = seconds  # type: ignore[index]
+    for name, answer in (("a", first), ("b", second)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(answer))
+    page = compared([tmp_path / "a.json", tmp_path / "b.json"])
+    assert "<th>tokens computed</th><td>300</td><td>-</td><td></td>" in page
+    assert "<th>seconds</th><td>3.0</td><td>1.5</td><td>2.00</td>" in page
 
 
 def test_a_text_of_a_model_stays_text(tmp_path: Path) -> None:
