@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 $(PY)
 
-.PHONY: install python demo serve test lint types unit e2e e2e-others bench smollm2 drift fuzz soak clean
+.PHONY: install python demo serve test lint types unit unit-half unit-rest e2e e2e-others bench smollm2 drift fuzz soak clean
 
 install: $(STAMP)
 
@@ -30,7 +30,7 @@ serve: install
 
 # Parts, two at a time, the longest first: each keeps about one core busy. The output of one is shown when it has ended.
 test: lint
-	@$(MAKE) --no-print-directory -j2 --output-sync=target e2e e2e-others unit types
+	@$(MAKE) --no-print-directory -j2 --output-sync=target e2e e2e-others unit-half unit-rest types
 
 lint: install
 	$(PY) -m ruff check .
@@ -39,8 +39,17 @@ lint: install
 types: install
 	$(PY) .ci/types.py
 
-unit: install
-	$(RUN) -m pytest -q -m "not server"
+# In two halves, one a core: files that start processes or compile kernels, and the others.
+HALF := tests/bench tests/kernels tests/patches
+
+unit:
+	@$(MAKE) --no-print-directory -j2 --output-sync=target unit-half unit-rest
+
+unit-half: install
+	$(RUN) -m pytest -q -m "not server" $(HALF)
+
+unit-rest: install
+	$(RUN) -m pytest -q -m "not server" $(HALF:%=--ignore=%)
 
 # One server for most tests. `make e2e OVERLAP=1`: all servers with the overlap schedule, which a CPU does without otherwise.
 e2e: install

@@ -47,13 +47,9 @@ def solve(
     if answer.status_code != 200:
         return {"is_right": False, "failed": answer.text[:200], "peak": 0, "releases": 0}
     plain = answer.json()
-    figures = plain["search"]
-    return {
-        "is_right": plain["choices"][0]["search"]["answer"] == str(problem["answer"]),
-        "failed": "",
-        "peak": figures["kv_tokens_peak"],
-        "releases": figures["kv_pressure_releases"],
-    }
+    is_right = plain["choices"][0]["search"]["answer"] == str(problem["answer"])
+    peak, releases = (plain["search"][name] for name in ("kv_tokens_peak", "kv_pressure_releases"))
+    return {"is_right": is_right, "failed": "", "peak": peak, "releases": releases}
 
 
 def run(
@@ -120,18 +116,11 @@ def table(made: Sequence[dict[str, Any]]) -> str:
         ratio = f"{own[best] / rebase:.2f}x" if rebase else ""
         pool = group[0]["pool_tokens"]
         at_once = own[max(own)]
-        lines.append(
-            [width, f"{share:g}", pool, policy, at_once, own[best], best, ratio, f"{at_once / own[best]:.2f}", right]
-        )
-    header = [
-        "width",
-        "share of REBASE's need",
-        "pool (tokens)",
-        "policy",
-        "all at once (problems/s)",
-        "best (problems/s)",
-    ]
-    return rows.markdown([*header, "at a time", "best against REBASE's best", "all at once / best", "right"], lines)
+        line = [width, f"{share:g}", pool, policy, at_once, own[best], best, ratio, f"{at_once / own[best]:.2f}", right]
+        lines.append(line)
+    header = ["width", "share of REBASE's need", "pool (tokens)", "policy", "all at once (problems/s)", "best (problems/s)",
+              "at a time", "best against REBASE's best", "all at once / best", "right"]  # fmt: skip
+    return rows.markdown(header, lines)
 
 
 def main() -> None:

@@ -91,25 +91,14 @@ def measure(args: argparse.Namespace, out: Path) -> None:
                 }
                 row = {"load": kind, "width": args.width, "algorithm": args.algorithm, "round": number, **figures}
                 rows.append(out, row)
-                print(
-                    kind,
-                    number,
-                    {key: statistics.median(values) for key, values in figures.items() if values},
-                    flush=True,
-                )
+                medians = {key: statistics.median(values) for key, values in figures.items() if values}
+                print(kind, number, medians, flush=True)
 
 
 def table(made: Sequence[dict[str, Any]]) -> str:
     """Medians and worst over all ordinary requests of a load, and ratios to plain sampling."""
-    header = [
-        "width",
-        "algorithm",
-        "beside",
-        "ordinary requests",
-        "first token: median (s)",
-        "worst (s)",
-        "per token: median (s)",
-    ]
+    header = ["width", "algorithm", "beside", "ordinary requests", "first token: median (s)", "worst (s)",
+              "per token: median (s)"]  # fmt: skip
     lines = []
     for width, algorithm in dict.fromkeys((row["width"], row["algorithm"]) for row in made):
         own = [row for row in made if (row["width"], row["algorithm"]) == (width, algorithm)]

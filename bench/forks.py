@@ -28,7 +28,7 @@ from tqdm import tqdm
 from bench import rows
 from bench.client_search.processes import Running, awake, running, search_flags
 from bench.embedded import client_of, held_out_problems
-from bench.trees import growth, num_distinct_prefixes
+from bench.trees import grow, growth, num_distinct_prefixes
 from sglang_ets.engine.live import ForkMode
 from sglang_ets.tools.datasets import load
 
@@ -44,10 +44,9 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 POOL_TOKENS = 100_000  # nothing is short
 OWN_POOL_TOKENS = 20_000  # of a model of one's own, whose tokens are larger
-
-
 GUESSES = ("children", "children_used", "tokens_wasted")  # of speculation
 EMBEDDED = "embedded"
+MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,15 @@ class Task:
     is_chat: bool
 
     @classmethod
+    def embedded(cls, max_tokens: int = MAX_TOKENS) -> Task:
+        prompts = [problem["prompt"] for problem in held_out_problems()]
+        return cls(EMBEDDED, search_flags(POOL_TOKENS), prompts, max_tokens, is_chat=False)
+
+    @classmethod
     def of(cls, args: argparse.Namespace) -> Task:
         """The embedded models, or the model that the arguments name."""
         if args.model_path is None:
-            prompts = [problem["prompt"] for problem in held_out_problems()]
-            return cls(EMBEDDED, search_flags(POOL_TOKENS), prompts, args.max_tokens, is_chat=False)
+            return cls.embedded(args.max_tokens)
         flags = [*search_flags(OWN_POOL_TOKENS), "--model-path", args.model_path, "--prm-format", args.prm_format]
         prompts = [problem.prompt for problem in load(args.data, for_validation=True)]
         return cls(Path(args.model_path).name, [*flags, "--dtype", args.dtype], prompts, args.max_tokens, is_chat=True)
@@ -74,17 +77,8 @@ class Task:
 def solve(url: str, task: Task, prompt: str, policy: str, width: int, seed: int) -> tuple[dict[str, Any], float]:
     """The figures of one search, with its tree, and how long the client waited."""
     started = time.monotonic()
-    client = client_of(url, timeout_s=1800)
-    search = {**POLICIES[policy], "return_tree": True, "early_stop": "off"}
-    body: dict[str, Any] = {
-        "model": "default", "max_tokens": task.max_tokens, "temperature": 1.0, "seed": seed,
-        "extra_body": {"search_width": width, "search": search},
-    }  # fmt: skip
-    answer: Any
-    if task.is_chat:
-        answer = client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **body)
-    else:
-        answer = client.completions.create(prompt=prompt, **body)
+    client, settings = client_of(url, timeout_s=1800), {**POLICIES[policy], "early_stop": "off"}
+    answer = grow(client, prompt, width, settings, is_chat=task.is_chat, max_tokens=task.max_tokens, seed=seed)
     return {"completion_tokens": answer.usage.completion_tokens, **answer.search}, time.monotonic() - started
 
 
@@ -158,19 +152,9 @@ def table(made: Sequence[dict[str, Any]]) -> str:
             f"{cpu:.2f}x", f"{total['tokens_computed'] / total['completion_tokens']:.2f}",
             f"{total['tokens_computed'] / total['distinct_prefixes']:.2f}", guesses_of(of_round.values()),
         ])  # fmt: skip
-    header = [
-        "model",
-        "width",
-        "at a time",
-        "policy",
-        "forks",
-        "problems",
-        "s/problem",
-        "speed against extend",
-    ]
-    return rows.markdown(
-        [*header, "the same in CPU time", "computed / generated", "computed / distinct", "guesses used; waste"], lines
-    )
+    header = ["model", "width", "at a time", "policy", "forks", "problems", "s/problem", "speed against extend",
+              "the same in CPU time", "computed / generated", "computed / distinct", "guesses used; waste"]  # fmt: skip
+    return rows.markdown(header, lines)
 
 
 def guesses_of(made: Collection[dict[str, Any]]) -> str:
@@ -195,7 +179,7 @@ def main() -> None:
     parser.add_argument("--prm-format", default="judge", help="of a model of your own, which judges itself")
     parser.add_argument("--dtype", default="bfloat16", help="of a model of your own")
     parser.add_argument("--data", default="gsm8k", help="for a model of your own")
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
     parser.add_argument("--seed", type=int, default=0)
     rows.add_arguments(parser, "one round of one problem at width 8")
     args = parser.parse_args()

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ ANSWER_LIMIT_S = 120.0
 LIMITS = httpx.Limits(keepalive_expiry=1.0)  # the server closes idle connections after 5 s
 STALL_LIMIT_S = 2.0
 GROWTH_LIMIT_MB = 300  # caches of the interpreter and the allocator fill up; a leak of one large request would pass it
+JSON_BODY = {"Content-Type": "application/json"}
 STREAM_ERROR = 'data: {"error"'
 
 
@@ -68,6 +70,11 @@ FAULTS = {
         r"deadline_s of [\d.e+-]+ passed before the search had any text; raise it, or send fewer requests at once",
     ),
 }
+
+
+def fault_of(request: HostileRequest, status: int, message: str) -> str | None:
+    """The documented fault that explains an answer."""
+    return next((name for name, fault in FAULTS.items() if fault.explains(request, status, message)), None)
 
 
 @dataclass
@@ -117,25 +124,24 @@ def fuzz(url: str, num_requests: int, seed: int) -> FuzzReport:
 
 def _send_all(client: httpx.Client, requests: Sequence[HostileRequest], report: FuzzReport) -> None:
     with ThreadPoolExecutor(CLIENTS) as pool:
-        for _ in tqdm(
-            pool.map(lambda request: _send(client, request, report), requests), total=len(requests), unit="request"
-        ):
+        answers = pool.map(lambda request: _send(client, request, report), requests)
+        for _ in tqdm(answers, total=len(requests), unit="request"):
             pass
 
 
 def _send(client: httpx.Client, request: HostileRequest, report: FuzzReport) -> None:
-    headers = {"Content-Type": "application/json"}
+    post = partial(client.post, request.path, content=request.body, headers=JSON_BODY)
     try:
         try:
-            answer = client.post(request.path, content=request.body, headers=headers)
+            answer = post()
         except (httpx.ReadError, httpx.RemoteProtocolError):  # the server closes a connection behind its answer of 500
-            answer = client.post(request.path, content=request.body, headers=headers)
+            answer = post()
     except httpx.HTTPError as error:
         report.unanswered.append(f"{request.shown()}: {type(error).__name__}")
         return
     status, message = outcome_of(answer)
     report.statuses[status] += 1
-    name = next((name for name, fault in FAULTS.items() if fault.explains(request, status, message)), None)
+    name = fault_of(request, status, message)
     if name is not None:
         report.faults[name] += 1
     elif status >= 500:

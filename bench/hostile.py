@@ -90,9 +90,7 @@ def hostile_request(rng: random.Random) -> HostileRequest:
     """The next request of this generator."""
     path = rng.choice(PATHS)
     if rng.random() < RAW_SHARE:
-        return HostileRequest(
-            path, rng.choice((b"", b"null", b"[]", b"{", b"\xff\xfe", b'"text"', b"[" * DEEP, b'{"a":' * DEEP))
-        )
+        return HostileRequest(path, rng.choice(RAW_BODIES))
     body = _valid_native(rng) if path == "/generate" else _valid_openai(rng, path)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         _spoil(rng, body, path)

@@ -12,7 +12,7 @@ import gc
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from bench.levels import Case, grown_level, recorded_levels
 from bench.published_ilp import solve_published
 from bench.server import running_server
 from bench.timing import timed
-from bench.trees import grow
+from bench.trees import Node, grow
 from sglang_ets.core.ilp import SolverReport, objective, solve
 
 KV_WEIGHT = 1.0
@@ -80,33 +80,30 @@ def record(widths: list[int], num_problems: int) -> None:
         client = client_of(url)
         for width in widths:
             for problem in held_out_problems()[-num_problems:]:
-                tree = grow(client, problem["prompt"], width, {"algorithm": "ets"}, max_tokens=512)
-                nodes = [{key: node[key] for key in keep} for node in tree]
+                answer = grow(client, problem["prompt"], width, {"algorithm": "ets"}, max_tokens=512)
+                nodes = [{key: node[key] for key in keep} for node in answer.search["tree"]["nodes"]]
                 out.write(json.dumps({"width": width, "nodes": nodes}) + "\n")
+
+
+def recorded_trees() -> Iterator[tuple[int, list[Node]]]:
+    """Width and nodes of each recorded search."""
+    with gzip.open(RECORDED, "rt", encoding="utf-8") as lines:
+        for tree in map(json.loads, lines):
+            yield tree["width"], tree["nodes"]
 
 
 def recorded_cases() -> dict[int, list[Case]]:
     """Recorded levels by width."""
     cases: dict[int, list[Case]] = {}
-    if RECORDED.exists():
-        with gzip.open(RECORDED, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                tree = json.loads(line)
-                cases.setdefault(tree["width"], []).extend(recorded_levels(tree["nodes"], tree["width"]))
+    for width, nodes in recorded_trees():
+        cases.setdefault(width, []).extend(recorded_levels(nodes, width))
     return cases
 
 
 def table(done: Sequence[rows.Row]) -> str:
     """Markdown, one line a setting."""
-    header = [
-        "levels",
-        "width",
-        "ours: median, p99 (ms)",
-        "PuLP and CBC: median (ms)",
-        "ratio",
-        "columns",
-        "left to HiGHS",
-    ]
+    header = ["levels", "width", "ours: median, p99 (ms)", "PuLP and CBC: median (ms)", "ratio", "columns",
+              "left to HiGHS"]  # fmt: skip
     cells = [
         [
             f"{row['levels']} {row['kind']}", row["width"], f"{row['ours_ms']['median']:.2f}, {row['ours_ms']['p99']:.2f}",

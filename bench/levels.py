@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.trees import Node, kv_tree, path_to
+from bench.trees import Node, trajectory
 from sglang_ets.core.allocation import rebase_allocation
 from sglang_ets.core.clusters import first_occurrence_labels
 from sglang_ets.core.ilp import CostTree
+from sglang_ets.core.kv_costs import token_costs
 
 TEMPERATURE = 0.2  # of REBASE
 STEP_TOKENS = (12, 40)  # length of a grown step
 NUM_MEANINGS = 3  # different continuations of one state that a step may take
 DUPLICATE_RATE = 0.2  # siblings that say the same with the same tokens (12-26 % in a first look at real searches)
+
+Leaf = tuple[tuple[int, ...], float, int]  # nodes from the root on, score, meaning
 
 
 @dataclass(frozen=True)
@@ -31,35 +34,27 @@ class Case:
 def grown_level(width: int, num_levels: int, seed: int) -> Case:
     """The last level of a REBASE search: every level samples children by allocation, scores drift from parent to child."""
     draw = np.random.default_rng([width, num_levels, seed])
-    parent: list[int] = []
     cost: list[float] = []
-    ends, scores, meaning = [-1], [0.5], [0]
+    paths: list[tuple[int, ...]] = [()]
+    scores, meaning = [0.5], [0]
     for _ in range(num_levels):
         shares = rebase_allocation(np.array(scores), width, TEMPERATURE)
-        level: list[tuple[int, float, int]] = []
-        for end, score, state, share in zip(ends, scores, meaning, shares.tolist(), strict=True):
-            siblings: list[tuple[int, float, int]] = []
+        level: list[Leaf] = []
+        for path, score, state, share in zip(paths, scores, meaning, shares.tolist(), strict=True):
+            siblings: list[Leaf] = []
             for _ in range(share):
                 if siblings and draw.random() < DUPLICATE_RATE:
                     siblings.append(siblings[int(draw.integers(len(siblings)))])
                     continue
-                parent.append(end)
                 cost.append(float(draw.integers(*STEP_TOKENS)))
                 drifted = float(np.clip(score + draw.normal(0.02, 0.15), 0.0, 1.0))
-                siblings.append((len(parent) - 1, drifted, state * NUM_MEANINGS + int(draw.integers(NUM_MEANINGS))))
+                said = state * NUM_MEANINGS + int(draw.integers(NUM_MEANINGS))
+                siblings.append(((*path, len(cost) - 1), drifted, said))
             level += siblings
-        ends, scores, meaning = ([item[place] for item in level] for place in range(3))  # type: ignore[assignment]
+        paths, scores, meaning = ([item[place] for item in level] for place in range(3))  # type: ignore[assignment]
     # Nodes that no leaf's path goes through are left out: their KV is gone by then.
-    paths = [[(node, cost[node]) for node in _path_to(end, parent)] for end in ends]
-    return _case(scores, CostTree.from_paths(paths, by_key=True), meaning, width)
-
-
-def _path_to(end: int, parent: list[int]) -> list[int]:
-    path = []
-    while end >= 0:
-        path.append(end)
-        end = parent[end]
-    return path[::-1]
+    tree = CostTree.from_paths([[(node, cost[node]) for node in path] for path in paths], by_key=True)
+    return _case(scores, tree, meaning, width)
 
 
 def recorded_levels(nodes: Sequence[Node], width: int) -> Iterator[Case]:
@@ -68,7 +63,7 @@ def recorded_levels(nodes: Sequence[Node], width: int) -> Iterator[Case]:
     for depth in sorted({node["depth"] for node in nodes if node["depth"] > 0}):
         leaves = [n for n in nodes if n["depth"] == depth and n["cluster"] is not None and n["score"] is not None]
         if len(leaves) >= 2:
-            tree = kv_tree([path_to(leaf, by_id) for leaf in leaves])
+            tree = token_costs([trajectory(leaf, by_id) for leaf in leaves])
             yield _case([n["score"] for n in leaves], tree, [n["cluster"] for n in leaves], width)
 
 

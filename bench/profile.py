@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import subprocess
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from bench import rows
-from bench.client_search.processes import Running, awake, running, search_flags
-from bench.embedded import held_out_problems
-from bench.forks import POLICIES, POOL_TOKENS, solve
+from bench.client_search.processes import Running, awake, running
+from bench.forks import POLICIES, Task, solve
 
 RATE = 200  # samples a second
 SCHEDULER = "sglang::scheduler"  # how sglang names the process
@@ -43,12 +42,8 @@ AREAS: dict[str, tuple[str, ...]] = {
 }
 OWN, SCHEDULER_CODE, OTHER = "the search's own Python", "sglang's scheduler", "other"
 OURS = ("sglang_ets/", "patches/")
-AROUND = (
-    "run_strands (",
-    "run_batch (sglang_ets",
-    "draw_for_members (",
-    "plan_with_forks (",
-)  # hooks that call what they wrap
+# Hooks that call what they wrap.
+AROUND = ("run_strands (", "run_batch (sglang_ets", "draw_for_members (", "plan_with_forks (")
 SGLANG = ("(scheduler.py", "(tp_worker.py", "(batch_result_processor.py", "(schedule_batch.py", "(schedule_policy.py")
 
 
@@ -107,53 +102,38 @@ def record(process: psutil.Process, seconds: int, out: Path) -> None:
     """
     files = distribution("py-spy").files or ()
     tool = next(path.locate() for path in files if path.name == "py-spy")
-    command = [
-        "--pid",
-        process.pid,
-        "--duration",
-        seconds,
-        "--rate",
-        RATE,
-        "--format",
-        "raw",
-        "--threads",
-        "--output",
-        out,
-    ]
-    subprocess.run([tool, "record", *map(str, command)], check=True, capture_output=True)
+    options = {"pid": process.pid, "duration": seconds, "rate": RATE, "format": "raw", "output": out}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    subprocess.run([tool, "record", "--threads", *flags], check=True, capture_output=True)
 
 
-def measure(server: Running, args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
-    """The folded stacks of the scheduler, and the figures of the searches that were solved meanwhile."""
+def measure(server: Running, args: argparse.Namespace) -> tuple[str, list[float]]:
+    """The folded stacks of the scheduler, and the seconds that each search took meanwhile."""
     scheduler = next(one for one in server.processes if one.name().startswith(SCHEDULER[:15]))
-    problems, is_over = held_out_problems(), threading.Event()
-    place = itertools.count()
+    task, is_over = Task.embedded(), threading.Event()
+    prompts, asked = itertools.cycle(task.prompts), (args.policy, args.width, args.seed)
 
-    def keep_solving(_: int) -> list[dict[str, Any]]:
-        solved = []
+    def keep_solving() -> list[float]:
+        latencies_s = []
         while not is_over.is_set():
-            figures, seconds = solve(
-                server.url, problems[next(place) % len(problems)], args.policy, args.width, args.seed
-            )
-            solved.append({"latency_s": seconds, "completion_tokens": figures["completion_tokens"]})
-        return solved
+            latencies_s.append(solve(server.url, task, next(prompts), *asked)[1])
+        return latencies_s
 
     with awake([server]), ThreadPoolExecutor(args.in_flight) as pool, tempfile.TemporaryDirectory() as folder:
-        solve(server.url, problems[-1], args.policy, args.width, args.seed)  # compiles and loads; not measured
-        clients = [pool.submit(keep_solving, number) for number in range(args.in_flight)]
+        solve(server.url, task, task.prompts[-1], *asked)  # compiles and loads; not measured
+        clients = [pool.submit(keep_solving) for _ in range(args.in_flight)]
         try:
             record(scheduler, args.seconds, out := Path(folder) / "stacks.txt")
         finally:
             is_over.set()
-        solved: Iterable[list[dict[str, Any]]] = [client.result() for client in clients]
-        return out.read_text(encoding="utf-8"), [one for of_client in solved for one in of_client]
+        return out.read_text(encoding="utf-8"), [latency for client in clients for latency in client.result()]
 
 
-def report(folded: str, solved: Sequence[dict[str, Any]]) -> str:
+def report(folded: str, latencies_s: Sequence[float]) -> str:
     """The profile as text."""
     main = next(stacks for thread, stacks in samples(folded).items() if thread.endswith("MainThread"))
     lines = [
-        f"searches: {len(solved)}, seconds each (mean): {sum(one['latency_s'] for one in solved) / len(solved):.2f}",
+        f"searches: {len(latencies_s)}, seconds each (mean): {statistics.fmean(latencies_s):.2f}",
         f"samples of the scheduler's main thread: {main.total()} at {RATE} a second",
         "",
         *(f"{share:6.1%}  {area}" for area, share in shares(main)),
@@ -176,11 +156,11 @@ def main() -> None:
     if args.smoke:
         args.width, args.seconds = 8, 3
     out = rows.out_of(args, "profile").with_suffix(".txt")
-    with running([search_flags(POOL_TOKENS)]) as servers:
-        folded, solved = measure(servers[0], args)
+    with running([Task.embedded().flags]) as servers:
+        folded, latencies_s = measure(servers[0], args)
     made_by = rows.provenance()
     head = f"{made_by['command']}\n{made_by['commit']}, {made_by['hardware']}\n\n"
-    text = head + report(folded, solved)
+    text = head + report(folded, latencies_s)
     out.write_text(text, encoding="utf-8")
     if args.smoke or args.out:
         out.with_suffix(".folded").write_text(folded, encoding="utf-8")

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
-from bench.trees import Node, path_to
+from bench.trees import Node, trajectory
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,7 @@ def redundancy(nodes: Sequence[Node]) -> Redundancy:
         if node["score"] is not None and node["finish"] == "step":
             by_depth[node["depth"]].append(node)
     levels = list(by_depth.values())
-    texts = [
-        {tuple(chain(*(step["token_ids"] for step in path_to(leaf, by_id)))) for leaf in level} for level in levels
-    ]
+    texts = [{trajectory(leaf, by_id) for leaf in level} for level in levels]
     meanings = [[meaning(leaf["text"]) for leaf in level] for level in levels]
     clusters = [[leaf["cluster"] for leaf in level] for level in levels]
     clustered = [pair for pair in zip(clusters, meanings, strict=True) if None not in pair[0]]

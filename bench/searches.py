@@ -43,6 +43,7 @@ from bench.embedded import MODELS, client_of, held_out_problems
 from bench.redundancy import redundancy
 from bench.server import Places, running_server
 from bench.testbed.task import distinct_problems
+from bench.trees import grow
 
 ANSWER = re.compile(r"The answer is (-?\d+)")
 MAX_TOKENS = 512
@@ -170,21 +171,21 @@ def problems_of(split: Split, count: int, seed: int) -> list[Problem]:
 def solve(client: openai.OpenAI, setting: Setting, problem: Problem, seed: int) -> rows.Row:
     """One problem under one setting: is the answer right, and what did it cost."""
     started = time.perf_counter()
-    body: dict[str, Any] = {"model": "default", "prompt": problem["prompt"], "max_tokens": MAX_TOKENS, "seed": seed}
+    prompt, fields = problem["prompt"], {"max_tokens": MAX_TOKENS, "seed": seed}
     if setting.search:
-        extra = {"search_width": setting.width, "search": {"early_stop": "off", **setting.search, "return_tree": True}}
-        response = client.completions.create(**body, temperature=1.0, extra_body=extra)
-        search: dict[str, Any] = response.search  # type: ignore[attr-defined]
+        response = grow(client, prompt, setting.width, {"early_stop": "off", **setting.search}, **fields)
+        figures = response.search
         answer = _answer(response.choices[0].text)
-        cost = {key: search[key] for key in FROM_SEARCH} | {key: search["solver"][key] for key in FROM_SOLVER}
-        cost |= asdict(redundancy(search["tree"]["nodes"]))
+        cost = {key: figures[key] for key in FROM_SEARCH} | {key: figures["solver"][key] for key in FROM_SOLVER}
+        cost |= asdict(redundancy(figures["tree"]["nodes"]))
     else:
-        response = client.completions.create(**body, n=setting.width, temperature=float(setting.width > 1))
+        fields |= {"n": setting.width, "temperature": float(setting.width > 1)}
+        response = client.completions.create(model="default", prompt=prompt, **fields)
         votes = Counter(voted for choice in response.choices if (voted := _answer(choice.text)) is not None)
         answer = votes.most_common(1)[0][0] if votes else None
         cost = {}
     return {
-        "setting": setting.key, "policy": setting.name, "width": setting.width, "problem": problem["prompt"], "seed": seed,
+        "setting": setting.key, "policy": setting.name, "width": setting.width, "problem": prompt, "seed": seed,
         "answer": answer, "is_right": answer == str(problem["answer"]),
         "completion_tokens": response.usage.completion_tokens if response.usage else 0,
         "latency_s": time.perf_counter() - started, **cost,
@@ -304,20 +305,10 @@ def stopping_table(done: Sequence[rows.Row]) -> str:
             for name in ("completion_tokens", "levels", "seconds")
         }
         right = f"{sum(row['is_right'] for row, _ in pairs)}/{len(pairs)}"
-        cells.append(
-            [width, policy, stop, right, f"{changed}/{len(pairs)}", *(f"{share:.1%}" for share in saved.values())]
-        )
-    header = [
-        "width",
-        "policy",
-        "`early_stop`",
-        "right",
-        "answers changed",
-        "tokens saved",
-        "levels saved",
-        "time saved",
-    ]
-    return rows.markdown(header, cells)
+        shares = [f"{share:.1%}" for share in saved.values()]
+        cells.append([width, policy, stop, right, f"{changed}/{len(pairs)}", *shares])
+    header = "width, policy, `early_stop`, right, answers changed, tokens saved, levels saved, time saved"
+    return rows.markdown(header.split(", "), cells)
 
 
 OWN_TABLES = {"cuts": cut_table, "stopping": stopping_table}
@@ -345,13 +336,9 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+")
     for option in ("--kv-weights", "--diversity-weights", "--cuts"):
         parser.add_argument(option, type=float, nargs="+")
-    parser.add_argument(
-        "--only", nargs="+", metavar="POLICY", help="of all policies, by their names in the table, these"
-    )
+    parser.add_argument("--only", nargs="+", metavar="POLICY", help="by names in the table; default: all policies")
     parser.add_argument("--url", help="a running server; default: start some with the embedded models")
-    parser.add_argument(
-        "--servers", type=int, default=1, help="to start, for more cores; each takes a share of the runs"
-    )
+    parser.add_argument("--servers", type=int, default=1, help="to start, for more cores; they share the runs")
     parser.add_argument("--in-flight", type=int, default=4, help="at each server")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plot of the rows anew")

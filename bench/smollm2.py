@@ -62,8 +62,10 @@ def checkpoint(folder: Path | None = None) -> Path:
 
 
 def check_file(path: Path) -> None:
-    """Raises:
-    SystemExit: the file is missing or is not the one this module was written for.
+    """The file must be the one that this module was written for.
+
+    Raises:
+        SystemExit: it is missing, or another one.
     """
     if not path.exists():
         raise SystemExit(

@@ -34,7 +34,7 @@ import numpy as np
 
 from bench import rows
 from bench.embedded import held_out_problems
-from bench.fuzz import FAULTS, outcome_of
+from bench.fuzz import JSON_BODY, fault_of, outcome_of
 from bench.hostile import hostile_request
 from bench.server import running_server
 from bench.traffic import ANSWER_LIMIT_S, OrdinaryTraffic, locks_when_idle, memory_mb
@@ -146,13 +146,9 @@ class SoakClients:
             while time.monotonic() < self._end_s:
                 request = hostile_request(rng)
                 with self._answered("hostile", request.shown()):
-                    answer = client.post(
-                        request.path, content=request.body, headers={"Content-Type": "application/json"}
-                    )
+                    answer = client.post(request.path, content=request.body, headers=JSON_BODY)
                     status, message = outcome_of(answer)
-                    is_sound = status < 500 or any(
-                        fault.explains(request, status, message) for fault in FAULTS.values()
-                    )
+                    is_sound = status < 500 or fault_of(request, status, message) is not None
                     self._note("hostile", status, is_sound, request.shown(), message)
                 time.sleep(rng.random())
 
@@ -186,13 +182,8 @@ def search_body(rng: random.Random, widths: Mapping[int, int]) -> dict[str, Any]
     (width,) = rng.choices([*widths], [*widths.values()])
     if rng.random() < DEADLINE_SHARE:
         search["deadline_s"] = rng.choice((0.05, 1.0))
-    return {
-        "model": "default",
-        "prompt": rng.choice(prompts()),
-        "max_tokens": 256,
-        "search_width": width,
-        "search": search,
-    }
+    asked = {"model": "default", "prompt": rng.choice(prompts()), "max_tokens": 256}
+    return {**asked, "search_width": width, "search": search}
 
 
 @functools.cache
@@ -268,19 +259,12 @@ def table(made: Sequence[dict[str, Any]]) -> str:
 
 def _line(row: dict[str, Any]) -> list[Any]:
     outcomes: dict[str, int] = row["outcomes"]
-    count = {
-        kind: sum(number for name, number in outcomes.items() if name.startswith(f"{kind} "))
+    asked, left, hostile = (
+        sum(number for name, number in outcomes.items() if name.startswith(f"{kind} "))
         for kind in ("search", "left", "hostile")
-    }
+    )
     answered = outcomes.get("search 200", 0)
-    line = [
-        f"{row['minutes']:g}",
-        answered,
-        count["search"] - answered,
-        count["left"],
-        count["hostile"],
-        row["num_errors"],
-    ]
+    line = [f"{row['minutes']:g}", answered, asked - answered, left, hostile, row["num_errors"]]
     line += [row["ordinary"], row["ordinary_p50_s"], row["ordinary_p99_s"]]
     memory = ", ".join(f"{_short(name)} {begin:.0f} to {end:.0f}" for name, (begin, end) in row["memory_mb"].items())
     growth = ", ".join(f"{_short(name)} {slope:+.1f}" for name, slope in row["slopes_mb_per_min"].items())

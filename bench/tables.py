@@ -13,15 +13,8 @@ from bench import rows
 
 BASELINE = "rebase"
 NUM_RESAMPLES = 2000
-MEANS = (
-    "kv_tokens_mean",
-    "kv_tokens_peak",
-    "kv_referenced_mean",
-    "completion_tokens",
-    "prm_tokens",
-    "levels",
-    "seconds",
-)
+MEANS = ("kv_tokens_mean", "kv_tokens_peak", "kv_referenced_mean", "completion_tokens", "prm_tokens", "levels",
+         "seconds")  # fmt: skip
 REPEATED = ("leaves", "distinct_texts", "distinct_meanings", "clusters")
 Cases = dict[str, dict[str, Any]]  # rows of one setting by problem
 EQUAL = {"completion_tokens": "tokens generated", "seconds": "seconds a problem"}

@@ -228,16 +228,12 @@ def problems_of(job: Job, all_problems: Sequence[dict[str, Any]], waves: int) ->
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
-    parser.add_argument(
-        "--in-flight", type=int, nargs="+", help="problems at a time, per width; default 8, or 4 from 64"
-    )
+    parser.add_argument("--in-flight", type=int, nargs="+", help="problems at a time, a width; default 8, or 4 from 64")
     parser.add_argument("--algorithms", nargs="+", default=["rebase", "ets"], choices=["rebase", "ets", "ets_kv"])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--waves", type=int, default=2, help="problems of a round, in multiples of --in-flight")
     parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV pool of every model of every server")
-    parser.add_argument(
-        "--replicas", type=int, nargs="+", default=[1], help="servers with the search, one setting each"
-    )
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1], help="servers with the search, a setting each")
     parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2; see bench/client_search/encoder.py")
     parser.add_argument("--seed", type=int, default=0)
     rows.add_arguments(parser, "one round of 2 problems at width 8")

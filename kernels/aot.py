@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -167,6 +168,7 @@ def compile_for(build: Build, capability: int) -> BuildReport:
     )
 
 
+@cache  # sizes above a block are one program
 def _assembler_report(ptx: str, capability: int) -> str:
     tool = triton.knobs.nvidia.ptxas_blackwell if capability >= BLACKWELL else triton.knobs.nvidia.ptxas
     architecture = re.search(r"^\.target (sm_\w+)", ptx, flags=re.MULTILINE)

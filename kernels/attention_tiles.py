@@ -161,16 +161,11 @@ def attend(
     Only outputs of `tokens` are written.
     """
     group = query.shape[1] // k_cache.shape[1]
-    stride = (segments[:, 1].max() // LANES + 2) * LANES
-    scores = np.empty((min(TOKENS_AT_ONCE, len(tokens)) * group, stride), dtype=np.float32)
+    scores = np.empty((min(TOKENS_AT_ONCE, len(tokens)) * group, _stride(segments)), dtype=np.float32)
     keys = np.empty((query.shape[2], POSITIONS), dtype=np.float32)
     for begin in range(0, len(tokens), TOKENS_AT_ONCE):
         end = min(begin + TOKENS_AT_ONCE, len(tokens))
-        within = segments
-        if len(tokens) > TOKENS_AT_ONCE:
-            within = segments[(segments[:, 2] < end) & (segments[:, 3] > begin)]
-            within[:, 2:] = np.minimum(np.maximum(within[:, 2:] - begin, 0), end - begin)
-        part = tokens[begin:end], rows[begin:end], visible[begin:end], within
+        part = tokens[begin:end], rows[begin:end], visible[begin:end], _within(segments, begin, end)
         for kv_head in range(k_cache.shape[1]):
             _attend_group(query, output, k_cache, v_cache, slots, *part, kv_head, group, scores, keys)
 
@@ -202,10 +197,7 @@ def _attend_group(
             _find(slots[rows[segment[2]]], start, num_positions, k_cache.shape, kv_head, at)
             scores_at = segment[2] * group * stride + start
             _score(query, k_cache, at, num_positions, keys, keys_at, scores, scores_at, part, heads, group)
-    for row in range(len(tokens) * group):
-        seen = scores[row, : visible[row // group]]
-        _exponentials(seen, _largest(seen))
-        output[tokens[row // group], heads + row % group] = 0
+    _begin(output, scores, tokens, visible, heads, group)
     for segment in segments:
         part = tokens[segment[2] : segment[3]]
         for start in range(segment[0], segment[1], POSITIONS):
@@ -213,8 +205,66 @@ def _attend_group(
             _find(slots[rows[segment[2]]], start, num_positions, v_cache.shape, kv_head, at)
             weights_at = segment[2] * group * stride + start
             _add_values(output, v_cache, at, num_positions, scores, weights_at, part, heads, group)
+    _normalise(output, scores, tokens, visible, heads, group)
+
+
+# ---- what does not depend on the dtype of the pools: functions of their own, which are compiled once ----
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _stride(segments: NDArray[np.int64]) -> int:
+    """Of rows of scores: room for the last position, in whole LANES and one more."""
+    last = 0
+    for segment in segments:
+        last = max(last, segment[1])
+    return (last // LANES + 2) * LANES
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _within(segments: NDArray[np.int64], begin: int, end: int) -> NDArray[np.int64]:
+    """The parts of segments in the places from begin to end, which are counted from begin on."""
+    kept = np.empty_like(segments)
+    num = 0
+    for segment in segments:
+        if segment[2] < end and segment[3] > begin:
+            kept[num, 0], kept[num, 1] = segment[0], segment[1]
+            kept[num, 2], kept[num, 3] = max(segment[2], begin) - begin, min(segment[3], end) - begin
+            num += 1
+    return kept[:num]
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _begin(
+    output: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    tokens: NDArray[np.int64],
+    visible: NDArray[np.int64],
+    heads: int,
+    group: int,
+) -> None:
+    """Scores become weights, whose sum is not 1 yet; nothing is added up."""
     for row in range(len(tokens) * group):
-        output[tokens[row // group], heads + row % group] /= _sum(scores[row, : visible[row // group]])
+        seen = scores[row, : visible[row // group]]
+        _exponentials(seen, _largest(seen))
+        vector = output[tokens[row // group], heads + row % group]
+        for place in range(vector.shape[0]):
+            vector[place] = 0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _normalise(
+    output: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    tokens: NDArray[np.int64],
+    visible: NDArray[np.int64],
+    heads: int,
+    group: int,
+) -> None:
+    """Each sum over its weights' sum."""
+    for row in range(len(tokens) * group):
+        vector, total = output[tokens[row // group], heads + row % group], _sum(weights[row, : visible[row // group]])
+        for place in range(vector.shape[0]):
+            vector[place] /= total
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

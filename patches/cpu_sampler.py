@@ -134,6 +134,7 @@ def _draw_cut(
         sums = heavy.cumsum(1)
         is_left_over = (size < top_ks[rows]) & (size < weights.shape[1]) & (sums[:, -1] <= top_ps[rows])
         is_whole[rows] = is_left_over
+        rows, heavy, columns, sums = (one[~is_left_over] for one in (rows, heavy, columns, sums))
         heavy[sums - heavy > top_ps[rows, None]] = 0.0
         token_ids[rows] = columns.gather(1, _columns(heavy.double(), seeds[rows], positions[rows])).to(torch.int32)
     if is_whole.any():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,18 +9,8 @@ from bench.published_ilp import solve_published
 from sglang_ets.core.allocation import rebase_allocation
 from sglang_ets.core.clusters import cluster_labels
 from sglang_ets.core.config import SearchConfig
-from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.selection import Level, Selection
-from sglang_ets.core.tree import Node, SearchTree
-
-
-def cost_tree(tree: SearchTree, leaf_ids: Sequence[int]) -> CostTree:
-    """The leaves' paths as a forest, cost = tokens of each step; equal steps after the same path are one node.
-
-    A client cannot ask the allocator. This is its best estimate: it misses only what steps with different texts share.
-    """
-    paths = [tree.path(tree.nodes[leaf_id]) for leaf_id in leaf_ids]
-    return CostTree.from_paths([[(step.token_ids, float(len(step.token_ids))) for step in path] for path in paths])
+from sglang_ets.core.tree import Node
 
 
 def choose(level: Level, config: SearchConfig) -> Selection:

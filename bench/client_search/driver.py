@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.client_search import wire
-from bench.client_search.choose import choose, cost_tree, needs_embedding
+from bench.client_search.choose import choose, needs_embedding
 from sglang_ets.core.answer import RankedAnswer, rank
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Action, Expand, Finish, Score, Search, Select
 from sglang_ets.core.tree import Node
 
@@ -143,7 +144,9 @@ class _Run:
 
     def _select(self, asked: Select) -> list[Action]:
         with self._timed("select"):
-            level = self.search.level(cost_tree(self.search.tree, asked.leaf_ids))
+            tree = self.search.tree
+            leaves = [tree.nodes[leaf_id] for leaf_id in asked.leaf_ids]
+            level = self.search.level(token_costs([tree.trajectory_token_ids(leaf) for leaf in leaves]))
             selection = choose(level, self.config)
         return self.search.on_selected(selection)
 

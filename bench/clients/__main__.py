@@ -39,10 +39,7 @@ def environment(folder: Path) -> Path:
 
 def evaluations(url: str) -> list[list[str]]:
     """Arguments of lm_eval: prompts as text with the search of the task file, as token ids, and as chat messages."""
-    completions, chat = (
-        f"model=default,base_url={url}/v1/completions",
-        f"model=default,base_url={url}/v1/chat/completions",
-    )
+    completions, chat = (f"model=default,base_url={url}/v1/{kind}completions" for kind in ("", "chat/"))
     as_text = f"{completions},tokenizer_backend=none,num_concurrent=4"
     as_tokens = f"{completions},tokenizer_backend=huggingface,tokenizer=sglang_ets/models/policy"
     as_json = ["--gen_kwargs", '{"search_width": 4, "search": {"algorithm": "rebase"}}', "--limit", "2"]

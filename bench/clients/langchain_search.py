@@ -10,19 +10,14 @@ from langchain_openai import ChatOpenAI, OpenAI
 
 PROBLEMS = ("10*18-19-15+(13*4-15)=\n", "9+16+(1+(4*17+(5-1)))=\n", "17*(13-8)-(14-8-(16-11))=\n")
 SEARCH: dict[str, Any] = {"search_width": 8, "search": {"algorithm": "ets"}}
+COMMON: dict[str, Any] = {
+    "model": "default", "api_key": "none", "max_tokens": 256, "max_retries": 0, "extra_body": SEARCH,
+}  # fmt: skip
 
 
 def model_of(url: str, **fields: Any) -> ChatOpenAI:
     """What LangChain does not know goes through `extra_body`, as it is, into the body of each request."""
-    return ChatOpenAI(
-        model="default",
-        base_url=f"{url}/v1",
-        api_key="none",
-        max_tokens=256,
-        extra_body=SEARCH,
-        max_retries=0,
-        **fields,
-    )
+    return ChatOpenAI(base_url=f"{url}/v1", **COMMON, **fields)
 
 
 def show_one(url: str) -> None:
@@ -65,16 +60,7 @@ def show_stream(url: str) -> None:
 
 def show_completions(url: str) -> None:
     """LangChain's client of `/v1/completions` sends its prompts as a list; `batch_size=1` makes that one a request."""
-    model = OpenAI(
-        model="default",
-        base_url=f"{url}/v1",
-        api_key="none",
-        max_tokens=256,
-        batch_size=1,
-        extra_body=SEARCH,
-        max_retries=0,
-    )
-    result = model.generate(list(PROBLEMS[:2]))
+    result = OpenAI(base_url=f"{url}/v1", batch_size=1, **COMMON).generate(list(PROBLEMS[:2]))
     for generations in result.generations:
         print(f"completions: {generations[0].text.splitlines()[-1]!r}")
     print(f"  llm_output: {result.llm_output}")

@@ -10,13 +10,11 @@ have to compute the trajectory again. A level is done when its slowest rank is.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench import rows
-from bench.ilp import RECORDED
+from bench.ilp import recorded_trees
 from bench.trees import Node
 
 NUM_RANKS = (2, 4, 8)
@@ -83,16 +81,12 @@ def gain(nodes: Sequence[Node], num_ranks: int, *, anywhere: bool) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    with gzip.open(RECORDED, "rt", encoding="utf-8") as lines:
-        trees = [json.loads(line) for line in lines]
+    ways = [(anywhere, count) for anywhere in (False, True) for count in NUM_RANKS]
+    header = ["width", *(f"{'anywhere' if anywhere else 'at home'}, {count} ranks" for anywhere, count in ways)]
     cells = [
-        [
-            tree["width"],
-            *(gain(tree["nodes"], count, anywhere=anywhere) for anywhere in (False, True) for count in NUM_RANKS),
-        ]
-        for tree in trees
+        [width, *(gain(nodes, count, anywhere=anywhere) for anywhere, count in ways)]
+        for width, nodes in recorded_trees()
     ]
-    header = ["width", *(f"{way}, {count} ranks" for way in ("at home", "anywhere") for count in NUM_RANKS)]
     print(rows.markdown(header, cells))
 
 

@@ -97,11 +97,6 @@ class ChildReq(Req):
         """What of the step is generated, with its delimiter once it has ended."""
         return tuple(self.output_ids_through_stop[self.num_given :])
 
-    @property
-    def given_ids(self) -> array[int]:
-        """The prompt and the steps before this one."""
-        return array("q", [*self.origin_input_ids, *self.output_ids[: self.num_given]])
-
     def _stop_match_tail_len(self, new_accepted_len: int) -> int:
         """sglang looks for stop strings in so many of the last tokens: in none from before the step."""
         num_last: int = super()._stop_match_tail_len(new_accepted_len)

@@ -16,6 +16,7 @@ TIMEOUT_S = 5.0
 MAX_ANSWER_CHARS = 1000  # nobody's final answer; sympy's time grows much faster than the text
 _BLANKS = re.compile(r"\s+|\\[,;:! ]|\\(?:left|right|displaystyle)\b")
 _UNITS = re.compile(r"\\(?:text|mathrm|mbox)\{\s*([^{}]*)\}")
+_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")  # written in one way only, so that others are unequal
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,13 @@ class Grade:
 
 
 def grade(process: MathProcess, answer: str | None, truth: str) -> Grade:
-    """One answer against the truth; numbers are compared without the process."""
+    """One answer against the truth; whole numbers are compared without the process."""
     same_text = strict(answer, truth)
-    if answer is None or normalise(answer) == normalise(truth) or len(answer) > MAX_ANSWER_CHARS:
-        return Grade(answer is not None and normalise(answer) == normalise(truth), same_text)
+    if answer is None:
+        return Grade(False, same_text)
+    is_same = normalise(answer) == normalise(truth)
+    if is_same or len(answer) > MAX_ANSWER_CHARS or all(map(_WHOLE_NUMBER.fullmatch, (answer, truth))):
+        return Grade(is_same, same_text)
     labels = process.ask([truth, answer], TIMEOUT_S)
     return Grade(labels == [0, 0], same_text, timed_out=labels is None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.client_search import table, wire
-from bench.client_search.choose import choose, cost_tree, kept_leaves
+from bench.client_search.choose import choose, kept_leaves
 from bench.client_search.driver import Client
 from sglang_ets.core.config import SearchConfig
-from sglang_ets.core.ilp import objective, solve
+from sglang_ets.core.ilp import CostTree, objective, solve
+from sglang_ets.core.kv_costs import token_costs
 from sglang_ets.core.search import Expand
 from sglang_ets.core.selection import Level, Rebase
 from sglang_ets.core.tree import SearchTree
@@ -82,8 +84,8 @@ def test_a_missing_log_probability_is_an_error(entries: list[list[Any]]) -> None
 # ---- selection ----
 
 
-def grown(branching: list[int], lengths: list[int]) -> tuple[SearchTree, list[int]]:
-    """A tree in which step i of each level has `branching[i % n]` children; returns it with its leaves."""
+def grown(branching: list[int], lengths: list[int]) -> CostTree:
+    """Of a tree in which step i of each level has `branching[i % n]` children."""
     tree = SearchTree(10)
     leaves = [tree.root]
     made = 0
@@ -96,17 +98,7 @@ def grown(branching: list[int], lengths: list[int]) -> tuple[SearchTree, list[in
                 below.append(child)
                 made += 1
         leaves = below
-    return tree, [leaf.id for leaf in leaves]
-
-
-def test_equal_steps_after_the_same_path_cost_once() -> None:
-    tree = SearchTree(10)
-    for ids in ((1, 2, 3), (1, 2, 3), (1, 2)):
-        tree.set_step(tree.add_child(tree.root), ids, "", "step")
-    costs = cost_tree(tree, [1, 2, 3])
-    assert costs.cost.tolist() == [3.0, 2.0]
-    assert costs.leaf.tolist() == [0, 0, 1]
-    assert costs.parent.tolist() == [-1, -1]
+    return token_costs([tree.trajectory_token_ids(leaf) for leaf in leaves])
 
 
 @settings(max_examples=25)
@@ -121,9 +113,8 @@ def test_the_client_selects_as_well_as_the_core(
     branching: list[int], lengths: list[int], seed: int, algorithm: Any, weight: float
 ) -> None:
     draw = np.random.default_rng(seed)
-    tree, leaf_ids = grown(branching, lengths)
-    costs = cost_tree(tree, leaf_ids)
-    size = len(leaf_ids)
+    costs = grown(branching, lengths)
+    size = costs.leaf.size
     level = Level(
         scores=draw.random(size), kv=costs, nodes=costs, embeddings=draw.normal(size=(size, 3)).astype(np.float32),
         subtree=np.arange(size) % 2, growth_tokens=1.0, remaining_width=16,
@@ -148,9 +139,8 @@ def test_the_client_selects_as_well_as_the_core(
 
 
 def test_ets_without_embeddings_is_refused() -> None:
-    tree, leaf_ids = grown([2], [3])
-    costs = cost_tree(tree, leaf_ids)
-    size = len(leaf_ids)
+    costs = grown([2], [3])
+    size = costs.leaf.size
     level = Level(np.ones(size), costs, costs, None, np.zeros(size, dtype=np.int64), 1.0, 4)
     with pytest.raises(ValueError, match="encoder"):
         choose(level, SearchConfig(algorithm="ets", width=4, coverage="uniform"))
@@ -209,14 +199,7 @@ def test_a_search_makes_two_calls_a_level(algorithm: Any) -> None:
         return np.array([[1.0, float(text[0] == "0")] for text in texts], dtype=np.float32)
 
     client = Client(policy, prm, Letters(), "=", encode)
-    config = SearchConfig(
-        coverage="uniform",
-        width=4,
-        step_delimiter=("\n",),
-        algorithm=algorithm,
-        max_tokens=64,
-        answer_pattern="the_answer_is",
-    )
+    config = replace(CONFIG, algorithm=algorithm, coverage="uniform", answer_pattern="the_answer_is")
     solved = client.solve("1+1\n", config)
     assert [len(side.calls) for side in (policy, prm)] == [2, 2]
     assert len(prm.calls[0]["input_ids"]) == 2  # four steps, of which two are different
@@ -239,14 +222,7 @@ def test_best_of_n_is_refused_because_it_knows_no_levels() -> None:
 
 
 def row(system: str, number: int, seconds: float, **more: float) -> dict[str, Any]:
-    made = {
-        "system": system,
-        "algorithm": "rebase",
-        "width": 16,
-        "in_flight": 8,
-        "round": number,
-        "problems": 8,
-    }
+    made = {"system": system, "algorithm": "rebase", "width": 16, "in_flight": 8, "round": number, "problems": 8}
     return made | {"seconds": seconds, "cpu_s": seconds, "completion_tokens": 800, "right": 6} | more
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -17,7 +16,6 @@ from bench.gpu import prepare, rehearse
 from bench.gpu.rehearse import PARTS, Part, run_part, run_within
 
 STAND_IN = Path(rehearse.__file__).parent / "stand_in"
-INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 def python(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
@@ -74,17 +72,6 @@ def test_the_stand_in_lets_everything_be_imported_and_nothing_be_called() -> Non
         f"{name} is not on this machine; choose a backend of sglang that does without it"
         for name in ("sgl_kernel.silu_and_mul", "sgl_kernel.kvcacheio.transfer_kv_all_layer")
     ]
-
-
-def test_decode_attention_is_checked_and_timed_in_the_interpreter(tmp_path: Path) -> None:
-    out = tmp_path / "rows.jsonl"
-    printed = python("-m", "bench.gpu.decode", "--smoke", "--out", str(out), env=INTERPRETED)
-    measured = [row for line in out.read_text(encoding="utf-8").splitlines() if "model" in (row := json.loads(line))]
-    assert [row["model"] for row in measured] == ["tiny", "tiny MHA"]
-    for row in measured:
-        assert row["tree_kv_bytes"] < row["stock_kv_bytes"]
-        assert min(row["stock_us"], row["tree_us"], row["bound_us"]) > 0
-    assert "| tiny MHA | float32 |" in printed
 
 
 def test_a_part_writes_its_rows_and_its_time(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from bench import capacity, fairness, soak
-from bench.fuzz import FAULTS, FuzzReport, outcome_of
+from bench.fuzz import FuzzReport, fault_of, outcome_of
 from bench.hostile import PATHS, HostileRequest, hostile_request
 from bench.soak import SoakReport, after_warm_up, slopes
 
@@ -26,14 +26,9 @@ def test_a_seed_names_the_hostile_requests() -> None:
 
 def test_hostile_requests_are_mostly_json_that_a_server_must_read() -> None:
     rng = random.Random(0)
-    bodies = [hostile_request(rng).body for _ in range(300)]
-    readable = 0
-    for body in bodies:
-        try:
-            readable += isinstance(json.loads(body), dict)
-        except (ValueError, RecursionError):
-            pass
-    assert readable > 250
+    requests = [hostile_request(rng) for _ in range(300)]
+    readable = [request for request in requests if request.fields()]
+    assert 250 < len(readable) < 300
 
 
 @pytest.mark.parametrize(
@@ -79,7 +74,7 @@ def test_a_documented_fault_is_known_by_field_and_message(
     body: object, status: int, message: str, name: str | None
 ) -> None:
     request = HostileRequest("/generate", json.dumps(body).encode())
-    assert next((key for key, fault in FAULTS.items() if fault.explains(request, status, message)), None) == name
+    assert fault_of(request, status, message) == name
 
 
 @pytest.mark.parametrize(
@@ -118,14 +113,8 @@ def test_each_rule_of_a_soak_can_be_broken(broken: dict[str, object], said: str)
 def test_a_soak_is_one_line_of_a_table() -> None:
     row = {**vars(SoakReport(minutes=3, seed=0)), "num_errors": 0, "ordinary": 9}
     row |= {"slopes_mb_per_min": {"sglang::sched": 0.25}, "memory_mb": {"sglang::sched": [900.0, 901.2]}}
-    row["outcomes"] = {
-        "search 200": 5,
-        "search 429": 1,
-        "search 504": 1,
-        "left 200": 2,
-        "hostile 400": 7,
-        "hostile 200": 1,
-    }
+    row["outcomes"] = {"search 200": 5, "search 429": 1, "search 504": 1, "left 200": 2}
+    row["outcomes"] |= {"hostile 400": 7, "hostile 200": 1}
     line = soak.table([row]).splitlines()[-1]
     assert [cell.strip() for cell in line.split("|")][1:8] == ["3", "5", "2", "2", "8", "0", "9"]
     assert "| sched 900 to 901 | sched +0.2 |" in line
@@ -139,9 +128,7 @@ def test_memory_slopes_leave_the_warm_up_out() -> None:
 
 def test_only_a_deadline_makes_a_late_search_the_clients_own_doing() -> None:
     assert soak.is_expected({"search": {"deadline_s": 1.0}}, 504)
-    assert [soak.is_expected({"search": {}}, status) for status in (200, 429, 504, 500, 400)] == [True, True] + [
-        False
-    ] * 3
+    assert [status for status in (200, 429, 504, 500, 400) if soak.is_expected({"search": {}}, status)] == [200, 429]
 
 
 def test_requests_without_an_answer_are_errors_and_end_no_client() -> None:
@@ -161,16 +148,8 @@ def test_capacity_compares_each_policy_at_its_own_best() -> None:
     made = [capacity_row("rebase", 8, 0.04), capacity_row("rebase", 1, 0.1), capacity_row("ets b=4", 8, 0.2)]
     made.append(capacity_row("ets b=4", 8, 0.3, "--search-kv-pressure", "4"))
     rebase, ets, pressed = capacity.table(made).splitlines()[2:]
-    assert [cell.strip() for cell in rebase.split("|")][4:11] == [
-        "rebase",
-        "0.04",
-        "0.1",
-        "1",
-        "1.00x",
-        "0.40",
-        "3 of 4",
-    ]
-    assert [cell.strip() for cell in ets.split("|")][4:11] == ["ets b=4", "0.2", "0.2", "8", "2.00x", "1.00", "3 of 4"]
+    assert "| rebase | 0.04 | 0.1 | 1 | 1.00x | 0.40 | 3 of 4 |" in rebase
+    assert "| ets b=4 | 0.2 | 0.2 | 8 | 2.00x | 1.00 | 3 of 4 |" in ets
     assert "| ets b=4 --search-kv-pressure 4 | 0.3 |" in pressed
 
 

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from bench import figures, rows, searches
-from bench.searches import (
-    GRIDS,
-    MODELS,
-    Runner,
-    Setting,
-    chosen,
-    cut_table,
-    grid_of,
-    parsed,
-    report,
-    stopping_table,
-    weak_prm,
-)
+from bench.searches import GRIDS, MODELS, Setting, grid_of, parsed
 
 REWARD = {"algorithm": "ets", "coverage": "reward"}
 
@@ -77,16 +64,15 @@ def test_chosen_is_the_least_kv_that_is_as_accurate_as_rebase() -> None:
     base = [summary("rebase", 0.80, 900), summary("dvts", 0.9, 1)]
     within = [summary("ets b=1 d=1", 0.79, 500), summary("ets b=2 d=1", 0.85, 600)]
     below = [summary("ets b=4 d=1", 0.78, 300)]
-    assert chosen([*base, *within, *below]) == "ets b=1 d=1"
-    assert chosen([*base, *below, summary("ets b=4 d=0", 0.7, 100)]) == "ets b=4 d=1"  # none is: the most accurate
+    assert searches.chosen([*base, *within, *below]) == "ets b=1 d=1"
+    none = [*base, *below, summary("ets b=4 d=0", 0.7, 100)]
+    assert searches.chosen(none) == "ets b=4 d=1", "the most accurate one"
 
 
 def test_the_weak_prm_is_the_policy_model_in_the_format_of_the_strong_one(tmp_path: Path) -> None:
-    folder = weak_prm(tmp_path)
+    folder = searches.weak_prm(tmp_path)
     assert (folder / "model.safetensors").read_bytes() == (MODELS / "policy" / "model.safetensors").read_bytes()
-    assert json.loads((folder / "prm_config.json").read_text()) == json.loads(
-        (MODELS / "prm" / "prm_config.json").read_text()
-    )
+    assert (folder / "prm_config.json").read_bytes() == (MODELS / "prm" / "prm_config.json").read_bytes()
 
 
 def test_a_run_goes_on_where_its_split_prm_and_seed_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,15 +81,11 @@ def test_a_run_goes_on_where_its_split_prm_and_seed_stopped(tmp_path: Path, monk
         searches, "solve", lambda _client, setting, problem, _seed: row(setting.name, problem["prompt"], True, 1, latency_s=8.0)
     )  # fmt: skip
     out = tmp_path / "rows.jsonl"
-    for other in (
-        {},
-        {"problem": "b", "prm": "weak"},
-        {"problem": "b", "split": "validation"},
-        {"problem": "b", "seed": 1},
-    ):
-        rows.append(out, row("rebase", "a", True, 1) | other)
+    rows.append(out, row("rebase", "a", True, 1))
+    for other in ({"prm": "weak"}, {"split": "validation"}, {"seed": 1}):
+        rows.append(out, row("rebase", "b", True, 1) | other)
     settings = [Setting(name, 16, {"algorithm": name}) for name in ("rebase", "dvts")]
-    Runner([cast(Any, None)], 4, "strong", 0).run(settings, "test", 2, out)
+    searches.Runner([cast(Any, None)], 4, "strong", 0).run(settings, "test", 2, out)
     made = list(rows.read(out))[4:]
     assert [(one["policy"], one["problem"], one["seconds"]) for one in made] == [
         ("dvts", "a", 2.0), ("rebase", "b", 2.0), ("dvts", "b", 2.0),
@@ -112,12 +94,9 @@ def test_a_run_goes_on_where_its_split_prm_and_seed_stopped(tmp_path: Path, monk
 
 def test_splits_and_prms_have_tables_of_their_own() -> None:
     weak = [row("rebase", "a", True, 100, prm="weak"), row("ets b=1 d=0", "a", False, 50, prm="weak")]
-    other = [
-        row("rebase", "a", True, 80),
-        row("rebase", "a", True, 1, seed=1),
-        row("rebase", "a", True, 9, split="validation"),
-    ]
-    text = report("coverage", [*weak, *other], seed=0)
+    other = [row("rebase", "a", True, 80), row("rebase", "a", True, 1, seed=1)]
+    other.append(row("rebase", "a", True, 9, split="validation"))
+    text = searches.report("coverage", [*weak, *other], seed=0)
     titles = [line for line in text.splitlines() if line and not line.startswith("|")]
     assert titles == ["validation problems, strong PRM", "test problems, weak PRM", "test problems, strong PRM"]
     assert "| ets b=1 d=0 | 16 | 1 | 0.000 | -1.000 [-1.000, -1.000] | 50 |" in text
@@ -127,9 +106,10 @@ def test_splits_and_prms_have_tables_of_their_own() -> None:
 def test_a_cut_is_the_mean_of_its_problems_however_many_a_row_has() -> None:
     seen = {"leaves": 8.0, "distinct_texts": 6.0, "distinct_meanings": 3.0, "clusters": 2.0, "purity": 0.5}
     several = [{"policy": "ets cut=0.1", "problems": 40, "kv_tokens_mean": 9.0, "is_right": 0.75, **seen}]
-    assert cut_table(several).splitlines()[-1] == "| 0.1 | 8.0 | 6.0 | 3.0 | 2.0 | 0.500 | 9 | 30/40 |"
+    assert searches.cut_table(several).splitlines()[-1] == "| 0.1 | 8.0 | 6.0 | 3.0 | 2.0 | 0.500 | 9 | 30/40 |"
     single = [row("ets cut=0.2", name, name == "a", held, **seen) for name, held in (("a", 10), ("b", 20))]
-    assert cut_table([*several, *single]).splitlines()[2:] == ["| 0.2 | 8.0 | 6.0 | 3.0 | 2.0 | 0.500 | 15 | 1/2 |"]
+    both = searches.cut_table([*several, *single]).splitlines()[2:]
+    assert both == ["| 0.2 | 8.0 | 6.0 | 3.0 | 2.0 | 0.500 | 15 | 1/2 |"]
 
 
 def test_a_picture_has_a_panel_for_each_width_with_points_enough(
@@ -142,7 +122,7 @@ def test_a_picture_has_a_panel_for_each_width_with_points_enough(
     policies = ["rebase", "dvts", "dora", "beam", "ets b=2", "ets b=4 d=0"]
     done = [row(policy, "a", True, 10 * at + 10) for at, policy in enumerate(policies)]
     done += [row("rebase", "a", True, 10, width=64, setting="rebase@64")]
-    report("kv_footprint", done, 0, tmp_path / "plot.png")
+    searches.report("kv_footprint", done, 0, tmp_path / "plot.png")
     (axis,) = made[0].axes
     monkeypatch.undo()
     pyplot.close(made[0])
@@ -165,10 +145,8 @@ def test_searches_that_end_early_are_compared_problem_by_problem_with_those_that
         row("rebase, off", "1+2", True, 10, answer="3", levels=8),
         row("rebase, likely 0.8", "1+1", True, 10, answer="2", levels=4, completion_tokens=50),
         row("rebase, likely 0.8", "1+2", False, 10, answer="4", levels=6, completion_tokens=80),
-        row(
-            "rebase, likely 0.8", "9+9", False, 10, answer="4", levels=1
-        ),  # never searched to the end: compared with nothing
+        row("rebase, likely 0.8", "9+9", False, 10, answer="4", levels=1),  # never searched to the end: left out
     ]
-    off, likely = (line.split(" | ") for line in stopping_table(done).splitlines()[2:][::-1])
+    off, likely = (line.split(" | ") for line in searches.stopping_table(done).splitlines()[2:][::-1])
     assert off[2:] == ["off", "2/2", "0/2", "0.0%", "0.0%", "0.0% |"]
     assert likely[2:] == ["likely 0.8", "1/2", "1/2", "35.0%", "37.5%", "0.0% |"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import kernels, readme, rows, server
+from bench import demo, kernels, readme, rows, server
 
 ROOT = Path(__file__).parents[2]
 BENCHES = re.findall(r"^BENCHES := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[0].split()
@@ -44,6 +47,20 @@ def test_a_smoke_runs_as_far_as_its_server(
     assert len(list(rows.read(out))) == SERVERLESS[bench]
     assert list(rows.runs(out)) == [1]
     assert "|---|" in capsys.readouterr().out
+
+
+def test_the_demo_asks_its_server_for_each_problem_by_each_policy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[argparse.Namespace] = []
+    monkeypatch.setattr(demo, "running_server", lambda *_args, **_options: nullcontext("http://127.0.0.1:1"))
+    monkeypatch.setattr(demo.run, "main", lambda flags: asked.append(demo.run.parser().parse_args(flags)))
+    monkeypatch.setattr(sys, "argv", ["demo", "--problems", "2", "--width", "4"])
+    demo.main()
+    ways = [(way.width, json.loads(way.search)["algorithm"]) for way, _ in demo.run.jobs_of(asked[0])]
+    assert ways == [(4, policy) for policy in demo.POLICIES] * 2
+    assert asked[0].base_url == "http://127.0.0.1:1"
+    assert "make serve" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)

@@ -10,13 +10,8 @@ from bench.tables import against, equal_cost_tables, frontier, interval, reduced
 
 
 def row(policy: str, problem: str, is_right: bool, held: float, width: int = 16, **more: Any) -> dict[str, Any]:
-    cost = {
-        "kv_tokens_mean": held,
-        "kv_tokens_peak": 2 * held,
-        "kv_referenced_mean": held,
-        "prm_tokens": 5,
-        "levels": 3,
-    }
+    cost = {"kv_tokens_mean": held, "kv_tokens_peak": 2 * held, "kv_referenced_mean": held}
+    cost |= {"prm_tokens": 5, "levels": 3}
     made = {"setting": f"{policy}@{width}", "policy": policy, "width": width, "problem": problem, "is_right": is_right}
     return made | {"completion_tokens": 100 * width, "seconds": 1.0, "seed": 0} | cost | more
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.testbed import train as training
 from bench.testbed.muon import Muon, orthogonal
@@ -60,12 +60,21 @@ def test_muon_agrees_with_torchs_but_for_its_precision() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.03)
 
 
+def small_network(seed: int) -> LlamaForCausalLM:
+    """`new_network`, so small that an update takes a millisecond."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    config = LlamaConfig(**{**new_network(0).config.to_dict(), **sizes})
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Accuracies that the probes will find, in order; then always the last."""
     accuracies = [0.1, 0.9, 0.95]
     monkeypatch.setattr(training, "CHECKPOINT_EVERY_UPDATES", 2)
     monkeypatch.setattr(training, "NUM_PROBED", 2)
+    monkeypatch.setattr(training, "new_network", small_network)
     monkeypatch.setattr(
         training, "greedy_accuracy", lambda _n, _p: accuracies.pop(0) if len(accuracies) > 1 else accuracies[0]
     )
@@ -80,27 +89,14 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_first_good_probe_is_the_policy_model_and_the_end_is_the_prm(tmp_path: Path, probed: list[float]) -> None:
-    shipped: list[int] = []
-    run = training.Run(TINY, tmp_path, tmp_path / "kept.pt")
+def test_the_first_good_probe_is_the_policy_model_and_the_end_is_the_prm(
+    tmp_path: Path, probed: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped: list[str] = []
     ship = training.ship
-
-    def counting(network: LlamaForCausalLM, folder: Path) -> None:
-        shipped.append(folder.name == "policy")
-        ship(network, folder)
-
-    training.ship = counting
-    try:
-        run.to_end(short_model=None)
-    finally:
-        training.ship = ship
-    assert shipped == [
-        True,
-        False,
-        True,
-        False,
-        False,
-    ]  # two probes, each a policy model and a preliminary PRM; the PRM
+    monkeypatch.setattr(training, "ship", lambda net, folder: (shipped.append(folder.name), ship(net, folder)))
+    training.Run(TINY, tmp_path, tmp_path / "kept.pt").to_end(short_model=None)
+    assert shipped == ["policy", "prm", "policy", "prm", "prm"], "two probes ship both, the end the PRM"
     assert probed == [0.95]
     assert not equal(weights(tmp_path / "policy"), weights(tmp_path / "prm"))
     assert not (tmp_path / "kept.pt").exists()
@@ -142,7 +138,7 @@ def test_the_rate_is_flat_and_then_falls_to_zero(
 
 
 def test_a_model_that_knows_short_problems_leaves_out_the_first_stage(tmp_path: Path, probed: list[float]) -> None:
-    training.ship(new_network(3), tmp_path / "short")
+    training.ship(small_network(3), tmp_path / "short")
     training.Run(TINY, tmp_path / "a", tmp_path / "a.pt").to_end(tmp_path / "short")
     training.Run(replace(TINY, short=Stage(3, 3, 9, 9)), tmp_path / "b", tmp_path / "b.pt").to_end(tmp_path / "short")
     assert equal(weights(tmp_path / "a" / "prm"), weights(tmp_path / "b" / "prm"))

@@ -71,7 +71,8 @@ Script = Callable[[ChildReq], Sequence[int]]  # a child -> all tokens that it wo
 
 def given(req: Any) -> Sequence[int]:
     """What a request continues: the prompt, and the steps before a child's."""
-    return req.given_ids if isinstance(req, ChildReq | DrawnFor) else req.origin_input_ids
+    in_outputs = req.output_ids[: req.num_given] if isinstance(req, ChildReq | DrawnFor) else ()
+    return [*req.origin_input_ids, *in_outputs]
 
 
 def three_steps(child: ChildReq) -> Sequence[int]:

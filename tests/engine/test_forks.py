@@ -17,7 +17,7 @@ from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.engine.children import ChildReq, ChildSpec, SearchIds, counts_outputs, make_child
 from sglang_ets.engine.forks import ForkRoom, Forks, can_fork
 from sglang_ets.kv import Hold
-from tests.engine.fakes import FakeForks, FakeScheduler, World, request
+from tests.engine.fakes import FakeForks, FakeScheduler, World, given, request
 from tests.prm.streams import Streams
 
 ALGORITHMS = tuple(BUILT_IN)
@@ -76,7 +76,7 @@ def test_a_fork_has_its_last_input_among_its_outputs_and_nobody_sees_it_there() 
     child = child_of([*b"ab"], stop=["bc"], num_new=3)
     assert (text(child.origin_input_ids), text(child.output_ids)) == (b"Qa", b"b")
     assert child.sampling_params.max_new_tokens == 4
-    assert (text(child.given_ids), child.step_ids) == (b"Qab", ())
+    assert (text(given(child)), child.step_ids) == (b"Qab", ())
     child.output_ids.extend(b"c")
     child.update_finish_state()
     assert not child.finished(), "the b stands before the step"

@@ -68,8 +68,10 @@ def tree_of(world: World) -> Any:
     return world.answer()["tree"]
 
 
-@pytest.mark.parametrize("width", [4, 16, 64])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+WIDE = [(algorithm, 64) for algorithm in ("ets", "best_of_n", "dvts")]
+
+
+@pytest.mark.parametrize(("algorithm", "width"), [*itertools.product(ALGORITHMS, (4, 16)), *WIDE])
 def test_trees_are_those_of_a_row_per_node(algorithm: str, width: int) -> None:
     trees = {mode: tree_of(grown(world_of(mode), width=width, algorithm=algorithm)) for mode in MODES}
     assert trees["shared"] == trees["decode"] == trees["extend"]

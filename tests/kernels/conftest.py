@@ -17,6 +17,11 @@ BACKENDS = ("triton",) if INTERPRETED else ("reference",)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def with_dtypes(*values: object) -> list[tuple[object, torch.dtype]]:
+    """Each value in float32, and the last in every other dtype: the interpreter is too slow for every pair."""
+    return [*((value, torch.float32) for value in values), *((values[-1], dtype) for dtype in DTYPES[1:])]
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param

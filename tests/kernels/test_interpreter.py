@@ -19,6 +19,7 @@ FILES = (
     *(f"kernels/test_{name}.py" for name in KERNELS),
     "engine/test_tree_attention.py",
     "engine/test_tree_attention_model.py",
+    "bench/test_gpu_decode.py",
 )
 TIMEOUT_S = 600
 

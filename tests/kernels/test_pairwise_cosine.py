@@ -13,6 +13,8 @@ from sglang_ets.kernels.dispatch import INTERPRETED
 from sglang_ets.kernels.pairwise_cosine import BLOCK_N, MAX_EMBEDDINGS
 from sglang_ets.kernels.traffic import pairwise_cosine_traffic
 
+from tests.kernels.conftest import with_dtypes
+
 Counting = Callable[[], AbstractContextManager]  # the fixture of conftest.py
 module = importlib.import_module("sglang_ets.kernels.pairwise_cosine")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreter.py, under TRITON_INTERPRET=1")
@@ -34,12 +36,12 @@ def assert_distances(embeddings: torch.Tensor, backend: str) -> None:
     assert float(result.min()) >= 0.0 and float(result.max()) <= 2.0
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, BLOCK_N, BLOCK_N + 1, 2 * BLOCK_N + 3])
+@pytest.mark.parametrize(("num_rows", "dtype"), with_dtypes(1, 2, BLOCK_N, BLOCK_N + 1, 2 * BLOCK_N + 3))
 def test_tile_edges(backend: str, dtype: torch.dtype, num_rows: int, generator: torch.Generator) -> None:
     assert_distances(torch.randn(num_rows, 100, generator=generator).to(dtype), backend)
 
 
-@pytest.mark.parametrize("hidden_size", [1, 128, 256, 1000, 4096, 8192])
+@pytest.mark.parametrize(("hidden_size", "dtype"), with_dtypes(1, 128, 256, 1000, 4096, 8192))
 def test_hidden_sizes(backend: str, dtype: torch.dtype, hidden_size: int, generator: torch.Generator) -> None:
     assert_distances((torch.randn(9, hidden_size, generator=generator) + 0.3).to(dtype), backend)
 
@@ -48,7 +50,7 @@ def test_largest_width(backend: str, generator: torch.Generator) -> None:
     assert_distances(torch.randn(MAX_EMBEDDINGS, 16, generator=generator), backend)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every_other_row", "column_slice"])
+@pytest.mark.parametrize(("layout", "dtype"), with_dtypes("transposed", "every_other_row", "column_slice"))
 def test_non_contiguous(backend: str, dtype: torch.dtype, layout: str, generator: torch.Generator) -> None:
     wide = torch.randn(80, 300, generator=generator).to(dtype)
     embeddings = {

@@ -12,6 +12,8 @@ from sglang_ets.kernels import step_score
 from sglang_ets.kernels.dispatch import INTERPRETED
 from sglang_ets.kernels.traffic import step_score_traffic
 
+from tests.kernels.conftest import with_dtypes
+
 Counting = Callable[[], AbstractContextManager]  # the fixture of conftest.py
 module = importlib.import_module("sglang_ets.kernels.step_score")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreter.py, under TRITON_INTERPRET=1")
@@ -43,7 +45,7 @@ def random_head(num_rows: int, hidden_size: int, generator: torch.Generator) -> 
     return torch.randn(num_rows, hidden_size, generator=generator) / hidden_size**0.5
 
 
-@pytest.mark.parametrize("hidden_size", [1, 128, 256, 1000, 4096, 8192])
+@pytest.mark.parametrize(("hidden_size", "dtype"), with_dtypes(1, 128, 256, 1000, 4096, 8192))
 def test_sizes(backend: str, dtype: torch.dtype, hidden_size: int, generator: torch.Generator) -> None:
     hidden = torch.randn(11, hidden_size, generator=generator).to(dtype)
     assert_scored(hidden, random_head(2, hidden_size, generator).to(dtype), None, "softmax", backend)

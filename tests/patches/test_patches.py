@@ -192,6 +192,8 @@ cpu_shim.install()
 from sglang.srt.plugins.hook_registry import HookRegistry
 assert not any(patches.is_applied(patch) for patch in patches.PATCHES)
 
+sources = patches.Sources.installed()  # parsed once
+patches.Sources.installed = lambda: sources
 patches.PATCHES = tuple(dataclasses.replace(patch, tested=()) for patch in patches.PATCHES)
 os.environ["SGLANG_ETS_SEARCH"] = "ets"
 try:

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def corpus() -> list[str]:
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+@cache
 def byte_level() -> Tokenizer:
     """As Qwen's and Llama 3's."""
     tokenizer = Tokenizer(models.BPE())
@@ -62,6 +64,7 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
+@cache
 def sentence_piece() -> Tokenizer:
     """As Llama 2's and Mistral's: a space belongs to the word behind it, and a text begins with one."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ def scheduler() -> Iterator[Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with policy_runtime(0, 1, port) as arguments:
+        gc.freeze()  # each pool that sglang makes begins with a collection, which would look through all that is imported
         yield SimpleNamespace(server_args=arguments, tokenizer=TOKENIZER, nccl_port=port, enable_overlap=False)
 
 

@@ -2,16 +2,18 @@
 
 Each scores the tree of a search.
 
-Two processes with gloo between them and no server: tests/prm/two_ranks.py.
+Two processes with gloo between them and no server, forked from one that has imported sglang: tests/prm/two_ranks.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,26 +92,20 @@ def run_both(wanted: Sequence[Wanted], folder: Path) -> list[list[dict[str, Any]
         for one in wanted
     ]
     jobs.write_text(json.dumps(given), encoding="utf-8")
-    port, results = _free_port(), [folder / f"rank{rank}.json" for rank in range(NUM_RANKS)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.prm.two_ranks", str(rank), str(port), str(jobs), str(result)],
-            env={**os.environ, **ENVIRONMENT},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+    command = [sys.executable, "-m", "tests.prm.two_ranks", str(_free_port()), str(jobs), str(folder)]
+    log = folder / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out, start_new_session=True
         )
-        for rank, result in enumerate(results)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=LIMIT_S)
-            assert process.returncode == 0, said[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
+        try:
+            status = process.wait(LIMIT_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks, if they still run
             process.wait()
-    return [json.loads(result.read_text(encoding="utf-8")) for result in results]
+    assert status == 0, log.read_text(encoding="utf-8")[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(NUM_RANKS)]
 
 
 def test_all_formats_on_two_ranks(tmp_path: Path, load_engine: Any) -> None:

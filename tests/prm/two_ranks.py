@@ -1,16 +1,19 @@
-"""One of two tensor-parallel ranks on a CPU, without a server: loads one PRM after the other and scores the same steps.
+"""Two tensor-parallel ranks on a CPU, without a server: each loads one PRM after the other and scores the same steps.
 
-`python -m tests.prm.two_ranks RANK PORT JOBS RESULTS`: both files are JSON; the parent starts one process for each rank.
+`python -m tests.prm.two_ranks PORT JOBS FOLDER`: `JOBS` is a JSON file, and each rank writes one into `FOLDER`. sglang is
+imported once, then this process forks the ranks: most of their time would go into the import.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import multiprocessing.connection
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +28,15 @@ from tests.prm.runtime import policy_runtime  # noqa: E402
 NUM_RANKS = 2
 CORES = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(NUM_RANKS))  # a core for each, if there are two
 POOL_TOKENS = 4000
+END_LIMIT_S = 30  # for the second rank, once the first has ended
+IMPORTED_ONCE = ("sglang.srt.managers.tp_worker", "sglang.srt.models.registry", "sglang_ets.prm.engine")
 Step = tuple[int, str]  # the number of the step before it, from 1 on or 0 for none, and its text
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "SGLANG_CPU_OMP_THREADS_BIND": CORES,
     "SGLANG_NCCL_SO_PATH": "/nonexistent",
     "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
 }
 
 
@@ -97,13 +103,32 @@ def run(scheduler: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {"scores": scores, "stats": engine.stats()}
 
 
-def main() -> None:
-    gc.disable()  # most of the time goes into imports
-    rank, port, jobs, results = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-    os.environ.update(ENVIRONMENT)
+def run_rank(rank: int, port: int, jobs: Path, folder: Path) -> None:
+    """All PRMs on one rank, in its process."""
     with scheduler(rank, port) as made:
         outcomes = [run(made, job) for job in json.loads(jobs.read_text(encoding="utf-8"))]
-    results.write_text(json.dumps(outcomes), encoding="utf-8")
+    (folder / f"rank{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
+
+
+def main() -> None:
+    gc.disable()  # most of the time goes into imports
+    port, jobs, folder = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    os.environ.update(ENVIRONMENT)
+    for name in IMPORTED_ONCE:
+        import_module(name)
+    gc.freeze()  # each pool that sglang makes begins with a collection, which would look through all of them
+    ranks = [
+        multiprocessing.get_context("fork").Process(target=run_rank, args=(rank, port, jobs, folder))
+        for rank in range(NUM_RANKS)
+    ]
+    for rank in ranks:
+        rank.start()
+    multiprocessing.connection.wait([rank.sentinel for rank in ranks])  # one that fails leaves the other waiting for it
+    for rank in ranks:
+        rank.join(END_LIMIT_S)
+        rank.kill()
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def test_answers_are_compared_by_value_and_by_text(
     assert grade(process, answer, truth) == expected
 
 
+def test_whole_numbers_start_no_process() -> None:
+    made = MathProcess()
+    assert [grade(made, answer, "4").is_right for answer in ("4", "-4", "40", "4.0")] == [True, False, False, True]
+    assert made._process is None
+
+
 def test_an_answer_that_takes_too_long_is_wrong_and_marked(
     process: MathProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
