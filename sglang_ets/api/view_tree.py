@@ -130,9 +130,10 @@ def kv_levels(
 ) -> tuple[KvLevel, ...]:
     """KV of each level, counted from the token ids as the radix cache counts it: a shared beginning counts once.
 
-    The last token of a trajectory has no KV yet. On pages of one token this equals what the server measured; larger pages share
-    less. A search that selects nothing has no levels that are complete at one time, so only what was measured is given; nor has
-    one that revived pruned steps, whose measured levels are of several depths and so not given either.
+    The last token of a trajectory has no KV yet. On pages of one token this equals what the server measured, which with the
+    overlap schedule may have that token, too; larger pages share less. A search that selects nothing has no levels that are
+    complete at one time, so only what was measured is given; nor has one that revived pruned steps, whose measured levels are
+    of several depths and so not given either.
     """
     is_mixed = any(node.level != node.depth for node in nodes)
     given = {} if is_mixed else {level.get("depth"): level for level in measured if isinstance(level, dict)}
