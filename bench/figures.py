@@ -15,6 +15,7 @@ COMPARABLE = 0.9  # of the most problems in a panel: with fewer, a point is pale
 FEWEST_POINTS = 5  # of a panel: less is a table
 COLOURS = {
     "best_of_n": "#7f7f7f", "beam": "#b8860b", "dvts": "#2a9d4e", "dora": "#e377c2", "particles": "#17becf",
+    "subpool": "#8c564b",
     "rebase": "#000000", "ets_kv": "#1f77b4", "ets": "#d62728", "ets uniform": "#9467bd", "ets published": "#9467bd",
 }  # fmt: skip
 MARKERS = {"0.5": "v", "1": "o", "2": "s", "4": "D"}  # by kv_cost_weight

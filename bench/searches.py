@@ -53,7 +53,7 @@ PUBLISHED = {"coverage": "uniform", "cluster_distance": 0.05, "center_embeddings
 TOLERANCE = 0.01  # of accuracy, below REBASE, for weights that are chosen
 LIKELY = (0.95, 0.8)  # probabilities at which an answer is taken for final
 PLAIN = ("best_of_n", "dvts", tables.BASELINE)
-SEARCHES = ("best_of_n", "beam", "dvts", "dora", "particles", tables.BASELINE)
+SEARCHES = ("best_of_n", "beam", "dvts", "dora", "particles", "subpool", tables.BASELINE)
 
 Split = Literal["validation", "test"]
 Problem = Mapping[str, Any]  # prompt and answer

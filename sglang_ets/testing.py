@@ -7,7 +7,8 @@
 
 A tree is what `return_tree` brings (`sglang-ets ask "7*8=" --tree tree.json` saves one, `sglang-ets run` a file of them); with
 `return_embeddings` its levels have embeddings. Every level that was selected from is shown to the policy as the server would
-show it. Its children are those that were recorded, whatever the policy decides: a level is a question, not a game.
+show it. Its children are those that were recorded, whatever the policy decides: a level is a question, not a game. A policy
+that reads pruned leaves sees those that the record has pruned.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from sglang_ets.core.allocation import best_places
 from sglang_ets.core.clusters import RunningCenter
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.kv_costs import token_costs
+from sglang_ets.core.registry import num_pruned_shown
 from sglang_ets.core.selection import Level, Selection, SelectionPolicy, checked
 
 Tree = Mapping[str, Any]
@@ -54,8 +57,10 @@ def replay(
     """
     for number, tree in enumerate(one for given in trees for one in trees_in(given)):
         own = config or SearchConfig(width=max(2, _width_of(tree["nodes"])))
-        for level, leaf_ids in levels_of(tree["nodes"], center=own.center_embeddings, seed=own.seed):
-            name = type(policy).__name__
+        name, most = type(policy).__name__, num_pruned_shown(policy, own.width)
+        for level, leaf_ids in levels_of(
+            tree["nodes"], center=own.center_embeddings, seed=own.seed, num_pruned=most, max_steps=own.max_steps
+        ):
             selection, again = (checked(policy.select(level, own), level, name) for _ in range(2))
             if selection.allocation.tolist() != again.allocation.tolist():
                 raise ValueError(
@@ -92,16 +97,28 @@ def trees_in(given: Tree | Path | str) -> Iterator[Tree]:
 
 
 def levels_of(
-    nodes: Sequence[Mapping[str, Any]], *, center: bool = True, seed: int = 0
+    nodes: Sequence[Mapping[str, Any]],
+    *,
+    center: bool = True,
+    seed: int = 0,
+    num_pruned: int = 0,
+    max_steps: int = SearchConfig.max_steps,
 ) -> Iterator[tuple[Level, tuple[int, ...]]]:
-    """Each level of a recorded tree that was selected from, with the ids of its leaves."""
+    """Each level of a recorded tree that was selected from, with the ids of its leaves.
+
+    With `num_pruned`, the best so many of the leaves pruned before stand after its own, as in a search of `max_steps`.
+    """
     by_id = {node["id"]: node for node in nodes}
+    selected = _selected_in(nodes)
     running = RunningCenter()
-    for depth in sorted({node["depth"] for node in nodes}):
-        leaves = [n for n in nodes if n["depth"] == depth and n["state"] in ("retained", "pruned")]
-        width = sum(leaf["allocation"] for leaf in leaves)
-        if not width:
+    pruned: list[Mapping[str, Any]] = []
+    for number in sorted(set(map(_level, nodes))):
+        own = [n for n in nodes if _level(n) == number and n["state"] in ("retained", "pruned")]
+        width = sum(by_id[node_id]["allocation"] for node_id, at in selected.items() if at == number)
+        leaves = own + pruned
+        if not width or not leaves:
             continue
+        pruned = _revivable(leaves, selected, number, num_pruned if number < max_steps else 0)
         paths = [_path(leaf, by_id) for leaf in leaves]
         embeddings = None
         if all(leaf.get("embedding") is not None for leaf in leaves):
@@ -117,13 +134,34 @@ def levels_of(
             subtree=np.array([firsts[path[0]["id"]] for path in paths], dtype=np.int64),
             growth_tokens=width * sum(steps) / len(steps),
             remaining_width=width,
-            depth=depth,
+            depth=max(map(len, paths)),
             seed=seed,
             texts=tuple(leaf["text"] for leaf in leaves),
             path_scores=tuple(tuple(step["score"] for step in path) for path in paths),
             parents=np.array([leaf["parent"] for leaf in leaves], dtype=np.int64),
+            number=number,
+            is_pruned=np.arange(len(leaves)) >= len(own) if num_pruned else None,
         )
         yield level, tuple(leaf["id"] for leaf in leaves)
+
+
+def _level(node: Mapping[str, Any]) -> int:
+    """In which a step was sampled."""
+    return int(node.get("level", node["depth"]))
+
+
+def _selected_in(nodes: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Node id -> the level whose selection let it go on: its own, or a later one that revived it."""
+    below = {node["parent"]: _level(node) - 1 for node in nodes}
+    return {node["id"]: below.get(node["id"], _level(node)) for node in nodes if node["state"] == "retained"}
+
+
+def _revivable(
+    leaves: Sequence[Mapping[str, Any]], selected: Mapping[int, int], number: int, most: int
+) -> list[Mapping[str, Any]]:
+    """The best of the leaves that did not go on at this level, by depth and place as in the record."""
+    left = sorted((leaf for leaf in leaves if selected.get(leaf["id"]) != number), key=lambda leaf: leaf["id"])
+    return [left[at] for at in best_places(np.array([leaf["score"] for leaf in left], dtype=np.float64), most).tolist()]
 
 
 def _path(node: Mapping[str, Any] | None, by_id: Mapping[int, Mapping[str, Any]]) -> list[Mapping[str, Any]]:

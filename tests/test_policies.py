@@ -155,7 +155,7 @@ class Curious(Rebase):
         ("/nowhere/top_k.py:TopK", "cannot be loaded (FileNotFoundError"),
         ("tests.test_policies:Missing", "cannot be loaded (AttributeError"),
         ("tests.test_policies:ROOT", "must be a class with a method select"),
-        ("tests.test_policies:Curious", "whose `reads` are among costs, embeddings, got ['weather']"),
+        ("tests.test_policies:Curious", "whose `reads` are among costs, embeddings, pruned, got ['weather']"),
         ("sglang_ets.core.selection:Ets", "is named 'ets', and so is another policy"),
     ],
 )

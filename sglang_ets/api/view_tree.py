@@ -32,6 +32,7 @@ class ViewNode:
     cluster: int | None
     state: str
     reason: str
+    level: int  # in which it was sampled; its depth, unless the search revived a pruned step above it
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ def _read_node(place: int, plain: Any) -> ViewNode:
         _refuse(place, "allocation", "must be an integer of 0 or more", allocation)
     reason = str(plain.get("reason") or "")
     where = (plain["id"], plain["parent"], plain["depth"])
+    level: Any = plain.get("level", plain["depth"])
+    if not _is_count(level):
+        _refuse(place, "level", "must be an integer of 0 or more", level)
     return ViewNode(
-        *where, text, tuple(token_ids), plain.get("finish"), score, allocation, cluster, plain["state"], reason
+        *where, text, tuple(token_ids), plain.get("finish"), score, allocation, cluster, plain["state"], reason, level
     )
 
 
@@ -128,9 +132,11 @@ def kv_levels(
 
     The last token of a trajectory has no KV yet. On pages of one token this equals what the server measured, which with the
     overlap schedule may have that token, too; larger pages share less. A search that selects nothing has no levels that are
-    complete at one time, so only what was measured is given.
+    complete at one time, so only what was measured is given; nor has one that revived pruned steps, whose measured levels are
+    of several depths and so not given either.
     """
-    given = {level.get("depth"): level for level in measured if isinstance(level, dict)}
+    is_mixed = any(node.level != node.depth for node in nodes)
+    given = {} if is_mixed else {level.get("depth"): level for level in measured if isinstance(level, dict)}
     trie = _Trie(nodes)
     width = sum(node.depth == 1 for node in nodes)
     levels = []
@@ -140,7 +146,7 @@ def kv_levels(
         width -= sum(node.state == "complete" for node in made)
         leaves = [node for node in scored if node.state in ("retained", "pruned")]
         kept = [node for node in leaves if node.state == "retained"]
-        is_known = algorithm != SELECTING_NOTHING and bool(trie)
+        is_known = algorithm != SELECTING_NOTHING and not is_mixed and bool(trie)
         is_selected = is_known and bool(kept)
         rebase = _rebase_keeps(leaves, width, rebase_temperature) if is_selected else None
         levels.append(

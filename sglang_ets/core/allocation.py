@@ -16,6 +16,11 @@ def by_score(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.argsort(-scores, kind="stable").astype(np.int64)
 
 
+def best_places(scores: NDArray[np.float64], most: int) -> NDArray[np.int64]:
+    """Indices of the best so many, in order; of equal scores the first ones."""
+    return np.sort(by_score(scores)[:most])
+
+
 def rebase_allocation(
     scores: NDArray[np.float64],  # float64[L]
     width: int,

@@ -228,6 +228,11 @@ class SearchConfig:
         return "embeddings" in registry.reads(self.algorithm)
 
     @property
+    def num_pruned_shown(self) -> int:
+        """Pruned leaves that a level holds at most beside its own; 0: what is pruned does not come back."""
+        return registry.num_pruned_shown(self.policy, self.width)
+
+    @property
     def is_solved(self) -> bool:
         """Whether an integer program chooses the leaves."""
         return self.algorithm in ("ets_kv", "ets")

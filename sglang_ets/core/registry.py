@@ -32,8 +32,10 @@ BUILT_IN = {
     "ets": "sglang_ets.core.selection:Ets",
     "dora": "sglang_ets.core.dora:Dora",
     "particles": "sglang_ets.core.particles:Particles",
+    "subpool": "sglang_ets.core.subpool:Subpool",
 }
-READS = ("costs", "embeddings")  # what a policy may ask its levels to hold
+READS = ("costs", "embeddings", "pruned")  # what a policy may ask its levels to hold
+PRUNED_PER_WIDTH = 4  # pruned leaves that a level holds at most if its policy reads them, in multiples of the width
 _NAME = regex.compile(r"[a-z][a-z0-9_]*")
 _given: dict[str, type] = {}  # by `load`
 
@@ -99,6 +101,13 @@ def reads(name: str) -> frozenset[str]:
     return frozenset(getattr(policy_class(name), "reads", ()))
 
 
+def num_pruned_shown(policy: Any, width: int) -> int:
+    """Pruned leaves that a level holds at most beside its own; 0: the policy does not read them."""
+    if "pruned" not in getattr(policy, "reads", ()):
+        return 0
+    return width * int(getattr(policy, "pruned_per_width", PRUNED_PER_WIDTH))
+
+
 @functools.cache
 def _installed() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
@@ -122,10 +131,14 @@ def _class_at(spec: str) -> type:
         raise ValueError(
             f"the policy {spec} cannot be loaded ({type(error).__name__}: {error}); see docs/policies.md"
         ) from error
-    unknown = set(getattr(cls, "reads", ())) - set(READS)
+    reads = set(getattr(cls, "reads", ()))
+    unknown = reads - set(READS)
     if not isinstance(cls, type) or not callable(getattr(cls, "select", None)) or unknown:
         rule = f"a class with a method select(level, config) whose `reads` are among {', '.join(READS)}"
         raise wrong(f"the policy {spec}", rule, sorted(unknown) or cls, "see docs/policies.md")
+    if {"pruned", "embeddings"} <= reads:
+        rule = "without embeddings where they have pruned, whose embeddings are not kept"
+        raise wrong(f"`reads` of the policy {spec}", rule, sorted(reads), "leave one of the two out")
     return cls
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_ets.core.allocation import best_places
 from sglang_ets.core.answer import Trajectory, aggregate
 from sglang_ets.core.clusters import Distances, RunningCenter, cosine_distances
 from sglang_ets.core.config import SearchConfig
@@ -52,7 +53,7 @@ class Score:
 class Measure:
     """A level is complete: sample the KV held."""
 
-    depth: int
+    level: int  # its number, which is the depth of its steps unless a leaf was revived
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Select:
 
 @dataclass(frozen=True)
 class Prune:
-    """These nodes go no further; what only they hold is free."""
+    """These nodes go no further, unless they are revived; what only they hold is free."""
 
     node_ids: tuple[int, ...]
 
@@ -96,9 +97,12 @@ class Search:
         self.is_over = False
         self.early_end: EarlyEnd | None = None  # what ended it before its last trajectory
         self.num_given_up = 0  # trajectories that the token budget did not let grow to their end
+        self.num_revived = 0  # pruned leaves that went on after all
+        self.revivable: list[Node] = []  # pruned leaves that may yet go on, by place
         self._open: dict[int, None] = {}  # nodes without a score yet, in order of creation
         self._level: list[Node] = []  # nodes of the level that is being made
         self._leaves: list[Node] = []  # what `Select` asked about
+        self._num_levels = 0  # that are complete
         self._num_measured = 0
         self._distances = distances
         self._center = RunningCenter()
@@ -111,9 +115,14 @@ class Search:
 
     @property
     def speculates(self) -> bool:
-        """Whether `guesses` may give any. With a budget it does not: what is computed and not used would go beyond it."""
-        has_budget = self.config.max_total_tokens is not None or self.config.kv_budget_tokens is not None
-        return self.config.speculate and self._waits_for_levels and not has_budget
+        """Whether `guesses` may give any.
+
+        With a budget it does not: what is computed and not used would go beyond it. Nor where pruned leaves come back: what is
+        known of a part of a level says nothing of what they will be chosen against.
+        """
+        config = self.config
+        has_budget = config.max_total_tokens is not None or config.kv_budget_tokens is not None
+        return config.speculate and self._waits_for_levels and not has_budget and not config.num_pruned_shown
 
     def start(self) -> list[Action]:
         """The first level: `width` steps from the prompt, or what the token budget allows. DVTS deals them out to subtrees."""
@@ -205,14 +214,27 @@ class Search:
             self._forget_embedding(leaf)
             leaf.cluster = None if clusters is None else int(clusters[place])
             leaf.allocation = int(selection.allocation[place])
+            was_pruned = leaf.state == "pruned"
             if leaf.allocation == 0:
                 leaf.state = "pruned"
-                pruned.append(leaf.id)
+                pruned += [] if was_pruned else [leaf.id]
                 continue
             leaf.state = "retained"
-            children = [self.tree.add_child(leaf) for _ in range(leaf.allocation)]
+            self.num_revived += was_pruned
+            children = [self.tree.add_child(leaf, level=self._num_levels + 1) for _ in range(leaf.allocation)]
             expansions.append(self._expand(leaf, children))
+        self._keep_revivable()
         return [Prune(tuple(pruned)), *expansions] if pruned else expansions
+
+    def _keep_revivable(self) -> None:
+        """The best of what did not go on may yet do so, until there were as many levels as a trajectory may have steps.
+
+        So a search has fewer than twice as many levels.
+        """
+        most = self.config.num_pruned_shown if self._num_levels < self.config.max_steps else 0
+        pruned = self.tree.by_place(leaf for leaf in self._leaves if leaf.state == "pruned") if most else []
+        scores = np.array([leaf.score for leaf in pruned], dtype=np.float64)
+        self.revivable = [pruned[place] for place in best_places(scores, most).tolist()]
 
     def is_last_step(self, node_id: int, num_tokens: int, finish: StepFinish) -> bool:
         """Whether a step of this length, not in the tree yet, is the last one of its trajectory, whatever its score.
@@ -315,11 +337,14 @@ class Search:
 
     def _level_done(self) -> list[Action]:
         scored = [node for node in self._level if node.state == "open"]
-        actions: list[Action] = [Measure(self._level[0].depth)]
+        self._num_levels += 1
+        actions: list[Action] = [Measure(self._num_levels)]
         for node in scored:
             if self._is_complete(node):
                 actions += self._complete(node)
         self._leaves = [node for node in scored if node.state == "open"]
+        if self.config.num_pruned_shown:
+            self._leaves = [*self.tree.by_place(self._leaves), *self.revivable]
         if not self._leaves or self.remaining_width <= 0:
             return actions + self._finish_all()
         ended = self._end_early(self._leaves) or self._fit_budget()
@@ -396,6 +421,7 @@ class Search:
         self, leaves: Sequence[Node], width: int, kv: CostTree | None, embeddings: NDArray[np.float32] | None
     ) -> Level:
         steps = [len(leaf.token_ids) for leaf in leaves]
+        revives = self.config.num_pruned_shown > 0
         return Level(
             scores=np.array([leaf.score for leaf in leaves], dtype=np.float64),
             kv=kv,
@@ -404,12 +430,14 @@ class Search:
             subtree=np.array([leaf.subtree for leaf in leaves], dtype=np.int64),
             growth_tokens=width * sum(steps) / len(steps),
             remaining_width=width,
-            depth=leaves[0].depth,
+            depth=max(leaf.depth for leaf in leaves),
             seed=self.config.seed,
             texts=tuple(leaf.text for leaf in leaves),
             path_scores=tuple(self._step_scores(leaf) for leaf in leaves),
             parents=np.array([leaf.parent.id for leaf in leaves if leaf.parent is not None], dtype=np.int64),
             distances=self._distances,
+            number=self._num_levels if revives else None,
+            is_pruned=np.array([leaf.state == "pruned" for leaf in leaves], dtype=np.bool_) if revives else None,
         )
 
     def _embeddings(self, leaves: Sequence[Node], center: RunningCenter) -> NDArray[np.float32] | None:

@@ -18,7 +18,10 @@ from sglang_ets.core.settings import shown
 
 @dataclass(frozen=True)
 class Level:
-    """A complete level as selection sees it: L unfinished leaves in order of creation. Field by field: docs/policies.md."""
+    """A complete level as selection sees it: L unfinished leaves in order of creation. Field by field: docs/policies.md.
+
+    If the policy reads pruned leaves, those that may come back stand after them.
+    """
 
     scores: NDArray[np.float64]  # float64[L], step scores, 0..1
     kv: CostTree | None  # tokens of KV, from the radix ledger; None: the policy does not read costs
@@ -27,16 +30,23 @@ class Level:
     subtree: NDArray[np.int64]  # int64[L], DVTS group
     growth_tokens: float  # tokens that the next level may add if every child is as long as these steps
     remaining_width: int  # trajectories still to be grown: what the allocation sums to
-    depth: int = 1  # steps of each leaf's trajectory
+    depth: int = 1  # steps of each leaf's trajectory; of the longest one where there are pruned leaves
     seed: int = 0  # of the search
     texts: tuple[str, ...] = ()  # of the last steps
     path_scores: tuple[tuple[float, ...], ...] = ()  # step scores of each leaf's trajectory, the last one included
     parents: NDArray[np.int64] | None = None  # int64[L], equal for siblings
     distances: Distances = cosine_distances  # of embeddings, on the device where there is one
+    number: int | None = None  # of the level, from 1; None: its depth
+    is_pruned: NDArray[np.bool_] | None = None  # bool[L]; None: not read, so no leaf is
+
+    @property
+    def depths(self) -> NDArray[np.int64]:
+        """int64[L], steps of each leaf's trajectory."""
+        return np.array([len(scores) for scores in self.path_scores], dtype=np.int64)
 
     def rng(self) -> np.random.Generator:
         """Chance that is the same for this level of every search with this seed."""
-        return np.random.default_rng((self.seed, self.depth))
+        return np.random.default_rng((self.seed, self.depth if self.number is None else self.number))
 
     def clusters(self, cut: float) -> NDArray[np.int64]:
         """int64[L], 0..K-1: leaves whose last steps mean the same, by average linkage cut at this cosine distance.

@@ -44,7 +44,7 @@ class TokenBudget:
             return self._config.width
         length = fmean(leaf.trajectory_tokens for leaf in leaves)
         whole = fmean(node.trajectory_tokens for node in complete) if complete else UNSEEN * length
-        a_step = length / leaves[0].depth
+        a_step = length / fmean(leaf.depth for leaf in leaves)
         rest = max(1.0, min(max(whole - length, a_step), self._config.max_tokens - length))
         return min(self._left, max(1, int(self._left / rest)))
 

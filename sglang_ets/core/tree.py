@@ -27,6 +27,7 @@ class Node:
     depth: int
     index: int = 0  # among its parent's children
     subtree: int = 0  # DVTS group, fixed at depth 1
+    level: int = 0  # in which its step is sampled, from 1: its depth, unless a leaf above it was revived
     token_ids: tuple[int, ...] = ()  # of this step alone
     text: str = ""
     finish: StepFinish | None = None  # None until the step is generated
@@ -48,10 +49,11 @@ class SearchTree:
         self.root = Node(0, None, 0, state="retained")
         self.nodes = [self.root]
 
-    def add_child(self, parent: Node, subtree: int | None = None) -> Node:
-        """A new open node under `parent`, which keeps the parent's DVTS group unless one is given."""
+    def add_child(self, parent: Node, subtree: int | None = None, level: int | None = None) -> Node:
+        """A new open node under `parent`, which keeps the parent's DVTS group and follows its level unless others are given."""
         group = parent.subtree if subtree is None else subtree
-        node = Node(len(self.nodes), parent, parent.depth + 1, parent.num_children, group)
+        level = parent.level + 1 if level is None else level
+        node = Node(len(self.nodes), parent, parent.depth + 1, parent.num_children, group, level)
         parent.num_children += 1
         self.nodes.append(node)
         return node
@@ -138,8 +140,8 @@ class SearchTree:
 
 
 def node_dict(node: Node) -> dict[str, Any]:
-    """One node as plain data, without its embedding."""
-    return {
+    """One node as plain data, without its embedding; with its level where that is not its depth."""
+    plain = {
         "id": node.id,
         "parent": node.parent.id if node.parent is not None else None,
         "depth": node.depth,
@@ -152,3 +154,4 @@ def node_dict(node: Node) -> dict[str, Any]:
         "state": node.state,
         "reason": node.reason,
     }
+    return plain if node.level == node.depth else {**plain, "level": node.level}

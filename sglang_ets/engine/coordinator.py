@@ -500,7 +500,7 @@ class SearchCoordinator:
                 case Score():
                     self._scoring.add(live, action.node_id)
                 case Measure():
-                    self._level_done(live, action.depth)
+                    self._level_done(live, action.level)
                 case Select():
                     self._select(live, action)
                 case Prune():
@@ -528,11 +528,12 @@ class SearchCoordinator:
         tree = live.search.tree
         parents = dict.fromkeys(live.parent_id(node_id) for node_id in rooms)
         given = {parent_id: tree.trajectory_token_ids(tree.nodes[parent_id]) for parent_id in parents}
-        begun: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        begun: dict[tuple[tuple[int, ...], int, int], list[int]] = {}
         for node_id in rooms:
-            row = given[live.parent_id(node_id)], 0 if live.forks == "shared" else node_id
+            # Equal tokens in more steps are nearer to the most that a trajectory may have.
+            row = given[live.parent_id(node_id)], tree.nodes[node_id].depth, 0 if live.forks == "shared" else node_id
             begun.setdefault(row, []).append(node_id)
-        for (token_ids, _), node_ids in begun.items():
+        for (token_ids, *_), node_ids in begun.items():
             self._queue_child(live, node_ids, token_ids, rooms[node_ids[0]])
 
     def _queue_child(
@@ -546,14 +547,14 @@ class SearchCoordinator:
         live.children.add(child.rid)
         self._steps.add(live.id, child)
 
-    def _level_done(self, live: LiveSearch, depth: int) -> None:
+    def _level_done(self, live: LiveSearch, level: int) -> None:
         live.loop_ms.append(0.0)
         with live.on_loop():
-            live.sample_kv(self.ledger, depth)
+            live.sample_kv(self.ledger, level)
         self._queue.update(live.id, live.need)
         self._metrics.level_done(live)
         self._metrics.sync(len(self.searches), self.ledger)
-        lost = lost_level(live, depth)
+        lost = lost_level(live, level)
         if lost is not None:
             self.fail(live, lost)
 
@@ -605,7 +606,7 @@ class SearchCoordinator:
 
         A search that is traced is a stream for the API server whatever its client asked for.
         """
-        live.final_text = shared_text(live.search.tree)
+        live.final_text = shared_text(live.search)
         if live.req.stream:
             live.req.customized_info = {RESULT_KEY: [progress_report(live, self.ledger.held_tokens(live.id))]}
             self.scheduler.output_streamer.stream_output([live.req], False)

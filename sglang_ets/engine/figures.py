@@ -77,6 +77,7 @@ def figures_of(live: LiveSearch) -> dict[str, Any]:
         "nodes_made": len(nodes),
         "nodes_retained": sum(node.state in ("retained", "complete") for node in nodes),
         "nodes_pruned": sum(node.state == "pruned" for node in nodes),
+        "nodes_revived": live.search.num_revived,
         "nodes_failed": sum(node.state == "failed" for node in nodes),
         "kv_tokens_peak": max(held),
         "kv_tokens_mean": sum(held) / len(held),
@@ -164,14 +165,14 @@ def warnings_of(live: LiveSearch) -> list[str]:
     return warnings + live.notes
 
 
-def lost_level(live: LiveSearch, depth: int) -> str | None:
+def lost_level(live: LiveSearch, level: int) -> str | None:
     """Why the level that has just been completed is too thin to go on from; None if at most half its steps failed."""
-    steps = [node for node in live.search.tree.nodes if node.depth == depth]
+    steps = [node for node in live.search.tree.nodes if node.level == level]
     failed = [node for node in steps if node.state == "failed"]
     if 2 * len(failed) <= len(steps):
         return None
     reasons = "; ".join(_reasons(failed))
-    return f"{len(failed)} of the {len(steps)} steps of level {depth} failed, more than half: {reasons}"
+    return f"{len(failed)} of the {len(steps)} steps of level {level} failed, more than half: {reasons}"
 
 
 def _reasons(failed: list[Node]) -> dict[str, int]:

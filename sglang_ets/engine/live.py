@@ -50,7 +50,7 @@ class Branch:
 class KvSample:
     """KV held by one search when a level was complete and, after pruning, when the next one began (tokens)."""
 
-    depth: int
+    depth: int  # number of the level, which is the depth of its steps unless a leaf was revived
     num_leaves: int
     held_tokens: int
     referenced_tokens: int

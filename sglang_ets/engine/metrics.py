@@ -157,7 +157,7 @@ class SearchMetrics(NoMetrics):
         failures = [failure_of(node) for node in nodes if node.state == "failed"]
         now = {
             ("nodes_made", ""): len(nodes),
-            ("nodes_pruned", ""): sum(node.state == "pruned" for node in nodes),
+            ("nodes_pruned", ""): sum(node.state == "pruned" for node in nodes) + live.search.num_revived,
             ("generated_tokens", ""): sum(len(node.token_ids) for node in nodes),
             ("speculated_steps", ""): live.guesses.num_children,
             ("used_speculated_steps", ""): live.guesses.num_used,

@@ -1,8 +1,8 @@
 """What of a search's answer is known before its end.
 
-After each selection every trajectory that can still be an answer is either complete or runs through a retained leaf. The
-text that all of these begin with can no longer change: it is final. The same rule holds for searches that nobody
-streams, so that a stream and its answer never differ: see `answerable`.
+After each selection every trajectory that can still be an answer is either complete or runs through a retained leaf, or
+through a pruned one that may be revived. The text that all of these begin with can no longer change: it is final. The same
+rule holds for searches that nobody streams, so that a stream and its answer never differ: see `answerable`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sglang_ets.core.answer import Trajectory
+from sglang_ets.core.search import Search
 from sglang_ets.core.tree import Node, SearchTree
 from sglang_ets.engine.figures import changes_of
 from sglang_ets.engine.live import LiveSearch
@@ -30,9 +31,12 @@ class Progress:
     text: str
 
 
-def shared_text(tree: SearchTree) -> str:
+def shared_text(search: Search) -> str:
     """The text that every answer which is still possible begins with, a selection having been made."""
-    return shared_prefix([tree.trajectory_text(node) for node in (*tree.complete(), *_growing(tree))])
+    tree = search.tree
+    return shared_prefix(
+        [tree.trajectory_text(node) for node in (*tree.complete(), *_growing(tree), *search.revivable)]
+    )
 
 
 def progress_report(live: LiveSearch, kv_held_tokens: int) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def progress_report(live: LiveSearch, kv_held_tokens: int) -> dict[str, Any]:
     tree = live.search.tree
     complete, retained = tree.complete(), _growing(tree)
     progress = Progress(
-        level=max((node.depth for node in retained), default=0),
+        level=max(0, tree.nodes[-1].level - 1),
         retained=len(retained),
         complete=len(complete),
         best_score=max((node.score for node in (*complete, *retained) if node.score is not None), default=None),

@@ -177,6 +177,7 @@ BAD_TREES: list[tuple[Any, str]] = [
     ({"prompt_tokens": 1, "nodes": [step(1, 0, 1, cluster="a")]}, "cluster"),
     ({"prompt_tokens": 1, "nodes": [step(1, 0, 1, token_ids="a")]}, "list of token ids"),
     ({"prompt_tokens": 1, "nodes": [step(1, 0, 1, allocation=None)]}, "allocation"),
+    ({"prompt_tokens": 1, "nodes": [step(1, 0, 1, level=-1)]}, "level of"),
     ({"prompt_tokens": 1, "nodes": [step(1, 0, 1, finish="x")]}, "step, stop, length or null, got 'x'"),
 ]
 
@@ -214,6 +215,18 @@ def test_command_names_a_missing_file_and_a_folder_that_is_not_there(
             view.main(arguments)
         assert caught.value.code == 2
         assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_a_search_that_revived_steps_has_no_kv_of_one_depth() -> None:
+    """Its levels are of several depths, so neither the tree nor what was measured says what a depth held."""
+    answer = real()
+    nodes = answer["search"]["tree"]["nodes"]
+    assert read_view(answer, "").levels[-1].measured_held_tokens is not None
+    nodes[-1]["level"] = nodes[-1]["depth"] + 2
+    levels = read_view(answer, "").levels
+    kv = [(one.held_tokens, one.retained_tokens, one.rebase_tokens, one.measured_held_tokens) for one in levels]
+    assert set(kv) == {(None,) * 4}
+    assert sum(level.generated_tokens for level in levels) == sum(len(node["token_ids"]) for node in nodes)
 
 
 def test_temperature_of_rebase_must_be_positive() -> None:

@@ -30,7 +30,7 @@ def test_grids_have_every_combination_and_the_policies_they_are_compared_with() 
     assert names("sweep", *weights) == [*plain, "ets b=1 d=0", "ets b=1 d=1.5", "ets b=2 d=0", "ets b=2 d=1.5"]
     coverage = [f"ets{what}" for b in "12" for what in (f" b={b} d=0", f" published b={b} d=1.5", f" b={b}")]
     assert names("coverage", *weights) == [*plain, *coverage]
-    footprint = ["greedy", "self_consistency", "best_of_n", "beam", "dvts", "dora", "particles", "rebase"]
+    footprint = ["greedy", "self_consistency", "best_of_n", "beam", "dvts", "dora", "particles", "subpool", "rebase"]
     assert names("kv_footprint", "--kv-weights", "4") == [*footprint, "ets_kv b=4", "ets b=4", "ets uniform b=4"]
     assert names("cuts", "--cuts", "0.1", "0.2") == ["ets b=1 d=1.5 cut=0.1", "ets b=1 d=1.5 cut=0.2"]
     stops = ("off", "settled", "likely 0.95", "likely 0.8")
@@ -51,7 +51,7 @@ def test_a_name_says_what_the_server_is_asked_for() -> None:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_smoke_is_small_and_every_policy_of_the_rows_is_still_in_its_grid(grid: str) -> None:
     smoke = grid_of(grid, parsed(["--smoke"]))
-    assert smoke.problems * len(smoke.settings(smoke)) <= 22 and smoke.test_problems <= 2
+    assert smoke.problems * len(smoke.settings(smoke)) <= 24 and smoke.test_problems <= 2
     whole = grid_of(grid, parsed([]))
     keys = {(setting.name, figures.weight(setting.name, "b")) for setting in whole.settings(whole)}
     assert {row["policy"] for row in rows.read(rows.RESULTS / f"{grid}.jsonl")} <= {name for name, _ in keys}

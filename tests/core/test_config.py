@@ -51,7 +51,7 @@ ALLOWED: list[dict[str, Any]] = [
 BROKEN: list[tuple[dict[str, Any], str]] = [
     (
         {"algorithm": "mcts"},
-        "algorithm must be one of best_of_n, beam, dvts, rebase, ets_kv, ets, dora, particles, got 'mcts'",
+        "algorithm must be one of best_of_n, beam, dvts, rebase, ets_kv, ets, dora, particles, subpool, got 'mcts'",
     ),
     ({"algorithm": None}, "algorithm must be one of"),
     ({"width": 1}, "search_width must be an integer from 2 to 1024, got 1"),

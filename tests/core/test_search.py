@@ -21,6 +21,7 @@ from sglang_ets.core.stopping import EarlyEnd
 from sglang_ets.core.tree import StepFinish
 
 ALGORITHMS = tuple(BUILT_IN)
+REVIVING = ("subpool",)  # those whose pruned leaves come back
 PROMPT_TOKENS = 5
 
 
@@ -52,6 +53,7 @@ class Driver:
     def _answer(self, action: Action) -> list[Action]:
         if isinstance(action, Expand):
             assert 1 <= action.max_new_tokens <= self.config.max_step_tokens
+            self.ended.discard(action.parent_id)  # a pruned leaf may be revived
             return [new for node_id in action.node_ids for new in self._step(node_id, action.max_new_tokens)]
         if isinstance(action, Score):
             has_grown = self.search.tree.nodes[action.node_id].state == "retained"  # the engine ends such a search
@@ -132,6 +134,9 @@ def test_every_search_ends_soundly(algorithm: str, width: int, seed: int, failur
         assert node.depth <= search.config.max_steps
         is_full = node.trajectory_tokens == search.config.max_tokens or node.depth == search.config.max_steps
         assert not (is_full and node.state == "retained"), "a trajectory at its limit does not go on"
+    num_levels = sum(isinstance(action, Measure) for action in driver.log)
+    assert num_levels < (2 if algorithm in REVIVING else 1) * search.config.max_steps + 1
+    assert algorithm in REVIVING or all(node.level == node.depth for node in search.tree.nodes)
     if failure_rate == 0.0:
         assert len(complete) == width
         assert driver.log[-1] == Finish("complete")
@@ -155,6 +160,8 @@ def test_a_level_has_what_its_policy_reads(algorithm: str, kv_cost: str) -> None
     assert (level.embeddings is not None) == has_clusters
     assert (level.depth, level.texts, level.path_scores) == (1, ("7",) * 4, ((0.5,),) * 4)
     assert level.parents is not None and level.parents.tolist() == [0] * 4
+    assert (level.number, level.is_pruned is None) == ((1, False) if algorithm in REVIVING else (None, True))
+    assert level.rng().random() == np.random.default_rng((search.config.seed, 1)).random()
 
 
 def test_a_step_has_the_room_that_both_limits_leave() -> None:
@@ -260,7 +267,8 @@ def test_a_token_budget_holds_and_its_search_still_answers(algorithm: str, width
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_budget_that_suffices_changes_nothing(algorithm: str) -> None:
-    plain, ample = (Driver(config_of(algorithm, 16, max_total_tokens=limit), seed=3) for limit in (None, 16 * 14))
+    enough = 16 * 14 * (8 if algorithm in REVIVING else 1)
+    plain, ample = (Driver(config_of(algorithm, 16, max_total_tokens=limit), seed=3) for limit in (None, enough))
     plain.run()
     ample.run()
     assert plain.log == ample.log
@@ -353,9 +361,9 @@ def test_equal_events_give_equal_actions(algorithm: str) -> None:
 def test_levels_are_measured_in_order(algorithm: str) -> None:
     driver = Driver(config_of(algorithm, 8), seed=1)
     driver.run()
-    depths = [action.depth for action in driver.log if isinstance(action, Measure)]
-    assert depths == list(range(1, len(depths) + 1))
-    assert len(depths) >= 2
+    levels = [action.level for action in driver.log if isinstance(action, Measure)]
+    assert levels == list(range(1, len(levels) + 1))
+    assert len(levels) >= 2
 
 
 def test_all_children_failing_is_a_failed_search() -> None:

@@ -17,7 +17,7 @@ from tests.e2e.serving import PROBLEMS, Server
 
 pytestmark = pytest.mark.server
 
-ALGORITHMS = ["best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets"]
+ALGORITHMS = ["best_of_n", "beam", "dvts", "rebase", "ets_kv", "ets", "subpool"]
 NUM_COMPARED = 8
 WIDE = 64
 
@@ -41,6 +41,7 @@ def test_every_policy_answers_with_scores_and_figures(server: Server, algorithm:
     assert 0 < seen["kv_tokens_mean"] <= seen["kv_tokens_peak"] <= seen["kv_referenced_peak"]
     assert answer["usage"]["completion_tokens"] > seen["levels"]
     assert seen["prm_tokens"] > 0
+    assert (seen["nodes_revived"] > 0) == (algorithm == "subpool")
     assert 1 <= len(answer["choices"]) <= 2
     for choice in answer["choices"]:
         result = choice["search"]

@@ -397,6 +397,7 @@ class ScriptedPrm:
         self.releases: dict[str, int] = {}  # search id -> locks that it gave up
         self.ended: list[str] = []  # ids of searches
         self.num_forgotten = 0
+        self.num_recomputed = 0  # steps scored behind a path whose lock is gone: the path is computed again
 
     def forget(self) -> None:
         self.num_forgotten += 1
@@ -421,7 +422,7 @@ class ScriptedPrm:
         ]  # before any lock is taken, as a call that raises must leave none
         outcomes: list[Any] = []
         for job, result in zip(jobs, results, strict=True):
-            assert id(job.parent) in self.locked, "a step is scored while its parent's path is locked"
+            self.num_recomputed += id(job.parent) not in self.locked
             if isinstance(result, PrmError):
                 outcomes.append(result)
                 continue
@@ -456,6 +457,7 @@ class World:
     prm: ScriptedPrm = field(default_factory=ScriptedPrm)
     policies: dict[str, SelectionPolicy] = field(default_factory=dict)  # in the place of those that the requests name
     ranks: Ranks = ONE_RANK
+    revives: bool = False  # it was asked for a search that may go on from pruned leaves
 
     def __post_init__(self) -> None:
         self.scheduler.ets = SearchCoordinator(
@@ -468,6 +470,7 @@ class World:
 
     def policy_of(self, config: SearchConfig) -> SelectionPolicy:
         policy: SelectionPolicy = self.policies.get(config.algorithm, config.policy)
+        self.revives = self.revives or config.num_pruned_shown > 0
         return policy
 
     @property
@@ -531,6 +534,7 @@ class World:
         assert [req.rid for req in scheduler.running_batch.reqs if isinstance(req, ChildReq)] == []
         assert self.ets.ledger.num_holds == 0
         assert self.prm.locked == {}
+        assert self.revives or not self.prm.num_recomputed, "a step is scored while its parent's path is locked"
         assert scheduler.tree_cache.protected_size() == 0
         free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
         assert free == scheduler.pool_tokens

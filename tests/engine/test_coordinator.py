@@ -73,7 +73,7 @@ def answered_tree(world: World, **settings: Any) -> dict[str, Any]:
 # ---- a search that goes well ----
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "subpool"])  # whose levels mix depths
 def test_prompt_levels_and_finish(algorithm: str) -> None:
     world = World()
     result = answered_tree(world, algorithm=algorithm)

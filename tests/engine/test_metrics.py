@@ -45,7 +45,7 @@ def live_search(end_reason: str = "", finish: str = "length", status: int = 500)
         node.state = state  # type: ignore[assignment]
     return SimpleNamespace(
         id="a",
-        search=SimpleNamespace(tree=tree, config=SearchConfig(algorithm="ets")),
+        search=SimpleNamespace(tree=tree, config=SearchConfig(algorithm="ets"), num_revived=0),
         prm_tokens=9,
         guesses=SimpleNamespace(num_children=5, num_used=3, tokens_wasted=40),
         num_pressure_releases=1,

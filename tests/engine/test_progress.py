@@ -40,7 +40,7 @@ class Scripted:
         """The final text after a selection."""
         self.search.on_selected(Selection(np.array(allocation)))
         if not self.search.is_over:
-            self.live.final_text = shared_text(self.search.tree)
+            self.live.final_text = shared_text(self.search)
         self.reports.append(progress_report(self.live, 7)["progress"])
         return str(self.live.final_text)
 

@@ -31,7 +31,7 @@ from tests.engine.test_strands import (
 )
 
 ALGORITHMS = tuple(BUILT_IN)
-LEVEL_ALGORITHMS = tuple(name for name in ALGORITHMS if name != "best_of_n")
+LEVEL_ALGORITHMS = tuple(name for name in ALGORITHMS if name not in ("best_of_n", "subpool"))
 
 
 def guessed(world: World, while_running: Callable[[World], None] = lambda _world: None, **fields: Any) -> World:
@@ -98,7 +98,9 @@ def test_a_policy_may_be_asked_on_a_worker_thread(algorithm: str) -> None:
     assert same(world) == same(grown(world_of("shared"), width=16, algorithm=algorithm))
 
 
-@pytest.mark.parametrize("fields", [{"algorithm": "best_of_n"}, {"max_total_tokens": 60}, {"kv_budget_tokens": 50}])
+@pytest.mark.parametrize(
+    "fields", [{"algorithm": "best_of_n"}, {"algorithm": "subpool"}, {"max_total_tokens": 60}, {"kv_budget_tokens": 50}]
+)
 def test_where_nothing_is_guessed(fields: dict[str, Any]) -> None:
     world = guessed(world_of("shared"), **fields)
     assert figures(world)["speculation"] is None
