@@ -32,7 +32,7 @@ def typed(command: Command, server: Server, folder: Path) -> str:
         AssertionError: it failed.
     """
     argv = [sys.executable, "-c", command.text] if command.kind == "python" else command.argv
-    argv = argv + ADDED.get(argv[1], [])
+    argv = argv[:2] + ADDED.get(argv[1], []) + argv[2:]  # what stands there goes before what is added
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [word.replace(URL, server.url) for word in argv],
@@ -47,7 +47,11 @@ def typed(command: Command, server: Server, folder: Path) -> str:
     return done.stdout
 
 
-ASKED = {"README.md": "42", "tutorial.md": "42", "observability.md": "99"}  # 7*8-2*(3+4), and the problem on that page
+ASKED = {
+    "7*8-2*(3+4)=": "42",
+    "(1+8)*(17-9)+(20-15+15*2+2+9-19)=": "99",
+    "10*18-19-15+(13*4-15)=": "183",
+}
 
 
 @pytest.mark.parametrize(
@@ -68,11 +72,12 @@ def test_it_does_what_its_page_says(command: Command, server: Server, tmp_path: 
             assert text.endswith("The answer is 183")
             assert int(peak_tokens) > 0
         case ["sglang-ets", "ask"]:
-            assert re.search(rf"^│ 1 │ {ASKED[command.page]} ", out, re.MULTILINE), out
-            assert out.rstrip().endswith("tree saved; look at it with: sglang-ets view tree.json")
-            view = Command(command.page, "shell", "sglang-ets view tree.json")
-            assert typed(view, server, tmp_path).strip() == "tree.html"
-            assert f"The answer is {ASKED[command.page]}" in (tmp_path / "tree.html").read_text(encoding="utf-8")
+            answer, saved = ASKED[command.argv[2]], Path(command.argv[command.argv.index("--tree") + 1])
+            assert re.search(rf"^│ 1 │ {answer} ", out, re.MULTILINE), out
+            assert out.rstrip().endswith(f"tree saved; look at it with: sglang-ets view {saved}")
+            view, page = Command(command.page, "shell", f"sglang-ets view {saved}"), saved.with_suffix(".html").name
+            assert typed(view, server, tmp_path).strip() == page
+            assert f"The answer is {answer}" in (tmp_path / page).read_text(encoding="utf-8")
         case ["sglang-ets", "calibrate"]:
             (cut,) = re.findall(r"suggested --search-cluster-distance ([\d.]+);", out)
             assert 0 < float(cut) < 2
