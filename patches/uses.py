@@ -88,8 +88,12 @@ CHILD = (
     Use(f"{BATCH}.FINISHED_MATCHED_REGEX", ("matched",)),
 )
 
+# prm/stream.py
+FORWARD_STREAM = (Use(SCHEDULER, ("enable_overlap", "forward_stream", "forward_stream_ctx", "schedule_stream")),)
+
 # engine/forks.py: children that start in the running batch
 FORK = (
+    *FORWARD_STREAM,
     Use(
         SCHEDULER,
         (
@@ -190,9 +194,6 @@ REFUSAL = (
     Use(f"{SRT}.managers.io_struct.AbortReq", ("rid", "finished_reason")),
     Use(f"{SCHEDULER}.send_abort_output", ("abort_req", "req")),
 )
-
-# prm/stream.py
-FORWARD_STREAM = (Use(SCHEDULER, ("enable_overlap", "forward_stream", "forward_stream_ctx", "schedule_stream")),)
 
 # engine/startup.py, engine/metrics.py and prm/: a second model in the process
 PRM_START = (
@@ -341,6 +342,8 @@ TREE_ATTENTION = (
     Use(f"{TRITON_BACKEND}.init_forward_metadata_out_graph", ("forward_batch", "in_capture")),
     Use(f"{TRITON_BACKEND}.init_cuda_graph_state", ("max_bs", "max_num_tokens")),
     Use(f"{TRITON_BACKEND}.get_num_kv_splits", ("num_kv_splits", "seq_lens")),
+    Use(f"{TRITON_BACKEND}.shared_read_ends", ("fm",)),
+    Use(f"{SRT}.layers.attention.base_attn_backend.SharedReadEnds", ("POST_REPLAY",)),
     Use(
         TRITON_BACKEND,
         (

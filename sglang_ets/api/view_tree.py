@@ -126,8 +126,9 @@ def kv_levels(
 ) -> tuple[KvLevel, ...]:
     """KV of each level, counted from the token ids as the radix cache counts it: a shared beginning counts once.
 
-    The last token of a trajectory has no KV yet. On pages of one token this equals what the server measured; larger pages share
-    less. A search that selects nothing has no levels that are complete at one time, so only what was measured is given.
+    The last token of a trajectory has no KV yet. On pages of one token this equals what the server measured, which with the
+    overlap schedule may have that token, too; larger pages share less. A search that selects nothing has no levels that are
+    complete at one time, so only what was measured is given.
     """
     given = {level.get("depth"): level for level in measured if isinstance(level, dict)}
     trie = _Trie(nodes)

@@ -369,6 +369,9 @@ class SearchCoordinator:
         is_guess = child.rid in live.guesses.children
         if child.finished():
             live.left(child.rid)
+        elif live.has_ended and child.to_finish is None:
+            # sglang's abort does not look into the batch that was launched last, if it brings prompts into the cache.
+            child.to_finish = FINISH_ABORT()
         if live.has_ended or not child.members:
             return []
         children: list[ChildReq] = []

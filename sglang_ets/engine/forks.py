@@ -21,6 +21,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_ets.engine.children import ChildReq
+from sglang_ets.prm.stream import ForwardStream
 
 MAX_PROMISED_TOKENS = 4096  # that one request is expected to generate at most, as sglang has it
 
@@ -61,6 +62,7 @@ class Forks:
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
+        self._stream = ForwardStream(scheduler)
 
     def room(self) -> ForkRoom:
         """Counted as sglang counts before a prefill: what runs may still generate, and all that waits goes first."""
@@ -136,10 +138,19 @@ class Forks:
         batch.seq_lens_cpu, batch.seq_lens = lengths, lengths.to(batch.device)
         batch.orig_seq_lens = lengths.to(batch.device, torch.int32)
         batch.multimodal_inputs = [None] * len(children)
-        # The input of the next tick is read from here, as that of every row which was sampled in the last one.
-        scheduler.future_map.stash(batch.req_pool_indices, RelayPayload(bonus_tokens=last.to(batch.device)))
+        self._leave_inputs(rows, last, batch.device)
         batch.sampling_info = SamplingBatchInfo.from_schedule_batch(batch, scheduler.model_config.vocab_size)
         return batch
+
+    def _leave_inputs(self, rows: torch.Tensor, last: torch.Tensor, device: torch.device | str) -> None:
+        """Put the inputs of these rows (both int64[N]) where the next tick reads what the last one sampled for its rows.
+
+        With the overlap schedule a row's former request may be in a pass that still runs, whose token would replace the input:
+        so this comes behind that pass, and does not wait for it.
+        """
+        with self._stream.queued():
+            places, inputs = (ids.to(device, non_blocking=True) for ids in (rows, last))
+            self._scheduler.future_map.stash(places, RelayPayload(bonus_tokens=inputs))
 
 
 def _left(req: Any) -> int:

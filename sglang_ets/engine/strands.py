@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -138,16 +139,19 @@ class Draw:
         return replace(info, **own, **_NOT_OF_MEMBERS, sampling_seed=seeds)
 
     def drawn(self, child: ChildReq) -> dict[int, int]:
-        """Node id -> token, of the further members of this strand. Waits for the device.
+        """Node id -> token, of the further members of this strand. Waits for the device, once for the batch.
 
         Raises:
             RuntimeError: a bug, the sampler was not asked.
         """
+        return self._by_child[child.rid]
+
+    @cached_property
+    def _by_child(self) -> dict[str, dict[int, int]]:
         if self.tokens is None:
             raise RuntimeError(f"{len(self.rows)} strands were computed and none of their further members has drawn")
         tokens = iter(self.tokens.tolist())
-        by_child = {req.rid: {member.node_id: next(tokens) for member in members} for _, req, members in self.rows}
-        return by_child[child.rid]
+        return {req.rid: {member.node_id: next(tokens) for member in members} for _, req, members in self.rows}
 
 
 _awaited: Draw | None = None  # of the batch whose logits come next to the sampler

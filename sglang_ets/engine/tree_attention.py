@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from sglang.kernels.ops.attention.decode_attention import _decode_att_m_fwd, _decode_grouped_att_m_fwd
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
 from sglang_ets.core.attention_plan import AttentionPlan
@@ -137,6 +138,16 @@ class TreeAttnBackend(TritonAttnBackend):  # type: ignore[misc]  # sglang has no
         self._plan.load(rids, plan, items)
 
     # ---- before a pass ----
+
+    def shared_read_ends(self, fm: Any) -> SharedReadEnds:
+        """Until when the scheduler must not write into the page table: the kernels for shared KV read it in every layer.
+
+        sglang's own decode has read it before its first layer. Here the row of a request that has just ended, by which others
+        read what they share, would become another path under them.
+        """
+        if fm.is_decode() and self._plan.num_items:
+            return SharedReadEnds.POST_REPLAY
+        return super().shared_read_ends(fm)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """As sglang's, for a pass without a CUDA graph."""

@@ -8,7 +8,7 @@ import pytest
 
 from bench.trees import growth, num_distinct_prefixes
 from sglang_ets.core.registry import BUILT_IN
-from tests.e2e.serving import PROBLEMS, Server
+from tests.e2e.serving import OVERLAPS, PROBLEMS, Server
 
 pytestmark = pytest.mark.server
 
@@ -47,7 +47,10 @@ def test_a_tree_is_the_same_though_steps_begin_before_selection(server: Server, 
     assert growth(ahead["search"]["tree"]["nodes"]) == growth(waiting["search"]["tree"]["nodes"])
     assert ahead["choices"][0]["text"] == waiting["choices"][0]["text"]
     assert ahead["usage"] == waiting["usage"]
-    assert ahead["search"]["kv_levels"] == waiting["search"]["kv_levels"]
+    for early, late in zip(ahead["search"]["kv_levels"], waiting["search"]["kv_levels"], strict=True):
+        for name, value in late.items():  # with the overlap schedule the last token of a step may have its KV, or not
+            has_more = OVERLAPS and name in ("held", "retained")
+            assert early[name] == pytest.approx(value, abs=late["leaves"] * has_more), name
     assert waiting["search"]["speculation"] is None
     told = ahead["search"]["speculation"]
     assert 0 < told["children_used"] <= told["children"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.api.test_view import embedded
-from tests.e2e.serving import PROBLEMS, Server
+from tests.e2e.serving import OVERLAPS, PROBLEMS, Server
 
 pytestmark = pytest.mark.server
 
@@ -61,8 +61,8 @@ def test_a_running_search_is_followed_level_by_level_to_its_answer(traced: Serve
     assert page == told[-1]
     assert [node["id"] for node in page["nodes"]] == [node["id"] for node in search["tree"]["nodes"]]
     assert [node["state"] for node in page["nodes"]] == [node["state"] for node in search["tree"]["nodes"]]
-    for level in page["levels"]:
-        assert level["held_tokens"] == level["measured_held_tokens"]
+    for level in page["levels"]:  # with the overlap schedule the last token of a step may have its KV, too
+        assert 0 <= level["measured_held_tokens"] - level["held_tokens"] <= level["leaves"] * OVERLAPS
     assert page["rebase_temperature"] == 0.5
 
 

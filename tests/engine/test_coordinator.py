@@ -674,6 +674,25 @@ def test_a_deadline_of_a_search_that_was_suspended_in_its_first_level_answers_wi
     world.assert_balanced()
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_children_that_an_abort_does_not_find_end_with_their_next_token(
+    overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search may fail after a batch, when sglang has launched the next one and does not know it as the last one yet."""
+    world = World(FakeScheduler(lambda child: tokens("a long way to go " * 8), tokens_per_tick=1))
+    world.scheduler.overlaps = overlaps
+    world.ask()
+    for _ in range(7):  # one for the prompt, or two; then tokens
+        world.scheduler.tick()
+    with monkeypatch.context() as patch:
+        patch.setattr(world.scheduler, "abort_request", lambda _recv_req: None)
+        world.ets.fail(world.live(), "that was it")
+    assert len(world.scheduler.running_batch.reqs) == WIDTH
+    assert sum(1 for _ in world.ticks()) <= 3
+    assert world.error() == "search failed: that was it"
+    world.assert_balanced()
+
+
 def test_a_deadline_before_the_first_token_is_no_fault() -> None:
     world = World()
     world.ask(deadline_s=1e4)

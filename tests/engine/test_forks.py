@@ -8,15 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.engine.children import ChildReq, ChildSpec, SearchIds, counts_outputs, make_child
-from sglang_ets.engine.forks import ForkRoom, can_fork
+from sglang_ets.engine.forks import ForkRoom, Forks, can_fork
 from sglang_ets.kv import Hold
 from tests.engine.fakes import FakeForks, FakeScheduler, World, given, request
+from tests.prm.streams import Streams
 
 ALGORITHMS = tuple(BUILT_IN)
 
@@ -187,3 +189,17 @@ def test_a_retracted_fork_goes_on_from_its_tokens() -> None:
     assert world.scheduler.prefilled[1:] == [retracted.rid]
     assert world.answer()["tree"] == grown("extend", algorithm="rebase").answer()["tree"]
     world.assert_balanced()
+
+
+def test_the_input_of_a_fork_comes_behind_a_pass_that_still_runs() -> None:
+    """The row was a request's whose last pass, seen too late, writes its token where the input of the next one is read."""
+    streams, inputs = Streams(enable_overlap=True), torch.zeros(8, dtype=torch.int64)
+
+    def stash(rows: torch.Tensor, payload: Any) -> None:
+        streams.events.append("stash")
+        inputs[rows] = payload.bonus_tokens
+
+    streams.future_map = SimpleNamespace(stash=stash)  # type: ignore[attr-defined]
+    Forks(streams)._leave_inputs(torch.tensor([5, 2]), torch.tensor([70, 71]), "cpu")
+    assert streams.events == ["on forward", "forward waits for schedule", "stash", "off forward"]
+    assert inputs.tolist() == [0, 0, 71, 0, 0, 70, 0, 0]

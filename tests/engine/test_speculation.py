@@ -78,6 +78,19 @@ def test_trees_are_the_same_with_and_without(algorithm: str, overlaps: bool) -> 
             assert figures(world)["tokens_computed"] - figures(without)["tokens_computed"] == made["tokens_wasted"]
 
 
+@pytest.mark.parametrize("algorithm", LEVEL_ALGORITHMS)
+def test_with_kv_of_the_last_tokens_trees_are_the_same_and_kv_but_for_these_tokens(algorithm: str) -> None:
+    """With the overlap schedule a row whose step has ended computes its last token, too; a member that parted then has none."""
+    for mode in MODES:
+        traits = {"overlaps": True, "caches_last_token": True}
+        tree, *others, levels, warnings = same(grown(world_of(mode, **traits), width=16, algorithm=algorithm))
+        world = guessed(asked_in_loop(world_of(mode, **traits)), width=16, algorithm=algorithm)
+        assert (same(world)[0], [*same(world)[1:3]], same(world)[4]) == (tree, others, warnings)
+        for ahead, level in zip(figures(world)["kv_levels"], levels, strict=True):
+            slack = {"held": level["leaves"], "retained": level["leaves"]}
+            assert ahead == {name: pytest.approx(value, abs=slack.get(name, 0)) for name, value in level.items()}
+
+
 @pytest.mark.parametrize("algorithm", ["ets", "ets_kv", "dora", "particles"])
 def test_a_policy_may_be_asked_on_a_worker_thread(algorithm: str) -> None:
     """How many guesses there are depends on when it answers; the tree does not."""

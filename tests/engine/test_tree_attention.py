@@ -16,7 +16,9 @@ if not INTERPRETED:
     pytest.skip("runs in test_interpreter.py, under TRITON_INTERPRET=1", allow_module_level=True)
 
 from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_ets.engine.tree_attention import PlanMismatch, TreeAttnBackend, refused_model
 
@@ -199,6 +201,23 @@ def test_a_graph_captured_without_a_plan_serves_each_plan_and_none(
         backend._rest = captured
         torch.testing.assert_close(layer.run(), layer.expected(batch), atol=2e-6, rtol=2e-6)
     assert len(set(work)) == 1, "the launches do not depend on the plan"
+
+
+def test_the_page_table_is_read_until_a_planned_decode_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose row another request gets while a pass runs, on a GPU with the overlap schedule, others may read what they share."""
+    backend, batch = make_backend(8, 2, monkeypatch), decode_batch()
+    ends = []
+    for made in (plan(), plan_paths([[] for _ in IDS])):
+        backend.load_plan(IDS, made)
+        ends.append([backend.shared_read_ends(mode) for mode in (ForwardMode.DECODE, ForwardMode.EXTEND)])
+    stock = [SharedReadEnds.IN_REPLAY, SharedReadEnds.UNKNOWN]
+    assert ends == [[SharedReadEnds.POST_REPLAY, SharedReadEnds.UNKNOWN], stock]
+    backend.load_plan(IDS, plan())
+    backend.init_forward_metadata(batch)
+    layer = Layer(backend, batch.batch_size)
+    expected = layer.expected(batch)
+    backend.req_to_token.zero_()
+    assert not torch.allclose(layer.run(), expected)
 
 
 def test_layers_that_are_not_plain_run_the_stock_code(monkeypatch: pytest.MonkeyPatch, work: list[int]) -> None:
