@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--need", type=int, help="tokens that REBASE needs; default: measured first")
-    parser.add_argument("--flags", nargs="*", default=[], help="more flags for the server")
+    parser.add_argument("--flags", nargs="*", default=[], help="more for the server: --flags=--search-kv-pressure=4")
     rows.add_arguments(parser, "two problems at width 8 in half of the pool")
     args = parser.parse_args()
     if args.smoke:

@@ -241,3 +241,10 @@ def test_a_checkpoint_is_whole_only_with_the_marker_of_this_file(
     assert not is_whole(folder)
     (folder / MARKER).write_text('{"gguf_sha256": "of an older one"}')
     assert not is_whole(folder)
+
+
+def test_the_rows_of_this_repository_make_their_tables() -> None:
+    done = list(rows.read(rows.RESULTS / "real_model.jsonl"))
+    assert done and not [one for one in done if "/" in one["data"] or "/" in one["model"]]
+    text, _ = summary(done, seed=0)
+    assert (rows.RESULTS / "real_model.md").read_text(encoding="utf-8") == text + "\n"
