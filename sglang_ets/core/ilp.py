@@ -8,13 +8,20 @@
                sum_j cost_j y_j <= budget    if there is one
                x binary, 0 <= y <= 1, 0 <= z <= 1
 
-y and z need no integrality: at an optimum with binary x, y_j is the largest x below it (its cost is not negative) and z_k the
-smaller of 1 and its row. Leaves that end in the same cost node stand or fall together, because keeping the second is free;
-they are merged. Source: ETS, arXiv 2502.13575, with costs in tokens. There every cluster is worth the same, worth_k = 1 / K.
+A leaf whose last cost node is kept is kept too, because that is free: x_i = y_leaf(i), and HiGHS gets no x but binary y. z
+needs no integrality: at an optimum z_k is the smaller of 1 and its row. Source: ETS, arXiv 2502.13575, with costs in tokens.
+There every cluster is worth the same, worth_k = 1 / K.
+
+With these rows alone the relaxation takes halves: two leaves of cluster k below one dear node, each kept by a half, cover k
+whole and pay for half of the node. So branches of a cluster that meet in node j count for what j is kept at most:
+
+    f_jk <= y_j,  f_jk <= sum of the branches of k below j,  z_k <= sum of the topmost branches of k
+
+with a joint f_jk where they meet; a branch is a joint, or a node that covers k itself. With binary y nothing changes.
 
 Three ways lead to the optimum, the cheapest first: `reduction.reduce_level` decides all there is; HiGHS solves the linear
-relaxation of the core, and it is integral; HiGHS solves the core as an integer program. A level whose best set is empty or
-breaks the budget is solved as it stands, with all rows.
+relaxation of the core, and it is whole (most often, thanks to the joints); HiGHS solves the core as an integer program. A level
+whose best set is empty or breaks the budget is solved as it stands, with all rows.
 
 Ties: of equal sets the larger one, where adding a leaf is free; of sibling leaves that are worth the same and cover the same
 cluster, the first; any other tie falls as HiGHS's fixed path has it (one thread, fixed seed).
@@ -22,7 +29,6 @@ cluster, the first; any other tie falls as HiGHS's fixed path has it (one thread
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,14 +38,14 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_ets.core.reduction import Core, reduce_level
+from sglang_ets.core.reduction import NOWHERE, Core, reduce_level
 
 TIME_LIMIT_S = 2.0
+NOTHING_FITS = "no leaf fits into the KV budget"
 KEPT = 0.5  # a binary above this is one
 INTEGRAL = 1e-7  # how far from 0 or 1 a value of the relaxation may be to count as whole
 SCALE = 1e4  # of the objective, so that HiGHS's absolute tolerances of 1e-7 are small against differences that matter
 Path = Literal["reduced", "relaxation", "integer", "full"]
-_per_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,14 @@ class _Rows:
     upper: list[NDArray[np.float64]]
     lengths: list[NDArray[np.int64]]
 
+    @classmethod
+    def none(cls) -> _Rows:
+        return cls([], [], [], [], [])
+
+    @property
+    def size(self) -> int:
+        return sum(lengths.size for lengths in self.lengths)
+
     def add_pairs(self, small: NDArray[np.int64], large: NDArray[np.int64]) -> None:
         """Rows `small - large <= 0`."""
         self.columns.append(np.column_stack([small, large]).ravel())
@@ -178,26 +192,19 @@ def solve(
     bonus = _bonus(labels, diversity_weight, worth)
     core = _reduced(reward, tree, kv_weight, labels, bonus)
     built = time.perf_counter()
-    values, path, answer, size = _solve_core(core, bonus)
-    held = np.zeros(tree.parent.size + 1, dtype=np.bool_)
-    held[-1] = True  # leaf -1: the path costs nothing
-    held[core.kept] = True
-    for members, value in zip(core.members, values.tolist(), strict=True):
-        if value > KEPT:
-            held[members] = True
+    values, path, answer, size = _solve_core(core, bonus, _Rows.none())
+    held = _held(core, values, tree)
+    if not held[tree.leaf].any() or (budget is not None and float(tree.cost[held[:-1]].sum()) > budget):
+        core, path = _unreduced(reward, tree, kv_weight, labels), "full"
+        values, _, answer, size = _solve_core(core, bonus, _limits(tree, budget))
+        held = _held(core, values, tree)
     kept = held[tree.leaf]
-    value = _value(kept, held[:-1], reward, tree, kv_weight, labels, bonus)
-    if not kept.any() or (budget is not None and float(tree.cost[held[:-1]].sum()) > budget):
-        path, size = "full", (0, 0)
-        kept, answer = _solve_full(reward, tree, kv_weight, labels, bonus, budget)
     num_clusters = bonus.size
     num_groups = np.unique(tree.leaf).size
     report = SolverReport(
         status=answer.status,
         path=path,
-        objective=value
-        if path != "full"
-        else objective(kept, reward, tree, kv_weight, clusters, diversity_weight, worth),
+        objective=_value(kept, held[:-1], reward, tree, kv_weight, labels, bonus),
         gap=answer.gap,
         rows=num_groups + int((tree.parent >= 0).sum()) + num_clusters + 1,
         columns=num_groups + tree.parent.size + num_clusters,
@@ -235,13 +242,10 @@ def _bonus(
     return np.full(num_clusters, diversity_weight / num_clusters) if worth is None else diversity_weight * worth
 
 
-def _reduced(
-    reward: NDArray[np.float64],
-    tree: CostTree,
-    kv_weight: float,
-    clusters: NDArray[np.int64] | None,
-    bonus: NDArray[np.float64],  # float64[K]
-) -> Core:
+def _forest(
+    reward: NDArray[np.float64], tree: CostTree, kv_weight: float, clusters: NDArray[np.int64] | None
+) -> tuple[NDArray[np.float64], dict[int, set[int]], set[int]]:
+    """What each cost node yields, float64[M]; the clusters that nodes cover, and those of leaves whose path costs nothing."""
     num_nodes = tree.parent.size
     total = float(tree.cost.sum())
     gain = np.bincount(tree.leaf + 1, weights=reward, minlength=num_nodes + 1)[1:]
@@ -250,50 +254,121 @@ def _reduced(
     if clusters is not None:
         for node, cluster in zip(tree.leaf.tolist(), clusters.tolist(), strict=True):
             covers.setdefault(node, set()).add(cluster)
-    free = covers.pop(-1, set())  # of leaves whose path costs nothing
+    return weight, covers, covers.pop(-1, set())
+
+
+def _reduced(
+    reward: NDArray[np.float64],
+    tree: CostTree,
+    kv_weight: float,
+    clusters: NDArray[np.int64] | None,
+    bonus: NDArray[np.float64],  # float64[K]
+) -> Core:
+    weight, covers, free = _forest(reward, tree, kv_weight, clusters)
     return reduce_level(weight.tolist(), tree.parent.tolist(), covers, free, bonus.tolist())
 
 
-def _solve_core(core: Core, bonus: NDArray[np.float64]) -> tuple[NDArray[np.float64], Path, _Answer, tuple[int, int]]:
-    """Values of the core's nodes, the way that led to them, and the core's rows and columns."""
+def _unreduced(
+    reward: NDArray[np.float64], tree: CostTree, kv_weight: float, clusters: NDArray[np.int64] | None
+) -> Core:
+    """The level as it stands."""
+    weight, covers, free = _forest(reward, tree, kv_weight, clusters)
+    nodes = range(tree.parent.size)
+    return Core([], tree.parent, weight, [[node] for node in nodes], [covers.get(node, set()) - free for node in nodes])
+
+
+def _limits(tree: CostTree, budget: float | None) -> _Rows:
+    """The rows that the reductions do not know: at least one leaf, and the budget.
+
+    Raises:
+        BudgetTooSmall: there is no budget left at all.
+    """
+    if budget is not None and budget < 0:
+        raise BudgetTooSmall(NOTHING_FITS)
+    rows = _Rows.none()
+    ends = np.unique(tree.leaf)
+    if ends[0] >= 0:  # else a leaf costs nothing, and is kept
+        rows.add(ends, np.ones(ends.size), 1.0, np.inf)
+    if budget is not None:
+        rows.add(np.arange(tree.parent.size), tree.cost.copy(), -np.inf, budget)
+    return rows
+
+
+def _held(core: Core, values: NDArray[np.float64], tree: CostTree) -> NDArray[np.bool_]:
+    """bool[M + 1]: the cost nodes that are kept; the last one stands for the leaves whose path costs nothing."""
+    held = np.zeros(tree.parent.size + 1, dtype=np.bool_)
+    held[-1] = True
+    held[core.kept] = True
+    for members, value in zip(core.members, values.tolist(), strict=True):
+        if value > KEPT:
+            held[members] = True
+    return held
+
+
+def _solve_core(
+    core: Core,
+    bonus: NDArray[np.float64],  # float64[K]
+    rows: _Rows,  # over the core's nodes; those of the core are added
+) -> tuple[NDArray[np.float64], Path, _Answer, tuple[int, int]]:
+    """Values of the core's nodes, the way that led to them, and the rows and columns that HiGHS got."""
     if not core.members:
         return np.zeros(0), "reduced", _Answer(np.zeros(0), "optimal", 0.0), (0, 0)
     num_nodes = core.parent.size
-    rows = _Rows([], [], [], [], [])
     inner = np.flatnonzero(core.parent >= 0)
     rows.add_pairs(inner, core.parent[inner])
-    nodes_of: dict[int, list[int]] = {}
-    for node, covers in enumerate(core.covers):
-        for cluster in sorted(covers):
-            nodes_of.setdefault(cluster, []).append(node)
-    for place, cluster in enumerate(sorted(nodes_of)):
-        rows.add_cover(num_nodes + place, np.array(nodes_of[cluster], dtype=np.int64))
-    gain = np.concatenate([core.weight, bonus[sorted(nodes_of)]])
+    gain = np.concatenate([core.weight, _add_covers(rows, core, bonus)])
     answer = _run(_lp(gain, 0, rows))
     nodes = answer.values[:num_nodes]
     path: Path = "relaxation"
     if np.abs(nodes - np.round(nodes)).max() > INTEGRAL:
         path = "integer"
         answer = _run(_lp(gain, num_nodes, rows))
-    return answer.values[:num_nodes], path, answer, (inner.size + len(nodes_of), gain.size)
+    return answer.values[:num_nodes], path, answer, (rows.size, gain.size)
 
 
-def _solve_full(
-    reward: NDArray[np.float64],
-    tree: CostTree,
-    kv_weight: float,
-    clusters: NDArray[np.int64] | None,
-    bonus: NDArray[np.float64],  # float64[K]
-    budget: float | None,
-) -> tuple[NDArray[np.bool_], _Answer]:
-    """The level as it stands, with the rows that the reductions do not know: at least one leaf, and the budget."""
-    group_node, group_of_leaf = np.unique(tree.leaf, return_inverse=True)
-    answer = _run(_model(reward, tree, kv_weight, clusters, bonus, budget, group_node, group_of_leaf))
-    return answer.values[: group_node.size][group_of_leaf] > KEPT, answer
+def _add_covers(rows: _Rows, core: Core, bonus: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rows of the clusters. Returns the gain of the columns that they add: joints, and each cluster after its own."""
+    parent = core.parent.tolist()
+    nodes_of: dict[int, list[int]] = {}
+    for node, covers in enumerate(core.covers):
+        for cluster in covers:
+            nodes_of.setdefault(cluster, []).append(node)
+    gain: list[float] = []
+    for cluster, nodes in sorted(nodes_of.items()):
+        joints, branches = _joints(nodes, parent, len(parent) + len(gain))
+        for joint, (node, below) in joints.items():
+            rows.add_pairs(np.array([joint]), np.array([node]))
+            rows.add_cover(joint, np.array(below))
+        gain += [0.0] * len(joints)
+        rows.add_cover(len(parent) + len(gain), np.array(branches))
+        gain.append(float(bonus[cluster]))
+    return np.array(gain)
+
+
+def _joints(
+    nodes: list[int], parent: list[int], first_column: int
+) -> tuple[dict[int, tuple[int, list[int]]], list[int]]:
+    """The joints of the cluster that these nodes cover, each with its node and the columns below; and the topmost columns."""
+    joints: dict[int, tuple[int, list[int]]] = {}
+    below: dict[int, list[int]] = {node: [node] for node in nodes}
+    above = set(nodes)
+    for node in nodes:
+        while (node := parent[node]) not in above and node != NOWHERE:
+            above.add(node)
+    for node in sorted(above, reverse=True):
+        columns = below[node]
+        if node in columns:
+            columns = [node]  # it covers the cluster itself, and nothing below it is kept without it
+        elif len(columns) > 1:
+            joint = first_column + len(joints)
+            joints[joint] = (node, columns)
+            columns = [joint]
+        below.setdefault(parent[node], []).extend(columns)
+    return joints, below[NOWHERE]
 
 
 def _run(lp: highspy.HighsLp) -> _Answer:
-    """Solve with this thread's HiGHS and check how it ended."""
+    """Solve with HiGHS and check how it ended."""
     solver = _solver()
     solver.passModel(lp)
     solver.run()
@@ -301,7 +376,7 @@ def _run(lp: highspy.HighsLp) -> _Answer:
     info = solver.getInfo()
     is_feasible = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     if status == highspy.HighsModelStatus.kInfeasible:
-        raise BudgetTooSmall("no leaf fits into the KV budget")
+        raise BudgetTooSmall(NOTHING_FITS)
     if not is_feasible or status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
         raise SolverFailure(f"HiGHS ended with {solver.modelStatusToString(status)}")
     values = np.asarray(solver.getSolution().col_value)
@@ -328,38 +403,6 @@ def objective(
     return float(reward[kept].sum()) - kv_weight * cost + diversity_weight * covered
 
 
-def _model(
-    reward: NDArray[np.float64],
-    tree: CostTree,
-    kv_weight: float,
-    clusters: NDArray[np.int64] | None,
-    bonus: NDArray[np.float64],  # float64[K]
-    budget: float | None,
-    group_node: NDArray[np.int64],  # int64[G], the cost node of each group of merged leaves
-    group_of_leaf: NDArray[np.int64],  # int64[L]
-) -> highspy.HighsLp:
-    """Columns: G groups of leaves, M cost nodes, K clusters."""
-    num_groups, num_nodes = group_node.size, tree.parent.size
-    num_clusters = bonus.size
-    total = float(tree.cost.sum())
-    gain = np.bincount(group_of_leaf, weights=reward, minlength=num_groups)
-    price = -kv_weight * tree.cost / total if total > 0 else np.zeros(num_nodes)
-
-    rows = _Rows([], [], [], [], [])
-    groups = np.arange(num_groups)
-    priced = group_node >= 0
-    rows.add_pairs(groups[priced], num_groups + group_node[priced])
-    inner = np.flatnonzero(tree.parent >= 0)
-    rows.add_pairs(num_groups + inner, num_groups + tree.parent[inner])
-    rows.add(groups, np.ones(num_groups), 1.0, np.inf)
-    if budget is not None:
-        rows.add(num_groups + np.arange(num_nodes), tree.cost.copy(), -np.inf, budget)
-    if num_clusters and clusters is not None:
-        for cluster in range(num_clusters):
-            rows.add_cover(num_groups + num_nodes + cluster, np.unique(group_of_leaf[clusters == cluster]))
-    return _lp(np.concatenate([gain, price, bonus]), num_groups, rows)
-
-
 def _lp(gain: NDArray[np.float64], num_integer: int, rows: _Rows) -> highspy.HighsLp:
     """A HiGHS model with all columns in 0..1, the first `num_integer` of them integer."""
     lp = highspy.HighsLp()
@@ -380,17 +423,15 @@ def _lp(gain: NDArray[np.float64], num_integer: int, rows: _Rows) -> highspy.Hig
 
 
 def _solver() -> highspy.Highs:
-    """One HiGHS per thread, its options set once. `run` releases the interpreter lock."""
-    solver: highspy.Highs | None = getattr(_per_thread, "solver", None)
-    if solver is None:
-        solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        solver.silent()
-        solver.setOptionValue("threads", 1)
-        solver.setOptionValue("random_seed", 0)
-        # Keeping nothing is feasible in a core, and this heuristic looks for more than that for up to 15 ms.
-        solver.setOptionValue("mip_heuristic_run_feasibility_jump", False)
-        solver.setOptionValue("mip_rel_gap", 0.0)
-        solver.setOptionValue("mip_abs_gap", 1e-10 * SCALE)
-        _per_thread.solver = solver
-    solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)  # its clock runs on from solve to solve
+    """A new HiGHS, because a used one counts its time limit from its first solve for a linear program, and anew for an integer
+    one; it costs 0.1 ms. `run` releases the interpreter lock."""
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver.silent()
+    solver.setOptionValue("threads", 1)
+    solver.setOptionValue("random_seed", 0)
+    # Keeping nothing is feasible in a core, and this heuristic looks for more than that for up to 15 ms.
+    solver.setOptionValue("mip_heuristic_run_feasibility_jump", False)
+    solver.setOptionValue("mip_rel_gap", 0.0)
+    solver.setOptionValue("mip_abs_gap", 1e-10 * SCALE)
+    solver.setOptionValue("time_limit", TIME_LIMIT_S)
     return solver

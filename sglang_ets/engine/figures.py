@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang_ets.core.answer import RankedAnswer
 from sglang_ets.core.config import OUTER_FIELDS, SearchConfig
+from sglang_ets.core.ilp import TIME_LIMIT_S
 from sglang_ets.core.tree import Node
 from sglang_ets.engine.live import ROOT, LiveSearch
 from sglang_ets.engine.tree_changes import TreeChanges
@@ -151,6 +152,12 @@ def warnings_of(live: LiveSearch) -> list[str]:
     if live.num_fallbacks:
         warnings.append(
             f"the solver failed in {live.num_fallbacks} of {len(live.kv)} levels, where REBASE decided instead"
+        )
+    num_late = sum(report.status == "time_limit" for report in live.solver_reports)
+    if num_late:
+        warnings.append(
+            f"the solver's time of {TIME_LIMIT_S:g} s ended in {num_late} of {len(live.kv)} levels, where the best leaves that "
+            "it had were kept; lower search_width"
         )
     if live.end_reason == "deadline":
         warnings.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.search import Search
-from sglang_ets.core.selection import Level, Selection
+from sglang_ets.core.selection import Level, Rebase, Selection
 from sglang_ets.core.tree import Node, SearchTree
 from sglang_ets.engine.children import ChildReq
 from sglang_ets.engine.live import Branch, LiveSearch
@@ -587,6 +588,28 @@ def test_a_solver_that_fails_leaves_the_level_to_rebase_and_the_answer_says_so()
     world.ask(algorithm="ets")
     world.run()
     assert world.answer()["search"]["warnings"] == ["the solver failed in 2 of 3 levels, where REBASE decided instead"]
+    world.assert_balanced()
+
+
+def test_a_selection_that_takes_long_keeps_nobody_else_waiting() -> None:
+    may_end = threading.Event()
+
+    class Slow(Rebase):
+        is_cheap = False
+
+        def select(self, level: Level, config: Any) -> Selection:
+            assert may_end.wait(60)
+            return super().select(level, config)
+
+    world = World(policies={"ets": Slow()})
+    world.ask("slow", algorithm="ets")
+    world.ask("other", algorithm="rebase")
+    for _ in world.ticks():
+        if not may_end.is_set() and world.scheduler.output_streamer.responses("other"):
+            assert [live.rid for live in world.ets.searches.values()] == ["slow"]
+            may_end.set()
+    assert world.answer("slow")["results"] and world.answer("other")["results"]
+    assert world.answer("slow")["search"]["solver"]["loop_blocked_ms_max"] < 1e4
     world.assert_balanced()
 
 

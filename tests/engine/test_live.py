@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sglang_ets.core.config import SearchConfig
+from sglang_ets.core.ilp import SolverReport
 from sglang_ets.core.search import Search
 from sglang_ets.engine.children import ChildSpec, SearchIds
 from sglang_ets.engine.figures import figures_of, lost_level, warnings_of
-from sglang_ets.engine.live import ROOT, Branch, LiveSearch
+from sglang_ets.engine.live import ROOT, Branch, KvSample, LiveSearch
 from sglang_ets.kv import Hold, PathSnapshot
 from sglang_ets.wire import TRACE_PARAM
 from tests.engine.fakes import request
@@ -111,6 +113,16 @@ def test_warnings_name_pressure_fallbacks_and_the_deadline() -> None:
     assert "gave up its KV 3 times" in pressure and "--max-total-tokens" in pressure
     assert solver.startswith("the solver failed in 1 of 0 levels")
     assert deadline == "deadline_s of 2.5 ended the search after 0 levels with 0 of 4 trajectories complete"
+
+
+def test_a_solver_that_runs_out_of_time_is_a_warning() -> None:
+    live = live_search()
+    report = SolverReport("optimal", "integer", 1.0, 0.0, 9, 9, 9, 9, 1.0, 1.0)
+    live.solver_reports += [report, replace(report, status="time_limit", gap=0.1)]
+    live.kv = [KvSample(1, 4, 0, 0)] * 3
+    assert warnings_of(live) == [
+        "the solver's time of 2 s ended in 1 of 3 levels, where the best leaves that it had were kept; lower search_width"
+    ]
 
 
 def test_a_spent_token_budget_is_a_warning() -> None:
