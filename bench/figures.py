@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from bench.tables import BASELINE, frontier
 DOTS_PER_INCH = 110
 COMPARABLE = 0.9  # of the most problems in a panel: with fewer, a point is pale and beside the frontier
 FEWEST_POINTS = 5  # of a panel: less is a table
+TITLE_LETTERS = 70  # of a line over a panel
 COLOURS = {
     "best_of_n": "#7f7f7f", "beam": "#b8860b", "dvts": "#2a9d4e", "dora": "#e377c2", "particles": "#17becf",
     "subpool": "#8c564b",
@@ -65,7 +67,7 @@ def accuracy_against_kv(by_title: Mapping[str, tuple[str, Sequence[dict[str, Any
     with panels(path, len(shown), width=8.2, height=5) as axes:
         for axis, (title, own) in zip(axes, shown.items(), strict=True):
             _compare(axis, own)
-            axis.set(title=title, xlabel="KV held, as a share of REBASE's", ylabel="accuracy minus REBASE's")
+            axis.set(title=textwrap.fill(title, TITLE_LETTERS), xlabel="KV held, as a share of REBASE's", ylabel="accuracy minus REBASE's")
 
 
 def _compare(axis: Any, own: Sequence[dict[str, Any]]) -> None:

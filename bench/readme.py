@@ -127,6 +127,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "capacity": lambda: capacity.table(rows_of("capacity")),
     "profile": lambda: f"```text\n{(rows.RESULTS / 'profile.txt').read_text(encoding='utf-8').strip()}\n```",
     "forks": lambda: forks.table(rows_of("forks")),
+    "speculation": lambda: forks.table(rows_of("speculation")),
     "fairness": lambda: fairness.table(rows_of("fairness")),
     "soak": lambda: soak.table(rows_of("soak")),
     "real_model": real_model_tables,
