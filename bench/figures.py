@@ -67,7 +67,11 @@ def accuracy_against_kv(by_title: Mapping[str, tuple[str, Sequence[dict[str, Any
     with panels(path, len(shown), width=8.2, height=5) as axes:
         for axis, (title, own) in zip(axes, shown.items(), strict=True):
             _compare(axis, own)
-            axis.set(title=textwrap.fill(title, TITLE_LETTERS), xlabel="KV held, as a share of REBASE's", ylabel="accuracy minus REBASE's")
+            axis.set(
+                title=textwrap.fill(title, TITLE_LETTERS),
+                xlabel="KV held, as a share of REBASE's",
+                ylabel="accuracy minus REBASE's",
+            )
 
 
 def _compare(axis: Any, own: Sequence[dict[str, Any]]) -> None:

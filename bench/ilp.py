@@ -1,8 +1,9 @@
 """Time of one selection: ours (reductions, HiGHS) against the published formulation (PuLP, CBC), same levels, same run.
 
-Timed is all of it: build, solve, decode. What this process has loaded is frozen first, so that no collection of it by Python
-falls into one of the timed calls (a server has `/freeze_gc` for that). Ours must never be worse than CBC's by more than 1e-9;
-where CBC, with PuLP's default tolerances, is worse than ours, that is counted.
+Timed is all of it: build, solve, decode, in time of processors, so that a busy machine makes no tail. What this process has
+loaded is frozen first, so that no collection of it by Python falls into one of the timed calls (a server has `/freeze_gc` for
+that). Ours must never be worse than CBC's by more than 1e-9; where CBC, with PuLP's default tolerances, is worse than
+ours, that is counted.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from __future__ import annotations
 import argparse
 import gc
 import gzip
+import itertools
 import json
+import resource
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +26,45 @@ from tqdm import tqdm
 
 from bench import rows
 from bench.embedded import client_of, held_out_problems
-from bench.levels import Case, grown_level, recorded_levels
+from bench.levels import Case, crossing_level, dvts_level, grown_level, random_forest, recorded_levels
 from bench.published_ilp import solve_published
 from bench.server import running_server
-from bench.timing import timed
 from bench.trees import Node, grow
+from sglang_ets.core.config import Coverage, SearchConfig
 from sglang_ets.core.ilp import SolverReport, objective, solve
 
-KV_WEIGHT = 1.0
-DIVERSITY_WEIGHT = 1.45
+COVERAGES: tuple[Coverage, ...] = ("uniform", "reward")  # with the weights that a search of that width has
 EQUAL = 1e-9
 NUM_LEVELS = (4, 8, 12)
+GROWN = {
+    "grown": grown_level,
+    "crossing": crossing_level,
+    "dvts": dvts_level,
+    "random": lambda width, num_levels, seed: random_forest(np.random.default_rng([width, num_levels, seed]), width),
+}
+KINDS = ("recorded", *GROWN)
+BY_CBC = ("recorded", "grown")  # it takes minutes for one of the others
 RECORDED = Path(__file__).parent / "data" / "trees.jsonl.gz"
 
 
-def compare(cases: Iterable[Case], num_published: int, kv_weight: float) -> dict[str, Any]:
+def compare(cases: Iterable[Case], num_published: int, config: SearchConfig) -> dict[str, Any]:
     """Both sides on the same cases, ours on all of them, CBC on the first `num_published`."""
     ours: list[float] = []
     published: list[float] = []
     reports: list[SolverReport] = []
     num_cbc_worse = 0
+    weights = config.weights
     for place, case in enumerate(cases):
-        args = (case.reward, case.tree, kv_weight, case.clusters, DIVERSITY_WEIGHT)
-        (kept, report), elapsed = timed(lambda args=args: solve(*args))  # type: ignore[misc]
+        args = (case.reward, case.tree, weights.kv_cost_weight, case.clusters, weights.diversity_weight)
+        worth = np.bincount(case.clusters, weights=case.reward) if config.coverage == "reward" else None
+        (kept, report), elapsed = _timed(lambda args=args, worth=worth: solve(*args, worth=worth))  # type: ignore[misc]
         ours.append(elapsed)
         reports.append(report)
         if place < num_published:
-            reference, elapsed = timed(lambda args=args: solve_published(*args))  # type: ignore[misc]
+            reference, elapsed = _timed(lambda args=args, worth=worth: solve_published(*args, worth))  # type: ignore[misc]
             published.append(elapsed)
-            gap = objective(kept, *args) - objective(reference, *args)
-            if gap < -EQUAL:
+            gap = objective(kept, *args, worth) - objective(reference, *args, worth)
+            if gap < -EQUAL and report.status == "optimal":
                 raise RuntimeError(f"case {place}: our objective is {-gap} below CBC's; expected at most {EQUAL}")
             num_cbc_worse += gap > EQUAL
     return {
@@ -58,18 +72,33 @@ def compare(cases: Iterable[Case], num_published: int, kv_weight: float) -> dict
         "levels_cbc": len(published),
         "levels_cbc_worse": num_cbc_worse,
         "ours_ms": _quantiles(ours),
-        "cbc_ms": _quantiles(published),
-        "ratio": float(np.median(published) / np.median(ours[: len(published)])),
+        "cbc_ms": _quantiles(published) if published else None,
+        "ratio": float(np.median(published) / np.median(ours[: len(published)])) if published else None,
         "paths": dict(Counter(report.path for report in reports)),
+        "out_of_time": sum(report.status == "time_limit" for report in reports),
         **{key: float(np.median([getattr(r, key) for r in reports])) for key in SIZES},
     }
+
+
+def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and the milliseconds that this process and its children (CBC is one) computed for it."""
+    started = _cpu_s()
+    result = run()
+    return result, 1e3 * (_cpu_s() - started)
+
+
+def _cpu_s() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 SIZES = ("rows", "columns", "core_rows", "core_columns")
 
 
 def _quantiles(times: list[float]) -> dict[str, float]:
-    return {name: float(np.percentile(times, q)) for name, q in (("median", 50), ("p95", 95), ("p99", 99))}
+    return {
+        name: float(np.percentile(times, q)) for name, q in (("median", 50), ("p95", 95), ("p99", 99), ("most", 100))
+    }
 
 
 def record(widths: list[int], num_problems: int) -> None:
@@ -102,24 +131,43 @@ def recorded_cases() -> dict[int, list[Case]]:
 
 def table(done: Sequence[rows.Row]) -> str:
     """Markdown, one line a setting."""
-    header = ["levels", "width", "ours: median, p99 (ms)", "PuLP and CBC: median (ms)", "ratio", "columns",
-              "left to HiGHS"]  # fmt: skip
-    cells = [
-        [
-            f"{row['levels']} {row['kind']}", row["width"], f"{row['ours_ms']['median']:.2f}, {row['ours_ms']['p99']:.2f}",
-            f"{row['cbc_ms']['median']:.0f}", f"{row['ratio']:.0f}x", f"{row['columns']:.0f}", f"{row['core_columns']:.0f}",
-        ]
-        for row in done
-    ]  # fmt: skip
-    return rows.markdown(header, cells)
+    header = [
+        "levels",
+        "width",
+        "coverage",
+        "ours: median, p99, most (ms)",
+        "solved as integer programs",
+        "PuLP and CBC: median (ms)",
+        "ratio",
+        "columns",
+        "left to HiGHS",
+    ]
+    return rows.markdown(header, [_cells(row) for row in done])
+
+
+def _cells(row: rows.Row) -> list[str]:
+    ours, paths = row["ours_ms"], row["paths"]
+    cbc = (f"{row['cbc_ms']['median']:.0f}", f"{row['ratio']:.0f}x") if row["cbc_ms"] else ("", "")
+    times = f"{ours['median']:.2f}, {ours['p99']:.2f}, {ours['most']:.2f}"
+    integer = f"{paths.get('integer', 0) + paths.get('full', 0)}"
+    if row["out_of_time"]:
+        integer += f", {row['out_of_time']} out of time"
+    sizes = (f"{row['columns']:.0f}", f"{row['core_columns']:.0f}")
+    return [f"{row['levels']} {row['kind']}", str(row["width"]), row["coverage"], times, integer, *cbc, *sizes]
+
+
+def levels_of(kind: str, width: int, num_levels: int, seed: int) -> list[Case]:
+    """That many levels that are made, of several depths."""
+    depths = [NUM_LEVELS[place % len(NUM_LEVELS)] for place in range(num_levels)]
+    return [GROWN[kind](width, depth, seed * 10_000 + place) for place, depth in enumerate(depths)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64, 256, 1024])
-    parser.add_argument("--levels", type=int, default=300, help="grown levels for each width")
-    parser.add_argument("--levels-cbc", type=int, default=30, help="of these, also solved by CBC")
-    parser.add_argument("--kv-weight", type=float, default=KV_WEIGHT)
+    parser.add_argument("--forest", nargs="+", choices=KINDS, default=KINDS, help="levels: from where")
+    parser.add_argument("--levels", type=int, default=300, help="levels that are made, for each kind and width")
+    parser.add_argument("--levels-cbc", type=int, default=30, help="grown and recorded levels that CBC solves too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=int, metavar="N", help="record the trees of N problems per width first")
     rows.add_arguments(parser, "widths 16 and 64, few levels")
@@ -133,14 +181,14 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     made = []
-    jobs = [(width, kind) for width in args.widths for kind in ("grown", "recorded")]
-    for width, kind in tqdm([job for job in jobs if job[1] == "grown" or job[0] in recorded], unit="setting"):
-        cases = recorded.get(width, [])
-        if kind == "grown":
-            depths = [NUM_LEVELS[i % len(NUM_LEVELS)] for i in range(args.levels)]
-            cases = [grown_level(width, depth, args.seed * 10_000 + i) for i, depth in enumerate(depths)]
-        row = {"kind": kind, "width": width, "kv_weight": args.kv_weight, "seed": args.seed}
-        row |= compare(cases, args.levels_cbc, args.kv_weight)
+    jobs = list(itertools.product(args.widths, args.forest, COVERAGES))
+    for width, kind, coverage in tqdm(
+        [job for job in jobs if job[1] != "recorded" or job[0] in recorded], unit="setting"
+    ):
+        cases = recorded[width] if kind == "recorded" else levels_of(kind, width, args.levels, args.seed)
+        config = SearchConfig(algorithm="ets", width=width, coverage=coverage)
+        row = {"kind": kind, "coverage": coverage, "width": width, "seed": args.seed, **asdict(config.weights)}
+        row |= compare(cases, args.levels_cbc if kind in BY_CBC else 0, config)
         rows.append(out, row)
         made.append(row)
     rows.publish(out, table(made))

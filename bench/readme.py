@@ -120,7 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kept": lambda: selection_quality.table(rows_of("selection_quality")),
     "clusters": lambda: searches.cut_table(rows_of("cuts")),
     "variants": variants_table,
-    "selection": lambda: ilp.table(rows.latest("ilp", ("width", "kind"))),
+    "selection": lambda: ilp.table(rows.latest("ilp", ("coverage", "kind", "width"))),
     "throughput": throughput_table,
     "attention": lambda: attention.table(rows.latest("attention", ("model", "sequences", "kv_tokens", "new_tokens"))),
     "attention_tree": lambda: attention.tree_table(rows_of("attention_tree")),

@@ -249,7 +249,7 @@ def _forest(
     num_nodes = tree.parent.size
     total = float(tree.cost.sum())
     gain = np.bincount(tree.leaf + 1, weights=reward, minlength=num_nodes + 1)[1:]
-    weight = gain - kv_weight * tree.cost / total if total > 0 else gain
+    weight: NDArray[np.float64] = gain - kv_weight * tree.cost / total if total > 0 else gain.astype(np.float64)
     covers: dict[int, set[int]] = {}
     if clusters is not None:
         for node, cluster in zip(tree.leaf.tolist(), clusters.tolist(), strict=True):

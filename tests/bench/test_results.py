@@ -9,6 +9,7 @@ import pytest
 from bench import readme
 from bench.ilp import compare, recorded_cases
 from bench.redundancy import purity_of, redundancy
+from sglang_ets.core.config import SearchConfig
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
@@ -29,7 +30,9 @@ def test_a_changed_figure_is_noticed() -> None:
 
 
 def test_recorded_levels_are_solved_as_well_as_by_cbc() -> None:
-    row = compare(recorded_cases()[256][:3], num_published=3, kv_weight=2.0)  # its smoke mode has smaller ones
+    row = compare(
+        recorded_cases()[256][:3], 3, SearchConfig(algorithm="ets", width=256, kv_cost_weight=2.0)
+    )  # its smoke mode has smaller ones
     assert row["levels"] == 3
     assert row["columns"] > row["core_columns"]
 
