@@ -17,7 +17,6 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ def main() -> None:
     ):
         cases = recorded[width] if kind == "recorded" else levels_of(kind, width, args.levels, args.seed)
         config = SearchConfig(algorithm="ets", width=width, coverage=coverage)
-        row = {"kind": kind, "coverage": coverage, "width": width, "seed": args.seed, **asdict(config.weights)}
+        row = {"kind": kind, "coverage": coverage, "width": width, "seed": args.seed, **config.weights._asdict()}
         row |= compare(cases, args.levels_cbc if kind in BY_CBC else 0, config)
         rows.append(out, row)
         made.append(row)
