@@ -20,10 +20,11 @@ from sglang_ets.tools import run
 POLICIES = ("best_of_n", "rebase", "ets")
 MAX_TOKENS = 512
 IN_FLIGHT = 2
-NEXT = """\
-right: share of the problems; KV held: tokens of the policy model's KV that a search holds, mean over its time;
-tokens and seconds: of one problem. Next: `make serve` keeps such a server running; while it does,
-`.venv/bin/sglang-ets ask "7*8-2*(3+4)="` asks it one question."""
+NEXT = (
+    "right: share of the problems; KV held: tokens of the policy model's KV that a search holds, mean over its time; "
+    "tokens and seconds: of one problem.\n\n"
+    'Next: `make serve` keeps such a server running; meanwhile `.venv/bin/sglang-ets ask "7*8-2*(3+4)="` asks it one question.'
+)
 
 
 def main() -> None:
