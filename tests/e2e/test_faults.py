@@ -135,7 +135,8 @@ def kill_voter(run: Run) -> None:
 
 
 def start_voter(server: Server) -> None:
-    server.search(PROMPT, 2, max_tokens=48, search={"max_steps": 1, "answer_pattern": NO_INTEGERS})
+    """A search whose answers differ starts the process; with equal ones it would not be asked."""
+    server.search(PROMPT, 8, seed=0, max_tokens=48, search={"max_steps": 1, "answer_pattern": NO_INTEGERS})
     assert len(voters(server)) == 1
 
 
