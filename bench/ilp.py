@@ -13,10 +13,8 @@ import gc
 import gzip
 import itertools
 import json
-import resource
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from bench.embedded import client_of, held_out_problems
 from bench.levels import Case, crossing_level, dvts_level, grown_level, random_forest, recorded_levels
 from bench.published_ilp import solve_published
 from bench.server import running_server
+from bench.timing import processor_s, timed
 from bench.trees import Node, grow
 from sglang_ets.core.config import Coverage, SearchConfig
 from sglang_ets.core.ilp import SolverReport, objective, solve
@@ -42,6 +41,7 @@ GROWN = {
     "random": lambda width, num_levels, seed: random_forest(np.random.default_rng([width, num_levels, seed]), width),
 }
 KINDS = ("recorded", *GROWN)
+USUAL = ("recorded", "grown", "crossing")  # the others are forests that no search grows, and slow
 BY_CBC = ("recorded", "grown")  # it takes minutes for one of the others
 RECORDED = Path(__file__).parent / "data" / "trees.jsonl.gz"
 
@@ -56,11 +56,11 @@ def compare(cases: Iterable[Case], num_published: int, config: SearchConfig) -> 
     for place, case in enumerate(cases):
         args = (case.reward, case.tree, weights.kv_cost_weight, case.clusters, weights.diversity_weight)
         worth = np.bincount(case.clusters, weights=case.reward) if config.coverage == "reward" else None
-        (kept, report), elapsed = _timed(lambda args=args, worth=worth: solve(*args, worth=worth))  # type: ignore[misc]
+        (kept, report), elapsed = timed(lambda args=args, worth=worth: solve(*args, worth=worth), processor_s)  # type: ignore[misc]
         ours.append(elapsed)
         reports.append(report)
         if place < num_published:
-            reference, elapsed = _timed(lambda args=args, worth=worth: solve_published(*args, worth))  # type: ignore[misc]
+            reference, elapsed = timed(lambda args=args, worth=worth: solve_published(*args, worth), processor_s)  # type: ignore[misc]
             published.append(elapsed)
             gap = objective(kept, *args, worth) - objective(reference, *args, worth)
             if gap < -EQUAL and report.status == "optimal":
@@ -77,18 +77,6 @@ def compare(cases: Iterable[Case], num_published: int, config: SearchConfig) -> 
         "out_of_time": sum(report.status == "time_limit" for report in reports),
         **{key: float(np.median([getattr(r, key) for r in reports])) for key in SIZES},
     }
-
-
-def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, and the milliseconds that this process and its children (CBC is one) computed for it."""
-    started = _cpu_s()
-    result = run()
-    return result, 1e3 * (_cpu_s() - started)
-
-
-def _cpu_s() -> float:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 SIZES = ("rows", "columns", "core_rows", "core_columns")
@@ -163,16 +151,16 @@ def levels_of(kind: str, width: int, num_levels: int, seed: int) -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64, 256, 1024])
-    parser.add_argument("--forest", nargs="+", choices=KINDS, default=KINDS, help="levels: from where")
-    parser.add_argument("--levels", type=int, default=300, help="levels that are made, for each kind and width")
-    parser.add_argument("--levels-cbc", type=int, default=30, help="grown and recorded levels that CBC solves too")
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--forest", nargs="+", choices=KINDS, default=USUAL, help="levels: from where")
+    parser.add_argument("--levels", type=int, default=60, help="levels that are made, for each kind and width")
+    parser.add_argument("--levels-cbc", type=int, default=10, help="grown and recorded levels that CBC solves too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=int, metavar="N", help="record the trees of N problems per width first")
     rows.add_arguments(parser, "widths 16 and 64, few levels")
     args = parser.parse_args()
     if args.smoke:
-        args.widths, args.levels, args.levels_cbc = [16, 64], 20, 5
+        args.widths, args.forest, args.levels, args.levels_cbc = [16, 64], KINDS, 20, 5
     out = rows.out_of(args, "ilp")
     if args.record:
         record([width for width in args.widths if width <= 256], args.record)

@@ -10,7 +10,6 @@ must be read could be read, from the memory bandwidth that a copy reaches in the
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +37,7 @@ from sglang_ets.kernels.tree_attention import (  # noqa: E402
 )
 
 from bench import rows  # noqa: E402
+from bench.timing import timed  # noqa: E402
 from sglang_ets.core.attention_plan import AttentionPlan, plan_paths  # noqa: E402
 
 SPLITS = 8  # sglang's --triton-attention-num-kv-splits
@@ -162,9 +162,7 @@ def _pages(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, list[l
 def median_us(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         return 1e3 * float(triton.testing.do_bench(run, return_mode="median"))
-    started = time.perf_counter()  # in the interpreter the times mean nothing
-    run()
-    return 1e6 * (time.perf_counter() - started)
+    return 1e3 * timed(run)[1]  # in the interpreter the times mean nothing
 
 
 def copied_bytes_per_us(device: torch.device) -> float:
