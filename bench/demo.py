@@ -23,7 +23,8 @@ IN_FLIGHT = 2
 NEXT = (
     "right: share of the problems; KV held: tokens of the policy model's KV that a search holds, mean over its time; "
     "tokens and seconds: of one problem.\n\n"
-    'Next: `make serve` keeps such a server running; meanwhile `.venv/bin/sglang-ets ask "7*8-2*(3+4)="` asks it one question.'
+    "Next: `make serve` keeps such a server running; meanwhile, in another terminal, this asks it one question:\n\n"
+    '    .venv/bin/sglang-ets ask "7*8-2*(3+4)="'
 )
 
 

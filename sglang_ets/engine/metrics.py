@@ -63,7 +63,9 @@ METRICS = (
     Metric("kv_held_tokens", "gauge", "Distinct KV tokens of the policy model that searches protect."),
     Metric("kv_freed_tokens", "counter", "KV tokens given back to the pool at once by pruning and completion."),
     Metric("kv_pressure_releases", "counter", "Times that a search gave up its locks for want of KV.", BY_ALGORITHM),
-    Metric("prm_tokens", "counter", "Tokens computed by the PRM.", BY_ALGORITHM),
+    Metric(
+        "prm_tokens", "counter", "Tokens that the PRM scored; equal steps, computed once, count each.", BY_ALGORITHM
+    ),
     Metric("prm_batch_steps", "histogram", "Steps scored in one call of the PRM.", (), BATCH_STEPS),
     Metric("score_seconds", "histogram", "One call of the PRM on a batch of steps.", (), FAST_S),
     Metric("select_seconds", "histogram", "From a complete level to its selection.", BY_ALGORITHM, FAST_S),

@@ -11,9 +11,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,9 @@ def rows_in(path: Path) -> Iterator[Row]:
                 ) from None
 
 
-def table_of(rows: Sequence[Row]) -> Table:
-    """One line for each way to ask."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+def table_of(rows: Sequence[Row], asked: Iterable[Asked] = ()) -> Table:
+    """One line for each way to ask: as asked for now, then those of earlier runs."""
+    groups: dict[tuple[Any, ...], list[Row]] = {astuple(way): [] for way in asked}
     for row in rows:
         groups.setdefault(key_of(row)[:-1], []).append(row)
     table = Table()
@@ -181,7 +181,7 @@ def table_of(rows: Sequence[Row]) -> Table:
         "seconds",
     ):
         table.add_column(name, justify="left" if name in ("data", "algorithm", "settings") else "right")
-    for own in groups.values():
+    for own in filter(None, groups.values()):
         count, first = len(own), own[0]
         means = [
             sum(row["search_result"]["kv_tokens_mean"] for row in own) / count,
@@ -273,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             task = progress.add_task(Path(args.data).name, total=None)
             for done, total in run(client, jobs, args.out, args.in_flight):
                 progress.update(task, completed=done, total=total)
-        console.print(table_of([row for row in rows_in(args.out) if row["data"] == Path(args.data).name]))
+        rows = [row for row in rows_in(args.out) if row["data"] == Path(args.data).name]
+        console.print(table_of(rows, (asked for asked, _ in jobs)))
     except (ValueError, OSError, ImportError) as error:
         _leave(str(error), EXIT_BAD_INPUT)
     except openai.APIConnectionError:

@@ -114,6 +114,16 @@ def test_the_table_has_a_line_for_each_way_to_ask(tmp_path: Path) -> None:
     assert all("0.750" in line and " 15 " in line for line in lines)
 
 
+def test_the_table_stands_in_the_order_asked_for_not_in_that_of_answers(tmp_path: Path) -> None:
+    out, narrow, wide = tmp_path / "run.jsonl", asked(), asked(width=8)
+    solved(Server(), out, [narrow, wide])
+    rows = sorted(rows_in(out), key=lambda row: -row["width"])
+    order = lambda *ways: [str(cell) for cell in table_of(rows, ways).columns[1].cells]  # noqa: E731
+    assert order(narrow, wide) == ["4", "8"]
+    assert order(narrow) == ["4", "8"], "what an earlier run asked for comes after"
+    assert order() == ["8", "4"]
+
+
 def test_jobs_take_all_ways_before_the_next_problem() -> None:
     args = parser().parse_args(
         [
