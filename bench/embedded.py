@@ -11,6 +11,7 @@ import openai
 import sglang_ets
 from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS
 
+EMBEDDED = "embedded"  # their name in rows
 MODELS = Path(sglang_ets.__file__).parent / "models"
 
 

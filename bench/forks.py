@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from bench import rows
 from bench.client_search.processes import Running, awake, running, search_flags
-from bench.embedded import client_of, held_out_problems
+from bench.embedded import EMBEDDED, client_of, held_out_problems
 from bench.trees import grow, growth, num_distinct_prefixes
 from sglang_ets.engine.live import ForkMode
 from sglang_ets.tools.datasets import load
@@ -45,7 +45,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 POOL_TOKENS = 100_000  # nothing is short
 OWN_POOL_TOKENS = 20_000  # of a model of one's own, whose tokens are larger
 GUESSES = ("children", "children_used", "tokens_wasted")  # of speculation
-EMBEDDED = "embedded"
 MAX_TOKENS = 512
 
 

@@ -3,11 +3,13 @@
     python -m bench.throughput --smoke                          a few problems at width 8, about two minutes with start-up
     python -m bench.throughput --widths 16 --rounds 4
     python -m bench.throughput --widths 64 --in-flight 4 --rounds 2 --replicas 2 --encoder FOLDER
+    python -m bench.throughput --model-path FOLDER --data gsm8k --widths 16 --in-flight 2 --waves 1 --rounds 1
 
-Three systems solve the same problems of the embedded task, with `--in-flight` of them at a time, in turns within each round:
-A) `in_scheduler`: one server, `search_width` in a request; B) `client`: `bench.client_search` on two stock servers with a
-sentence encoder and PuLP; C) `sampling`: plain requests with `n` = width to the server of A. A and B follow the same policy
-(the same code decides); texts differ, because sampling beside other traffic cannot be reproduced.
+Three systems solve the same problems of the embedded task, or of a set about which a model of yours is asked, with
+`--in-flight` of them at a time, in turns within each round: A) `in_scheduler`: one server, `search_width` in a request;
+B) `client`: `bench.client_search` on two stock servers with a sentence encoder and PuLP; C) `sampling`: plain requests with
+`n` = width to the server of A. A and B follow the same policy (the same code decides); texts differ, because sampling beside
+other traffic cannot be reproduced.
 
 B has two servers, which two cores run side by side; one server of A keeps one core busy. With `--replicas 2` two servers share
 the problems of A, and of C, so that all three systems use both cores.
@@ -18,6 +20,9 @@ else runs on it: next to problems per second stand CPU seconds per problem, whic
 servers have the same size. The two servers of B get the attention of `kernels/paged_attention.py`, which the search brings
 along on a CPU, so that the engines are equal and only the architectures differ.
 
+A model of your own is policy and PRM at once: of A in one server, which loads it once; of B in two. Steps are scored by its own
+probabilities (`likelihood`), because a stock server gives these out.
+
 One round of one system is a row of `--out` (JSONL); a run that was interrupted goes on where it stopped.
 """
 
@@ -27,11 +32,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -42,16 +48,51 @@ from bench.client_search.encoder import SentenceEncoder, find_encoder
 from bench.client_search.processes import Running, awake, running, search_flags, stock_flags
 from bench.client_search.servers import connect, post
 from bench.client_search.table import tables
-from bench.embedded import MODELS, held_out_problems
+from bench.embedded import EMBEDDED, MODELS, held_out_problems
 from bench.server import Places
 from sglang_ets import patches
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.patterns import extract_answer
+from sglang_ets.tools.datasets import load
+from sglang_ets.tools.grading import strict
 
 SYSTEMS = ("in_scheduler", "client", "sampling")
 POOL_TOKENS = 20_000
-MAX_TOKENS, MAX_STEP_TOKENS = 512, 64
-PATTERN = "the_answer_is"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A policy model, its PRM, their problems (`prompt` and `answer`), and how they are asked."""
+
+    model: str
+    policy: Path
+    prm: Path
+    problems: Sequence[Mapping[str, str]]
+    delimiter: str = "\n"
+    pattern: str = "the_answer_is"
+    max_tokens: int = 512
+    max_step_tokens: int = 64
+    temperature: float = 1.0
+    flags: tuple[str, ...] = ()  # of the server with the search
+
+    @classmethod
+    def embedded(cls) -> Task:
+        problems = [{"prompt": one["prompt"], "answer": str(one["answer"])} for one in held_out_problems()]
+        return cls(EMBEDDED, MODELS / "policy", MODELS / "prm", problems)
+
+    @classmethod
+    def of(cls, model: Path, data: str) -> Task:
+        """Chats, in which the answer is asked for in a box and steps between blank lines."""
+        from transformers import AutoTokenizer
+
+        template = AutoTokenizer.from_pretrained(model).apply_chat_template
+        problems = [
+            {"prompt": template([{"role": "user", "content": problem.prompt}], tokenize=False, add_generation_prompt=True),
+             "answer": problem.answer}
+            for problem in load(data, for_validation=True)
+        ]  # fmt: skip
+        flags = ("--model-path", str(model), "--prm-format", "likelihood", "--dtype", "float32")
+        return cls(model.name, model, model, problems, "\n\n", "boxed", 320, 128, 0.7, flags)
 
 
 @dataclass(frozen=True)
@@ -66,22 +107,22 @@ class Job:
     seed: int
     pool_tokens: int = POOL_TOKENS
     replicas: int = 1  # of the server with the search; the client has one of each of its two
+    model: str = EMBEDDED
 
     @property
     def key(self) -> tuple[Any, ...]:
         return tuple(vars(self).values())
 
-    @property
-    def config(self) -> SearchConfig:
+    def config(self, task: Task) -> SearchConfig:
         """What A and B are both asked for."""
         return SearchConfig(
             algorithm=self.algorithm,  # type: ignore[arg-type]
             width=self.width,
-            max_tokens=MAX_TOKENS,
-            max_step_tokens=MAX_STEP_TOKENS,
-            step_delimiter=("\n",),
+            max_tokens=task.max_tokens,
+            max_step_tokens=task.max_step_tokens,
+            step_delimiter=(task.delimiter,),
             answer="weighted_majority",
-            answer_pattern=PATTERN,
+            answer_pattern=task.pattern,
             coverage="uniform",  # as published, with the published cut, for the client knows nothing else
             cluster_distance=0.05,
             center_embeddings=False,
@@ -103,6 +144,7 @@ class Outcome:
 class Systems:
     """What is compared: three ways to solve a problem, and the servers that each of them needs."""
 
+    task: Task
     search: tuple[Running, ...]
     stock: tuple[Running, ...]
     links: tuple[httpx.Client, ...]  # to the servers with the search
@@ -115,11 +157,12 @@ class Systems:
         return {"in_scheduler": self._search, "client": self._client, "sampling": self._sample}[job.system](job)
 
     def _search(self, job: Job) -> Callable[[str], Outcome]:
-        config = job.config
-        search = {"algorithm": config.algorithm, "max_step_tokens": config.max_step_tokens, "step_delimiter": ["\n"],
-                  "answer": config.answer, "answer_pattern": PATTERN, "coverage": config.coverage,
+        config = job.config(self.task)
+        search = {"algorithm": config.algorithm, "max_step_tokens": config.max_step_tokens,
+                  "step_delimiter": list(config.step_delimiter), "answer": config.answer,
+                  "answer_pattern": config.answer_pattern, "coverage": config.coverage,
                   "early_stop": config.early_stop}  # fmt: skip
-        body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": job.seed}
+        body = {**self._body, "seed": job.seed}
         complete = self._dealt_out(job)
 
         def solve(prompt: str) -> Outcome:
@@ -128,13 +171,13 @@ class Systems:
             figures = {"prm_tokens": search_figures["prm_tokens"], "levels": search_figures["levels"]}
             figures["pressure_releases"] = search_figures["kv_pressure_releases"]
             text = answer["choices"][0]["text"]
-            return Outcome(extract_answer(text, PATTERN), answer["usage"]["completion_tokens"], figures)
+            return Outcome(extract_answer(text, self.task.pattern), answer["usage"]["completion_tokens"], figures)
 
         return solve
 
     def _client(self, job: Job) -> Callable[[str], Outcome]:
         def solve(prompt: str) -> Outcome:
-            solved = self.client.solve(prompt, job.config)
+            solved = self.client.solve(prompt, job.config(self.task))
             parts = {f"{part}_s": seconds for part, seconds in solved.part_s.items()}
             figures = {"prm_tokens": solved.prm_tokens, "levels": solved.levels, **parts}
             return Outcome(solved.answers[0].answer, solved.completion_tokens, figures)
@@ -142,17 +185,21 @@ class Systems:
         return solve
 
     def _sample(self, job: Job) -> Callable[[str], Outcome]:
-        body = {"model": "default", "max_tokens": MAX_TOKENS, "temperature": 1.0, "n": job.width}
+        body = {**self._body, "n": job.width}
         complete = self._dealt_out(job)
 
         def solve(prompt: str) -> Outcome:
             answer = complete({**body, "prompt": prompt})
-            answers = [extract_answer(choice["text"], PATTERN) for choice in answer["choices"]]
+            answers = [extract_answer(choice["text"], self.task.pattern) for choice in answer["choices"]]
             votes = [text for text in answers if text is not None]
             best = statistics.mode(votes) if votes else None
             return Outcome(best, answer["usage"]["completion_tokens"], {})
 
         return solve
+
+    @property
+    def _body(self) -> dict[str, Any]:
+        return {"model": "default", "max_tokens": self.task.max_tokens, "temperature": self.task.temperature}
 
     def _dealt_out(self, job: Job) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """Posts a completion to whichever replica has a place for it."""
@@ -165,7 +212,7 @@ class Systems:
         return complete
 
 
-def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def measure(systems: Systems, job: Job, problems: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Solve the problems with `in_flight` at a time. Their servers are awake meanwhile, all others frozen."""
     servers = systems.servers(job)
     solve = systems.solver(job)
@@ -182,34 +229,34 @@ def measure(systems: Systems, job: Job, problems: Sequence[dict[str, Any]]) -> d
         "seconds": seconds,
         "cpu_s": used,
         "completion_tokens": sum(outcome.completion_tokens for outcome in outcomes),
-        "right": sum(o.answer == str(p["answer"]) for o, p in zip(outcomes, problems, strict=True)),
+        "right": sum(strict(o.answer, p["answer"]) for o, p in zip(outcomes, problems, strict=True)),
         **{name: statistics.fmean(outcome.figures[name] for outcome in outcomes) for name in names},
     }
 
 
 @contextmanager
-def all_systems(args: argparse.Namespace) -> Iterator[Systems]:
+def all_systems(args: argparse.Namespace, task: Task) -> Iterator[Systems]:
     """Start all servers."""
     import torch
     from transformers import AutoTokenizer
 
     torch.set_num_threads(1)  # the encoder shares the cores with the servers
     encode = SentenceEncoder(args.encoder) if args.encoder else None
-    flags = [stock_flags(model, args.pool_tokens) for model in ("policy", "prm")]
-    flags += [search_flags(args.pool_tokens)] * max(args.replicas)
+    flags = [stock_flags(model, args.pool_tokens) for model in (task.policy, task.prm)]
+    flags += [[*search_flags(args.pool_tokens), *task.flags]] * max(args.replicas)
     print(f"{len(flags)} servers start: a minute or two", file=sys.stderr)
     with running(flags, {patches.CPU_ATTENTION_ENV: "1"}) as servers:  # the search has it anyway
         policy, prm, *links = [connect(server.url) for server in servers]
         stock = [partial(post, server, "/generate") for server in (policy, prm)]
-        tokenizer = AutoTokenizer.from_pretrained(MODELS / "policy")
-        client = Client(*stock, tokenizer, prm_marker(MODELS / "prm"), encode)
-        yield Systems(tuple(servers[2:]), tuple(servers[:2]), tuple(links), client)
+        tokenizer = AutoTokenizer.from_pretrained(task.policy)
+        client = Client(*stock, tokenizer, prm_marker(task.prm), encode, task.temperature)
+        yield Systems(task, tuple(servers[2:]), tuple(servers[:2]), tuple(links), client)
 
 
-def jobs(args: argparse.Namespace) -> list[Job]:
+def jobs(args: argparse.Namespace, model: str) -> list[Job]:
     """Rounds on the outside and the systems in turn on the inside, so that an interrupted run compares equal rounds."""
     return [
-        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, replicas)
+        Job(system, algorithm, width, in_flight, number, args.seed, args.pool_tokens, replicas, model)
         for number in range(args.rounds)
         for width, in_flight in zip(args.widths, args.in_flight, strict=True)
         for algorithm in args.algorithms
@@ -218,7 +265,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     ]
 
 
-def problems_of(job: Job, all_problems: Sequence[dict[str, Any]], waves: int) -> list[dict[str, Any]]:
+def problems_of(job: Job, all_problems: Sequence[Mapping[str, str]], waves: int) -> list[Mapping[str, str]]:
     """The problems of a round, the same for each system."""
     count = waves * job.in_flight
     first = job.round * count
@@ -235,6 +282,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV pool of every model of every server")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1], help="servers with the search, a setting each")
     parser.add_argument("--encoder", help="folder of all-MiniLM-L6-v2; see bench/client_search/encoder.py")
+    parser.add_argument("--model-path", type=Path, help="default: the embedded models")
+    parser.add_argument("--data", default="gsm8k", help="for a model of your own")
     parser.add_argument("--seed", type=int, default=0)
     rows.add_arguments(parser, "one round of 2 problems at width 8")
     args = parser.parse_args()
@@ -255,17 +304,17 @@ def main() -> None:
 
     args = parsed()
     out = rows.out_of(args, "throughput")
-    problems = held_out_problems()
+    task = Task.of(args.model_path, args.data) if args.model_path else Task.embedded()
     known = {tuple(row.get(field.name, field.default) for field in fields(Job)) for row in rows.read(out)}
-    todo = [job for job in jobs(args) if job.key not in known]
+    todo = [job for job in jobs(args, task.model) if job.key not in known]
     if todo:
-        with all_systems(args) as systems:
+        with all_systems(args, task) as systems:
             for system in SYSTEMS:  # first calls compile and load; they are not measured
                 count = 1 if system == "client" else max(args.replicas)
                 warm = Job(system, args.algorithms[0], args.widths[0], count, -1, args.seed, replicas=count)
-                measure(systems, warm, problems[-count:])
+                measure(systems, warm, task.problems[-count:])
             for job in tqdm(todo, unit="round"):
-                rows.append(out, measure(systems, job, problems_of(job, problems, args.waves)))
+                rows.append(out, measure(systems, job, problems_of(job, task.problems, args.waves)))
     rows.publish(out, tables([row for row in rows.read(out) if row["seed"] == args.seed]))
 
 

@@ -161,11 +161,13 @@ class _Run:
 
 
 def prm_marker(model_path: Path) -> str | None:
-    """The text after which a step counts, from the PRM's `prm_config.json`.
+    """The text after which a step counts, from the PRM's `prm_config.json`; a model without one counts whole steps.
 
     Raises:
         ValueError: the PRM is not one that a stock server can score by log-probabilities.
     """
+    if not (model_path / "prm_config.json").exists():
+        return None
     prm_config = json.loads((model_path / "prm_config.json").read_text(encoding="utf-8"))
     if prm_config.get("format") != "likelihood":
         raise ValueError(

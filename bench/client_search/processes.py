@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 
-from bench.embedded import MODELS
 from bench.server import running_server
 
 
@@ -42,13 +42,13 @@ def search_flags(pool_tokens: int) -> list[str]:
     return ["--search", "ets", "--max-total-tokens", str(pool_tokens), "--prm-max-total-tokens", str(pool_tokens)]
 
 
-def stock_flags(model: str, pool_tokens: int) -> list[str]:
-    """A server without search on one embedded model ("policy" or "prm").
+def stock_flags(model: Path, pool_tokens: int) -> list[str]:
+    """A server without search.
 
     It waits for work without spinning, because the two of them share the cores while they are measured.
     """
     pool = ["--dtype", "float32", "--max-total-tokens", str(pool_tokens)]
-    return ["--search", "off", "--model-path", str(MODELS / model), *pool, "--skip-server-warmup", "--sleep-on-idle"]
+    return ["--search", "off", "--model-path", str(model), *pool, "--skip-server-warmup", "--sleep-on-idle"]
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import rows
+from bench.embedded import EMBEDDED
 
 Row = dict[str, Any]
-Setting = tuple[int, str, int, int]
-SETTING = ["width", "algorithm", "in flight", "servers with search"]
+Setting = tuple[str, int, str, int, int]
+SETTING = ["model", "width", "algorithm", "in flight", "servers with search"]
 PARTS = ("generate", "score", "encode", "select", "other")
 
 
@@ -21,7 +22,7 @@ def rounds_of(done: Sequence[Row]) -> dict[Setting, list[dict[str, Row]]]:
     every = {row.get("replicas", 1) for row in done if row["system"] != "client"}
     for row in done:
         for count in every if row["system"] == "client" else {row.get("replicas", 1)}:
-            setting = (row["width"], row["algorithm"], row["in_flight"], count)
+            setting = (row.get("model", EMBEDDED), row["width"], row["algorithm"], row["in_flight"], count)
             by_setting[setting][row["round"]][row["system"]] = row
     complete = {
         setting: [systems for _, systems in sorted(by_round.items()) if len(systems) == 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from bench.client_search import table, wire
 from bench.client_search.choose import choose, kept_leaves
-from bench.client_search.driver import Client
+from bench.client_search.driver import Client, prm_marker
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.ilp import CostTree, objective, solve
 from sglang_ets.core.kv_costs import token_costs
@@ -245,3 +246,19 @@ def test_a_client_is_compared_with_every_number_of_servers() -> None:
     one, two = table.tables(done).split("\n\n")[0].splitlines()[2:]
     assert "| 8 | 1 | 1 | 8 |" in one and "1.00x (1.00 to 1.00)" in one
     assert "| 8 | 2 | 1 | 8 |" in two and "2.00x (2.00 to 2.00)" in two
+
+
+def test_models_are_compared_apart() -> None:
+    parts = {f"{part}_s": 1.0 for part in table.PARTS}
+    done = [row("in_scheduler", 0, 2.0), row("client", 0, 8.0, **parts), row("sampling", 0, 1.0)]
+    own = [one | {"model": "own", "seconds": 8.0} for one in done]
+    embedded, other = table.tables(done + own).split("\n\n")[0].splitlines()[2:]
+    assert embedded.startswith("| embedded | 16 |") and "4.00x (4.00 to 4.00)" in embedded
+    assert other.startswith("| own | 16 |") and "1.00x (1.00 to 1.00)" in other
+
+
+def test_a_model_without_a_prm_config_counts_whole_steps(tmp_path: Path) -> None:
+    assert prm_marker(tmp_path) is None
+    (tmp_path / "prm_config.json").write_text('{"format": "judge"}')
+    with pytest.raises(ValueError, match="likelihood, got 'judge'"):
+        prm_marker(tmp_path)
