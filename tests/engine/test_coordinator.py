@@ -215,11 +215,11 @@ def test_other_requests_are_left_to_sglang() -> None:
     ("search", "named"),
     [
         ({"search_width": 1}, "search_width must be"),
-        ({"search_width": 300}, "at most 256"),
-        ('{"width": 300}', "at most 256"),
-        ("[" * 100_000, "custom_params"),
-        ({"search_width": 4, "answer_pattern": "("}, "answer_pattern"),
-        (7, "must be an object of settings"),
+        ({"search_width": 300}, "search_width must be at most 256"),
+        ('{"width": 300}', "search_width must be at most 256"),
+        ("[" * 100_000, "search settings must be at most"),
+        ({"search_width": 4, "answer_pattern": "("}, "answer_pattern must be"),
+        (7, "custom_params['ets'] must be an object of settings, got 7; for example"),
         ({"search_width": 4, "step_delimiter": [10**6]}, "step_delimiter must be texts or token ids below 257"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_wrong_search_is_refused_with_one_sentence(search: Any, named: str) ->
     world.ask(search=search)
     (sent,) = world.scheduler.output_streamer.responses("pa")
     assert sent.finished is not None
-    assert named in sent.finished["message"]
+    assert sent.finished["message"].startswith(named), "with what the client sent, wherever it stood"
     assert sent.finished["status_code"] == 400
     assert "\n" not in sent.finished["message"]
     world.assert_balanced()
