@@ -16,7 +16,7 @@ from sglang_ets.api.protocol import check_server, error_body, error_kind, questi
 from sglang_ets.api.streaming import last_report, stream_chunks
 from sglang_ets.api.trace import TRACES
 from sglang_ets.core.config import SearchConfig
-from sglang_ets.core.presets import TEMPERATURES
+from sglang_ets.core.presets import SAMPLING
 from sglang_ets.core.settings import wrong
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY, TRACE_PARAM
 
@@ -88,8 +88,7 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
     internal, _ = serving._convert_to_internal_request(plain, raw_request)
     sampling = internal.sampling_params
     sampling["max_new_tokens"] = config.max_tokens
-    if request.temperature is None and config.preset in TEMPERATURES:
-        sampling["temperature"] = TEMPERATURES[config.preset]
+    sampling |= {name: value for name, value in SAMPLING[config.preset].items() if getattr(request, name) is None}
     sampling["stream_interval"] = 1  # progress carries no tokens, and must not wait for any
     sampling["custom_params"] = {
         **(sampling.get("custom_params") or {}),

@@ -466,6 +466,29 @@ def test_the_engine_gets_one_request_with_the_search_inside(stream: bool) -> Non
     assert (config.width, config.num_results) == (16, 2)
 
 
+class ServingChats(Serving):
+    """A model whose generation_config.json says how to sample."""
+
+    def _convert_to_internal_request(self, request: Any, raw_request: Any = None) -> Any:
+        own = {"temperature": 0.6, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+        return SimpleNamespace(sampling_params=request.to_sampling_params([], own), stream=False), request
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("default", (0.6, 0.8, 5, 0.0, 1.1)), ("paper", (1.0, 1.0, 5, 0.0, 1.0))],
+)
+def test_the_published_sampling_goes_over_that_of_the_model_but_not_of_the_request(
+    preset: str, expected: tuple[float, ...]
+) -> None:
+    """A penalty that nobody asked for would also keep equal steps from sharing a row of the batch."""
+    serving = ServingChats({"search": [RESULT]})
+    request = chat(search={"preset": preset}, top_k=5, max_tokens=99)
+    assert asyncio.run(answer_search(None, serving, request, None)).status_code == 200
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    assert tuple(serving.sent[0].sampling_params[name] for name in names) == expected
+
+
 @pytest.mark.parametrize(
     ("outcome", "fields", "status", "named"),
     [
