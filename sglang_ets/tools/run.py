@@ -223,7 +223,10 @@ def parser() -> argparse.ArgumentParser:
         prog="sglang-ets run", description="Solve the problems of a set on a running server."
     )
     made.add_argument(
-        "--data", required=True, help=f"gsm8k, math500, a JSONL file, owner/name on the Hub, or {EMBEDDED}"
+        "--data",
+        required=True,
+        help="gsm8k, math500, a JSONL file or owner/name on the Hub, less a fifth that is for choosing settings on; or "
+        f"{EMBEDDED}",
     )
     made.add_argument("--width", type=int, nargs="+", default=[16], help="trajectories to grow (default 16)")
     made.add_argument("--algorithm", nargs="+", default=[None], metavar="NAME", help="default: the server's --search")

@@ -798,12 +798,14 @@ def test_end_of_text_is_no_part_of_the_answers_text() -> None:
     assert best["text"].encode() == bytes(best["token_ids"][:-1])
 
 
-def test_a_budget_that_no_leaf_fits_ends_the_search_without_a_report() -> None:
+def test_a_budget_that_no_leaf_fits_ends_the_search_with_a_warning_and_without_a_report() -> None:
     world = World()
     world.ask(algorithm="ets", kv_budget_tokens=1, stream=True)
     world.run()
     result = world.answer()
     assert (result["search"]["finish_reason"], result["results"][0]["finish_reason"]) == ("kv_budget", "length")
+    ended = "kv_budget_tokens of 1 ended the search after 1 levels with 0 of 4 trajectories complete"
+    assert result["search"]["warnings"] == [ended]
     assert world.scheduler.output_streamer.reports("pa") == []
     world.assert_balanced()
 
