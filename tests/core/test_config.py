@@ -96,10 +96,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"answer_equality": "close"}, "answer_equality must be one of math, text"),
     ({"answer_pattern": ""}, "answer_pattern must be"),
     ({"answer_pattern": "a" * 501}, "answer_pattern must be"),
-    ({"answer_pattern": "(a"}, "a group is not closed"),
+    ({"answer_pattern": "(a"}, "a group is not closed; write \\( for the character itself"),
     ({"answer_pattern": "(a)[b-a]"}, "it does not compile"),
     ({"answer_pattern": 7}, "answer_pattern must be text, got 7"),
-    ({"answer_pattern": "a"}, "it has 0 groups"),
+    ({"answer_pattern": "a"}, "it has 0 groups, so put the answer into one, (...)"),
+    ({"answer_pattern": "(a)(b)"}, "it has 2 groups, so write (?:...) for all but one"),
     ({"kv_budget_tokens": 0}, "kv_budget_tokens must be"),
     ({"kv_budget_tokens": 9, "algorithm": "rebase"}, "kv_budget_tokens needs algorithm ets or ets_kv"),
     (
