@@ -232,12 +232,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--algorithm", nargs="+", default=[None], metavar="NAME", help="default: the server's --search")
     made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the search")
     made.add_argument("--limit", type=int, help="problems at most")
-    made.add_argument("--temperature", type=float)
+    made.add_argument(
+        "--temperature", type=float, help="default: the server's, for a chat that of the model's generation_config.json"
+    )
     made.add_argument("--max-tokens", type=int, help="tokens of one trajectory; default: the server's")
     made.add_argument(
         "--completion", action="store_true", help="send the question and a newline, not a chat that asks for a box"
     )
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of every search (default 0)")
     made.add_argument("--in-flight", type=int, default=4, help="problems at once (default 4)")
     made.add_argument("--base-url", default=DEFAULT_URL, help=f"of the server or router (default {DEFAULT_URL})")
     made.add_argument("--api-key", default="none")
