@@ -46,12 +46,12 @@ def search_flags(pool_tokens: int) -> list[str]:
     return ["--search", "ets", "--max-total-tokens", str(pool_tokens), "--prm-max-total-tokens", str(pool_tokens)]
 
 
-def stock_flags(model: Path, pool_tokens: int) -> list[str]:
+def stock_flags(model: Path, pool_tokens: int, dtype: str) -> list[str]:
     """A server without search.
 
     It waits for work without spinning, because the two of them share the cores while they are measured.
     """
-    pool = ["--dtype", "float32", "--max-total-tokens", str(pool_tokens), *SIDE_BY_SIDE]
+    pool = ["--dtype", dtype, "--max-total-tokens", str(pool_tokens), *SIDE_BY_SIDE]
     return ["--search", "off", "--model-path", str(model), *pool, "--skip-server-warmup", "--sleep-on-idle"]
 
 
