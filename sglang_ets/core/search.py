@@ -163,7 +163,7 @@ class Search:
         return self._node_done(node)
 
     def level(self, kv: CostTree | None) -> Level:
-        """The level that the last `Select` asked about; `kv` is the radix ledger's account of its leaves, in order.
+        """The level that the last `Select` asked about; `kv` is what its leaves cost, in order.
 
         It has what the policy reads; without costs `kv` is None.
         To be asked for once a level: its embeddings become part of the running center.

@@ -29,7 +29,7 @@ from sglang_ets.core.kv_pressure import under_pressure
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
 from sglang_ets.core.tree import StepFinish
-from sglang_ets.engine.admission import asks_for_search, carried_config, prompt_text, refusal
+from sglang_ets.engine.admission import PLACE, asks_for_search, carried_config, prompt_text, refusal
 from sglang_ets.engine.children import (
     ChildReq,
     ChildSpec,
@@ -58,7 +58,7 @@ from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmEngine, PrmError
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
-from sglang_ets.wire import ABORTED_STATUS, CUSTOM_KEY, RESULT_KEY
+from sglang_ets.wire import ABORTED_STATUS, RESULT_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class SearchCoordinator:
         try:
             config = carried_config(req, self._settings)
         except Exception as error:  # custom_params can come straight from a client: the same boundary as `guard`
-            message = f"custom_params['{CUSTOM_KEY}'] is wrong: {error}"
+            message = str(error) if isinstance(error, ValueError) else f"{PLACE} could not be read: {error!r}"
             prepare_abort(req, message, status_code=HTTPStatus.BAD_REQUEST)
             self.scheduler.output_streamer.stream_output([req], False)
             return True

@@ -215,11 +215,11 @@ def test_other_requests_are_left_to_sglang() -> None:
     ("search", "named"),
     [
         ({"search_width": 1}, "search_width must be"),
-        ({"search_width": 300}, "at most 256"),
-        ('{"width": 300}', "at most 256"),
-        ("[" * 100_000, "custom_params"),
-        ({"search_width": 4, "answer_pattern": "("}, "answer_pattern"),
-        (7, "must be an object of settings"),
+        ({"search_width": 300}, "search_width must be at most 256"),
+        ('{"width": 300}', "search_width must be at most 256"),
+        ("[" * 100_000, "search settings must be at most"),
+        ({"search_width": 4, "answer_pattern": "("}, "answer_pattern must be"),
+        (7, "custom_params['ets'] must be an object of settings, got 7; for example"),
         ({"search_width": 4, "step_delimiter": [10**6]}, "step_delimiter must be texts or token ids below 257"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_wrong_search_is_refused_with_one_sentence(search: Any, named: str) ->
     world.ask(search=search)
     (sent,) = world.scheduler.output_streamer.responses("pa")
     assert sent.finished is not None
-    assert named in sent.finished["message"]
+    assert sent.finished["message"].startswith(named), "with what the client sent, wherever it stood"
     assert sent.finished["status_code"] == 400
     assert "\n" not in sent.finished["message"]
     world.assert_balanced()
@@ -798,12 +798,14 @@ def test_end_of_text_is_no_part_of_the_answers_text() -> None:
     assert best["text"].encode() == bytes(best["token_ids"][:-1])
 
 
-def test_a_budget_that_no_leaf_fits_ends_the_search_without_a_report() -> None:
+def test_a_budget_that_no_leaf_fits_ends_the_search_with_a_warning_and_without_a_report() -> None:
     world = World()
     world.ask(algorithm="ets", kv_budget_tokens=1, stream=True)
     world.run()
     result = world.answer()
     assert (result["search"]["finish_reason"], result["results"][0]["finish_reason"]) == ("kv_budget", "length")
+    ended = "kv_budget_tokens of 1 ended the search after 1 levels with 0 of 4 trajectories complete"
+    assert result["search"]["warnings"] == [ended]
     assert world.scheduler.output_streamer.reports("pa") == []
     world.assert_balanced()
 
