@@ -722,7 +722,8 @@ class SearchCoordinator:
 
     def _abort_children(self, live: LiveSearch) -> None:
         self._speculation.give_up(live)
-        live.children.difference_update(child.rid for child in self._steps.discard(live.id))
+        for child in self._steps.discard(live.id):
+            live.left(child.rid)  # a guess too, that was given up in the engine and taken back from there
         self._locks.drop_parted(live)
         if live.children:
             self.scheduler.abort_request(AbortReq(rid=live.id))

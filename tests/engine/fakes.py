@@ -184,9 +184,13 @@ class FakeScheduler:
         """As sglang: by the beginning of ids, from the queue at once, and running ones at their next token."""
         if self.ets.searches:
             self.ets.before_abort(recv_req)
-        hit = [req for req in self.waiting_queue if recv_req.abort_all or req.rid.startswith(recv_req.rid)]
-        self.waiting_queue = [req for req in self.waiting_queue if req not in hit]
-        for req in hit:
+        hit = [
+            place
+            for place, req in enumerate(self.waiting_queue)
+            if recv_req.abort_all or req.rid.startswith(recv_req.rid)
+        ]
+        for place in reversed(hit):  # a search that ends over one of them changes the queue
+            req = self.waiting_queue.pop(place)
             if not (self.ets.searches and self.ets.swallow_abort(req)):
                 self.aborted.append(req.rid)
         for req in self.running_batch.reqs:

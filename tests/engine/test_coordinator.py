@@ -365,6 +365,25 @@ def test_a_child_aborted_while_it_waits_fails_alone(algorithm: str) -> None:
     world.assert_balanced()
 
 
+def test_a_child_aborted_by_its_id_takes_no_sibling_and_no_other_request_along() -> None:
+    """As sglang does after SGLANG_REQ_WAITING_TIMEOUT. The ids of nodes 10 to 12 begin as that of node 1."""
+    world = World()
+    world.ask(algorithm="rebase", search_width=12)
+    world.scheduler.tick()  # the prompt
+    world.scheduler.holds_back = lambda _child: True
+    world.scheduler.add(plain := request("plain", "x", search=False, max_new_tokens=5))
+    world.scheduler.tick()  # the first level waits
+    world.scheduler.holds_back = lambda _child: False
+    (first, *others) = [req for req in world.scheduler.waiting_queue if isinstance(req, ChildReq)]
+    world.scheduler.abort_request(AbortReq(rid=first.rid))
+    assert others == [req for req in world.scheduler.waiting_queue if isinstance(req, ChildReq)]
+    world.run()
+    figures = world.answer()["search"]
+    assert figures["warnings"] == [f"1 of {figures['nodes_made']} steps failed: aborted while it waited"]
+    assert (plain.finished(), world.scheduler.aborted) == (True, [])
+    world.assert_balanced()
+
+
 def test_a_child_aborted_for_want_of_memory_says_so() -> None:
     world = World()
     world.ask(algorithm="rebase")
