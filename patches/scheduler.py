@@ -79,9 +79,9 @@ def before_abort(scheduler: Any, recv_req: Any) -> None:
         scheduler.ets.before_abort(recv_req)
 
 
-def after_abort(result: Any, scheduler: Any, _recv_req: Any) -> Any:
+def after_abort(result: Any, scheduler: Any, recv_req: Any) -> Any:
     if scheduler.ets.searches:
-        scheduler.ets.after_abort()
+        scheduler.ets.after_abort(recv_req)
     return result
 
 

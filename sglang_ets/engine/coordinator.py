@@ -346,8 +346,11 @@ class SearchCoordinator:
         """sglang has emptied its cache, which it does while nothing runs: after a change of weights, for one."""
         self.prm.forget()
 
-    def after_abort(self) -> None:
-        self._forget_drained()
+    def after_abort(self, recv_req: AbortReq) -> None:
+        """A search whose last child was aborted is forgotten at once, unless it aborts them itself: then it may be amid a
+        round of steps or scores, whose locks are still to be given back."""
+        if recv_req.rid not in self.searches:
+            self._forget_drained()
 
     def _search_of(self, child: ChildReq) -> LiveSearch | None:
         """The search that waits for this child. With the overlap schedule a finished child is shown twice."""

@@ -197,7 +197,7 @@ class FakeScheduler:
             if not req.finished() and (recv_req.abort_all or req.rid.startswith(recv_req.rid)):
                 req.to_finish = FINISH_ABORT()
         if self.ets.searches:
-            self.ets.after_abort()
+            self.ets.after_abort(recv_req)
 
     def retract(self, req: Any) -> Any:
         """As sglang does for want of memory: what the request computed is gone, and it waits with the tokens that it has."""

@@ -28,7 +28,7 @@ from sglang_ets.engine.children import ChildReq
 from sglang_ets.engine.live import Branch, LiveSearch
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.engine.pressure import HOPELESS_TICKS
-from sglang_ets.kv import Hold, RadixLedger
+from sglang_ets.kv import Hold, LedgerImbalance, RadixLedger
 from sglang_ets.prm.engine import PrmError
 from sglang_ets.wire import PROGRESS_KEY, QUESTION_KEY, TRACE_KEY, TRACE_PARAM
 from tests.engine.fakes import (
@@ -317,6 +317,26 @@ def test_more_than_half_a_level_lost_is_an_error(algorithm: str, caplog: pytest.
     assert world.error().startswith("search failed: 3 of the 4 steps of level 2 failed, more than half: the pool has 1")
     world.assert_balanced()
     assert not any(record.exc_info for record in caplog.records)  # what else the level wanted was not tried
+
+
+class CountingPrm(ScriptedPrm):
+    """At the end of a search it looks at its locks, as the real one does."""
+
+    def end_owner(self, owner: str) -> None:
+        super().end_owner(owner)
+        if self.locked:
+            raise LedgerImbalance(f"search {owner} ended with {len(self.locked)} locks; expected 0")
+
+
+def test_a_search_that_fails_in_a_round_of_scoring_gives_all_its_locks_back_before_they_are_counted() -> None:
+    """Its last child waits in the queue and leaves at once: the search is over before the other scores are taken in."""
+    score = iter([PrmError("too long"), *[0.5] * 15])
+    world = World(prm=CountingPrm(lambda _job: next(score)))
+    world.scheduler.holds_back = lambda child: child.node_id == 17
+    world.ask(algorithm="best_of_n", search_width=17)
+    world.run()
+    assert "too long" in world.error()
+    world.assert_balanced()
 
 
 def test_a_step_of_best_of_n_that_was_continued_and_gets_no_score_fails_the_search() -> None:
