@@ -304,6 +304,10 @@ class SearchCoordinator:
                 self._steps.withdraw(search_id)
                 self._release(live, self.scheduler.max_total_num_tokens)
 
+    def bound_queue(self, is_refused: Callable[[], bool], req: Any) -> bool:
+        """Whether --max-queued-requests refuses this request. It counts ordinary ones; a step that was retracted goes on."""
+        return not isinstance(req, ChildReq) and self._steps.without_children(is_refused)
+
     def swallow_abort(self, req: Any) -> bool:
         """A child that left the waiting queue is an event for its search, not an answer for a client."""
         if not isinstance(req, ChildReq):
@@ -718,7 +722,7 @@ class SearchCoordinator:
 
     def _close(self, live: LiveSearch) -> None:
         """An answered search holds nothing and waits for nothing."""
-        live.awaited = None
+        self._decisions.forget(live)
         self._locks.drop_all(live)
         self._abort_children(live)
         self._queue.leave(live.id)

@@ -152,6 +152,7 @@ class FakeScheduler:
         self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(sampler=object.__new__(Sampler)))
         self.prefilled: list[str] = []  # ids of requests, one for each time they were prefilled
         self.max_running_requests = 1024
+        self.max_queued_requests: int | None = None
         self.script = script
         self.tokens_per_tick = tokens_per_tick
         self.server_args = SimpleNamespace(_ets=dict(SETTINGS))

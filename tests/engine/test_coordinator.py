@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang_ets.patches.scheduler import bound_queue
 
 from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.search import Search
@@ -402,6 +403,36 @@ def test_a_child_aborted_by_its_id_takes_no_sibling_and_no_other_request_along()
     assert figures["warnings"] == [f"1 of {figures['nodes_made']} steps failed: aborted while it waited"]
     assert (plain.finished(), world.scheduler.aborted) == (True, [])
     world.assert_balanced()
+
+
+def test_a_bounded_queue_refuses_ordinary_requests_for_their_own_number_and_no_step() -> None:
+    world = World()
+    scheduler = world.scheduler
+    scheduler.max_queued_requests = 2
+    world.ask(algorithm="rebase", search_width=8)
+    scheduler.tick()  # the prompt
+    scheduler.holds_back = lambda _child: True
+    scheduler.tick()  # the first level waits
+    children = list(scheduler.waiting_queue)
+    plain = [request(f"plain{i}", "x", search=False, max_new_tokens=5) for i in range(3)]
+    is_refused = []
+    for req in plain:
+        is_refused.append(bound_queue(bounded, scheduler, req))
+        scheduler.waiting_queue += [] if is_refused[-1] else [req]
+    assert is_refused == [False, False, True]
+    assert scheduler.waiting_queue == [*children, *plain[:2]]
+    assert not bound_queue(bounded, scheduler, children[0]), "it was retracted, and goes on"
+    scheduler.holds_back = lambda _child: False
+    world.run()
+    assert world.answer()["search"]["warnings"] == []
+    world.assert_balanced()
+
+
+def bounded(scheduler: FakeScheduler, _recv_req: Any) -> bool:
+    """Whether one more is too many, as sglang has it."""
+    return (
+        scheduler.max_queued_requests is not None and len(scheduler.waiting_queue) + 1 > scheduler.max_queued_requests
+    )
 
 
 def test_a_child_aborted_for_want_of_memory_says_so() -> None:
