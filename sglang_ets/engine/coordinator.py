@@ -304,6 +304,10 @@ class SearchCoordinator:
                 self._steps.withdraw(search_id)
                 self._release(live, self.scheduler.max_total_num_tokens)
 
+    def bound_queue(self, is_refused: Callable[[], bool], req: Any) -> bool:
+        """Whether --max-queued-requests refuses this request. It counts ordinary ones; a step that was retracted goes on."""
+        return not isinstance(req, ChildReq) and self._steps.without_children(is_refused)
+
     def swallow_abort(self, req: Any) -> bool:
         """A child that left the waiting queue is an event for its search, not an answer for a client."""
         if not isinstance(req, ChildReq):
@@ -346,8 +350,11 @@ class SearchCoordinator:
         """sglang has emptied its cache, which it does while nothing runs: after a change of weights, for one."""
         self.prm.forget()
 
-    def after_abort(self) -> None:
-        self._forget_drained()
+    def after_abort(self, recv_req: AbortReq) -> None:
+        """A search whose last child was aborted is forgotten at once, unless it aborts them itself: then it may be amid a
+        round of steps or scores, whose locks are still to be given back."""
+        if recv_req.rid not in self.searches:
+            self._forget_drained()
 
     def _search_of(self, child: ChildReq) -> LiveSearch | None:
         """The search that waits for this child. With the overlap schedule a finished child is shown twice."""
@@ -722,7 +729,8 @@ class SearchCoordinator:
 
     def _abort_children(self, live: LiveSearch) -> None:
         self._speculation.give_up(live)
-        live.children.difference_update(child.rid for child in self._steps.discard(live.id))
+        for child in self._steps.discard(live.id):
+            live.left(child.rid)  # a guess too, that was given up in the engine and taken back from there
         self._locks.drop_parted(live)
         if live.children:
             self.scheduler.abort_request(AbortReq(rid=live.id))
