@@ -722,7 +722,7 @@ class SearchCoordinator:
 
     def _close(self, live: LiveSearch) -> None:
         """An answered search holds nothing and waits for nothing."""
-        live.awaited = None
+        self._decisions.forget(live)
         self._locks.drop_all(live)
         self._abort_children(live)
         self._queue.leave(live.id)

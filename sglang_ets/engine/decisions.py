@@ -57,6 +57,7 @@ class Decisions:
 
     def select(self, live: LiveSearch, choose: Callable[[], Any]) -> None:
         """Let a worker thread choose; the search waits for it."""
+        self.forget(live)
         live.awaited = ("select", self._workers.submit(choose) if self._ranks.is_first else None)
 
     def guess(self, live: LiveSearch, choose: Callable[[], Any]) -> None:
@@ -65,7 +66,14 @@ class Decisions:
 
     def answer(self, live: LiveSearch, rank: Callable[[], Future[Any]]) -> None:
         """Start what ranks the answers; the search waits for it."""
+        self.forget(live)
         live.awaited = ("answer", rank() if self._ranks.is_first else None)
+
+    def forget(self, live: LiveSearch) -> None:
+        """The search waits for nothing: what has not begun is not begun, so that nobody waits behind it."""
+        if live.awaited is not None and live.awaited[1] is not None:
+            live.awaited[1].cancel()
+        live.awaited = None
 
     def wait_for_one(self, searches: Sequence[LiveSearch]) -> None:
         """With nothing else to do, let the worker thread have the interpreter instead of spinning. On the first rank only: the

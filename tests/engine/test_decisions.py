@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from queue import SimpleQueue
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -247,3 +248,19 @@ def test_a_result_that_is_not_there_yet_is_no_decision() -> None:
     decisions.wait_for_one([live])
     assert time.perf_counter() - started < 10
     assert decisions.due([live]) == []
+
+
+def test_a_guess_that_has_not_begun_when_its_level_is_complete_keeps_no_selection_waiting() -> None:
+    world = World()
+    world.ask("one", algorithm="ets")
+    world.ask("two", algorithm="ets")
+    busy, guessing = world.ets.searches.values()
+    decisions, may_go_on, chosen = Decisions(ONE_RANK), Event(), list[str]()
+    decisions.select(busy, lambda: may_go_on.wait(WAIT_LIMIT_S))
+    decisions.guess(guessing, lambda: chosen.append("guess"))
+    decisions.select(guessing, lambda: chosen.append("select"))
+    assert guessing.awaited is not None
+    assert guessing.awaited[0] == "select"
+    may_go_on.set()
+    wait([guessing.awaited[1]], WAIT_LIMIT_S)  # type: ignore[list-item]
+    assert chosen == ["select"]
