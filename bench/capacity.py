@@ -107,7 +107,8 @@ def table(made: Sequence[dict[str, Any]]) -> str:
         runs.setdefault((row["width"], row["share"], policy, row["in_flight"]), []).append(row)
     rates = {key: statistics.median(row["problems_per_s"] for row in group) for key, group in runs.items()}
     lines = []
-    for width, share, policy in dict.fromkeys(key[:3] for key in rates):
+    in_order = sorted(dict.fromkeys(key[:3] for key in rates), key=lambda pool: pool[:2])  # policies as they ran
+    for width, share, policy in in_order:
         own = {key[3]: rate for key, rate in rates.items() if key[:3] == (width, share, policy)}
         best = max(own, key=lambda in_flight: own[in_flight])
         rebase = max((rate for key, rate in rates.items() if key[:3] == (width, share, "rebase")), default=0.0)

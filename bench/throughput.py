@@ -20,8 +20,8 @@ else runs on it: next to problems per second stand CPU seconds per problem, whic
 servers have the same size. The two servers of B get the attention of `kernels/paged_attention.py`, which the search brings
 along on a CPU, so that the engines are equal and only the architectures differ.
 
-A model of your own is policy and PRM at once: of A in one server, which loads it once; of B in two. Steps are scored by its own
-probabilities (`likelihood`), because a stock server gives these out.
+A model of your own is policy and PRM at once, in its own dtype, each with weights of its own: of A in one server, of B in two.
+Steps are scored by its probabilities (`likelihood`), because a stock server gives these out.
 
 One round of one system is a row of `--out` (JSONL); a run that was interrupted goes on where it stopped.
 """
@@ -45,7 +45,7 @@ import httpx
 from bench import rows
 from bench.client_search.driver import Client, prm_marker
 from bench.client_search.encoder import SentenceEncoder, find_encoder
-from bench.client_search.processes import Running, awake, running, search_flags, stock_flags
+from bench.client_search.processes import SIDE_BY_SIDE, Running, awake, running, search_flags, stock_flags
 from bench.client_search.servers import connect, post
 from bench.client_search.table import tables
 from bench.embedded import EMBEDDED, MODELS, held_out_problems
@@ -73,6 +73,7 @@ class Task:
     max_tokens: int = 512
     max_step_tokens: int = 64
     temperature: float = 1.0
+    dtype: str = "float32"
     flags: tuple[str, ...] = ()  # of the server with the search
 
     @classmethod
@@ -91,8 +92,9 @@ class Task:
              "answer": problem.answer}
             for problem in load(data, for_validation=True)
         ]  # fmt: skip
-        flags = ("--model-path", str(model), "--prm-format", "likelihood", "--dtype", "float32")
-        return cls(model.name, model, model, problems, "\n\n", "boxed", 320, 128, 0.7, flags)
+        path = str(model)
+        flags = ("--model-path", path, "--prm-model-path", path, "--prm-format", "likelihood", *SIDE_BY_SIDE)
+        return cls(model.name, model, model, problems, "\n\n", "boxed", 320, 128, 0.7, "auto", flags)
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def all_systems(args: argparse.Namespace, task: Task) -> Iterator[Systems]:
 
     torch.set_num_threads(1)  # the encoder shares the cores with the servers
     encode = SentenceEncoder(args.encoder) if args.encoder else None
-    flags = [stock_flags(model, args.pool_tokens) for model in (task.policy, task.prm)]
+    flags = [stock_flags(model, args.pool_tokens, task.dtype) for model in (task.policy, task.prm)]
     flags += [[*search_flags(args.pool_tokens), *task.flags]] * max(args.replicas)
     print(f"{len(flags)} servers start: a minute or two", file=sys.stderr)
     with running(flags, {patches.CPU_ATTENTION_ENV: "1"}) as servers:  # the search has it anyway

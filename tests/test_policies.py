@@ -46,6 +46,7 @@ def top_k(tmp_path: Path) -> str:
     return f"{tmp_path / 'top_k.py'}:TopK"
 
 
+@pytest.mark.usefixtures("scheduler_context")
 def test_the_example_is_short_and_searches(top_k: str) -> None:
     assert len(EXAMPLE.strip().splitlines()) <= MAX_EXAMPLE_LINES
     assert registry.load(top_k) == registry.load(top_k) == "top_k"
@@ -164,6 +165,7 @@ def test_what_is_no_policy_ends_the_start(spec: str, message: str) -> None:
         flags.load_policies([f"--search-policy={spec}"])
 
 
+@pytest.mark.usefixtures("scheduler_context")
 def test_a_policy_that_does_not_share_out_the_width_fails_its_search(caplog: pytest.LogCaptureFixture) -> None:
     registry.load("tests.test_policies:Wasteful")
     world = World()

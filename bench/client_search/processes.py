@@ -37,17 +37,21 @@ class Running:
         return sum(sum(process.cpu_times()[:2]) for process in self.processes)
 
 
+# Of servers of a model of one's own: several load their weights at once, and pools are bounded by their tokens.
+SIDE_BY_SIDE = ("--mem-fraction-static", "0.95")
+
+
 def search_flags(pool_tokens: int) -> list[str]:
     """The server with the search in its scheduler, on the embedded models."""
     return ["--search", "ets", "--max-total-tokens", str(pool_tokens), "--prm-max-total-tokens", str(pool_tokens)]
 
 
-def stock_flags(model: Path, pool_tokens: int) -> list[str]:
+def stock_flags(model: Path, pool_tokens: int, dtype: str) -> list[str]:
     """A server without search.
 
     It waits for work without spinning, because the two of them share the cores while they are measured.
     """
-    pool = ["--dtype", "float32", "--max-total-tokens", str(pool_tokens)]
+    pool = ["--dtype", dtype, "--max-total-tokens", str(pool_tokens), *SIDE_BY_SIDE]
     return ["--search", "off", "--model-path", str(model), *pool, "--skip-server-warmup", "--sleep-on-idle"]
 
 
