@@ -184,3 +184,25 @@ def test_the_limits_of_the_parts_leave_room_in_ten_minutes_for_a_usual_run() -> 
     first = list(PARTS)[:4]
     assert first == ["machine", "kernel_results", "decode_times", "triton_server"]
     assert sum(PARTS[name].limit_s for name in first) <= 600, "what matters most comes within any lease"
+
+
+def test_the_committed_rehearsal_ran_whole_and_searches_of_both_servers_agreed() -> None:
+    kit = list(rows.read(rows.RESULTS / "gpu_kit_cpu.jsonl"))
+    ends = [row for row in kit if "part_s" in row]
+    assert [end["part"] for end in ends] == ["install", *PARTS]
+    assert not [end["error"] for end in ends if "error" in end]
+    answers: dict[str, list[list[str]]] = {}
+    for row in kit:
+        if "answers" in row:
+            assert row["nodes_failed"] == 0
+            if row["policy"] != "plain sampling":  # which has no seeds of its own on stock sglang
+                answers.setdefault(row["part"], []).append(row["answers"])
+    assert len(answers["tree_server"]) == 2 and answers["tree_server"] == answers["triton_server"]
+    held = {row["part"]: row for row in kit if "held" in row}
+    assert set(held) == {"triton_server", "tree_server", "large_model"}
+    for row in held.values():
+        state = row["held"]
+        assert (state["live"], state["failed"], state["held_kv_tokens"], state["locks"], state["prm"]["locks"]) == (
+            0,
+        ) * 5
+    assert held["tree_server"]["first_shared"] and not held["triton_server"]["first_shared"]
