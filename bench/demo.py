@@ -21,8 +21,9 @@ POLICIES = ("best_of_n", "rebase", "ets")
 MAX_TOKENS = 512
 IN_FLIGHT = 2
 NEXT = (
-    "right: share of the problems; KV held: tokens of the policy model's KV that a search holds, mean over its time; "
-    "tokens and seconds: of one problem.\n\n"
+    "right: share of the problems whose answer has the right value; strictly: the same by a stricter look at its text; "
+    "KV held: tokens of the policy model's KV that a search holds, mean over its levels; tokens and seconds: of one problem."
+    "\n\n"
     "Next: `make serve` keeps such a server running; meanwhile, in another terminal, this asks it one question:\n\n"
     '    .venv/bin/sglang-ets ask "7*8-2*(3+4)="'
 )

@@ -21,7 +21,8 @@ servers have the same size. The two servers of B get the attention of `kernels/p
 along on a CPU, so that the engines are equal and only the architectures differ.
 
 A model of your own is policy and PRM at once, in its own dtype, each with weights of its own: of A in one server, of B in two.
-Steps are scored by its probabilities (`likelihood`), because a stock server gives these out.
+Steps are scored by its probabilities (`likelihood`), because a stock server gives these out. The cores are shared out among the
+servers that work side by side: two of B have half of them each, one of A has all.
 
 One round of one system is a row of `--out` (JSONL); a run that was interrupted goes on where it stopped.
 """
@@ -29,6 +30,7 @@ One round of one system is a row of `--out` (JSONL); a run that was interrupted 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -236,6 +238,12 @@ def measure(systems: Systems, job: Job, problems: Sequence[Mapping[str, str]]) -
     }
 
 
+def shares(num_servers: int) -> list[int]:
+    """Threads of each server: two of the client, then those with the search."""
+    cores = len(os.sched_getaffinity(0))
+    return [max(1, cores // 2)] * 2 + [max(1, cores // (num_servers - 2))] * (num_servers - 2)
+
+
 @contextmanager
 def all_systems(args: argparse.Namespace, task: Task) -> Iterator[Systems]:
     """Start all servers."""
@@ -246,8 +254,9 @@ def all_systems(args: argparse.Namespace, task: Task) -> Iterator[Systems]:
     encode = SentenceEncoder(args.encoder) if args.encoder else None
     flags = [stock_flags(model, args.pool_tokens, task.dtype) for model in (task.policy, task.prm)]
     flags += [[*search_flags(args.pool_tokens), *task.flags]] * max(args.replicas)
+    threads = None if task.model == EMBEDDED else shares(len(flags))
     print(f"{len(flags)} servers start: a minute or two", file=sys.stderr)
-    with running(flags, {patches.CPU_ATTENTION_ENV: "1"}) as servers:  # the search has it anyway
+    with running(flags, {patches.CPU_ATTENTION_ENV: "1"}, threads) as servers:  # the search has it anyway
         policy, prm, *links = [connect(server.url) for server in servers]
         stock = [partial(post, server, "/generate") for server in (policy, prm)]
         tokenizer = AutoTokenizer.from_pretrained(task.policy)

@@ -37,6 +37,12 @@ def admit_search(original: Callable[..., Any], scheduler: Any, req: Any, is_retr
     return original(scheduler, req, is_retracted)
 
 
+def bound_queue(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    if scheduler.max_queued_requests is None or not scheduler.ets.searches:
+        return original(scheduler, recv_req)
+    return scheduler.ets.bound_queue(partial(original, scheduler, recv_req), recv_req)
+
+
 def plan_with_forks(original: Callable[..., Any], scheduler: Any, running_batch: Any, last_batch: Any) -> Any:
     if scheduler.ets.searches:
         running_batch = scheduler.ets.before_batch(running_batch)
@@ -79,9 +85,9 @@ def before_abort(scheduler: Any, recv_req: Any) -> None:
         scheduler.ets.before_abort(recv_req)
 
 
-def after_abort(result: Any, scheduler: Any, _recv_req: Any) -> Any:
+def after_abort(result: Any, scheduler: Any, recv_req: Any) -> Any:
     if scheduler.ets.searches:
-        scheduler.ets.after_abort()
+        scheduler.ets.after_abort(recv_req)
     return result
 
 
@@ -142,6 +148,17 @@ PATCHES: tuple[Patch, ...] = (
         upstream=UPSTREAM,
         remove_when=GOES_WHEN,
         uses=(*uses.ADMISSION, *uses.CHILD),
+    ),
+    Patch(
+        target=f"{SCHEDULER}._abort_on_queued_limit",
+        kind="around",
+        hook=f"{HERE}:bound_queue",
+        parameters=("self", "recv_req"),
+        tested=("64e932bce563bfb7",),
+        why="--max-queued-requests refuses ordinary requests for their own number, and no step of a search",
+        upstream=UPSTREAM,
+        remove_when=GOES_WHEN,
+        uses=uses.QUEUE_LIMIT,
     ),
     Patch(
         target=f"{SCHEDULER}.get_next_batch_to_run",

@@ -189,6 +189,9 @@ ABORT = (
     Use(f"{SCHEDULER}.abort_request", ("recv_req",)),
 )
 
+# engine/step_queue.py: what sglang counts when its waiting queue is bounded
+QUEUE_LIMIT = (Use(SCHEDULER, ("waiting_queue", "max_queued_requests")),)
+
 # engine/coordinator.py: how a request is refused that sglang could not read
 REFUSAL = (
     Use(f"{SRT}.managers.io_struct.AbortReq", ("rid", "finished_reason")),

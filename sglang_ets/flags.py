@@ -51,7 +51,7 @@ class Flag:
         if text is None or self.type is not bool:
             return self.default if text is None else text
         if text.lower() not in YES + NO:
-            raise SystemExit(f"{self.env} must be 1 or 0, got {text!r}; leave it out for {int(self.default)}")
+            raise SystemExit(f"{self.env} must be 1 or 0, got {text!r}; leave it out for {int(bool(self.default))}")
         return text.lower() in YES
 
 
@@ -180,7 +180,11 @@ def _flag_type(item: Setting) -> type:
 
 
 def _flag_help(item: Setting) -> str:
-    values = "" if item.choices else f" Values: {item.values_text}."
+    values = f" Values: {item.values_text}."
+    if item.choices or item.kind is bool:  # argparse shows choices, and a switch takes no value
+        values = ""
+    if item.kind is tuple:
+        values = r" One text, with \n for a newline and \t for a tab; a request may give several, and token ids."
     return f"{item.help_text}{values} If not set: {item.default_text}.".replace("`", "")
 
 
@@ -209,7 +213,10 @@ def from_namespace(namespace: argparse.Namespace) -> dict[str, Any]:
     every = (*FLAGS, *policy_flags())
     values = {flag.key: getattr(namespace, flag.name.replace("-", "_"), flag.default) for flag in every}
     if values["trace"] and getattr(namespace, "tokenizer_worker_num", 1) > 1:
-        raise SystemExit("--search-trace needs --tokenizer-worker-num 1, because one process must know every search")
+        raise SystemExit(
+            "--search-trace needs --tokenizer-worker-num 1, because one process must know every search, got "
+            f"{namespace.tokenizer_worker_num}; leave one of both out"
+        )
     return checked(values)
 
 
@@ -232,26 +239,37 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = dict(values)
     if settings["search"] not in (*registry.names(), OFF):
-        raise SystemExit(f"--search must be one of {', '.join((*registry.names(), OFF))}, got {settings['search']!r}")
+        known = ", ".join((*registry.names(), OFF))
+        raise SystemExit(f"--search must be one of {known}, got {settings['search']!r}; choose one of these names")
     if settings["search"] == OFF:
         return settings
     settings["algorithm"] = settings["search"]
     if settings["step_delimiter"] is not None:
         settings["step_delimiter"] = settings["step_delimiter"].replace("\\n", "\n").replace("\\t", "\t")
     if settings["prm_format"] not in (AUTO, *NAMES):
-        raise SystemExit(f"--prm-format must be one of {', '.join((AUTO, *NAMES))}, got {settings['prm_format']!r}")
+        known = ", ".join((AUTO, *NAMES))
+        raise SystemExit(
+            f"--prm-format must be one of {known}, got {settings['prm_format']!r}; choose one of these names"
+        )
     if not settings["prm_model_path"] and settings["prm_format"] not in WITHOUT_PRM:
         raise SystemExit(
             "--search needs a process reward model; give --prm-model-path, or --prm-format confidence or judge to use the "
             "policy model's own weights, or --search off"
         )
     if not 2 <= settings["max_width"] <= MAX_WIDTH:
-        raise SystemExit(f"--search-max-width must be from 2 to {MAX_WIDTH}, got {settings['max_width']}")
+        raise SystemExit(
+            f"--search-max-width must be from 2 to {MAX_WIDTH}, got {settings['max_width']}; leave it out for {MAX_WIDTH}"
+        )
     if not 0.0 <= settings["kv_pressure"] <= MAX_KV_PRESSURE:
-        raise SystemExit(f"--search-kv-pressure must be from 0 to {MAX_KV_PRESSURE:g}, got {settings['kv_pressure']}")
+        raise SystemExit(
+            f"--search-kv-pressure must be from 0 to {MAX_KV_PRESSURE:g}, got {settings['kv_pressure']}; leave it out for 0"
+        )
     for key, least in (("max_running", 1), ("max_waiting", 0), ("max_running_steps", 1)):
         if settings[key] is not None and settings[key] < least:
-            raise SystemExit(f"--search-{key.replace('_', '-')} must be at least {least}, got {settings[key]}")
+            name = key.replace("_", "-")
+            raise SystemExit(
+                f"--search-{name} must be at least {least}, got {settings[key]}; leave it out for the default"
+            )
     try:
         SearchConfig.of_defaults(settings)
     except ValueError as error:

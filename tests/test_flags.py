@@ -58,15 +58,24 @@ def test_a_switch_takes_no_value_and_reads_the_environment(
     assert flags.from_environment()["trace"] is is_on
 
 
-def test_a_switch_that_is_neither_on_nor_off_ends_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_ETS_TRACE", "maybe")
-    with pytest.raises(SystemExit, match="SGLANG_ETS_TRACE must be 1 or 0, got 'maybe'"):
+@pytest.mark.parametrize("name", ["SGLANG_ETS_TRACE", "SGLANG_ETS_SPECULATE"])
+def test_a_switch_that_is_neither_on_nor_off_ends_the_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "maybe")
+    with pytest.raises(SystemExit, match=f"{name} must be 1 or 0, got 'maybe'; leave it out for 0"):
         parsed()
+
+
+def test_help_says_what_a_flag_takes() -> None:
+    """No values for a switch, and one text where a request may give several."""
+    shown = {flag.name: flag.help for flag in flags.FLAGS}
+    assert "Values" not in shown["search-speculate"]
+    assert "Values: 1 to 1024." in shown["search-max-steps"]
+    assert r"One text, with \n for a newline" in shown["search-step-delimiter"]
 
 
 def test_live_pages_need_one_tokenizer_process() -> None:
     values = argparse.Namespace(search="off", search_trace=True, tokenizer_worker_num=2)
-    with pytest.raises(SystemExit, match="--tokenizer-worker-num 1"):
+    with pytest.raises(SystemExit, match=r"--tokenizer-worker-num 1, .* got 2; leave one of both out"):
         flags.from_namespace(values)
 
 
@@ -74,7 +83,20 @@ def test_live_pages_need_one_tokenizer_process() -> None:
     ("argv", "named"),
     [
         (["--search", "ets"], "--prm-model-path"),
-        (["--search", "ets", "--prm-model-path", "p", "--search-max-width", "1"], "--search-max-width"),
+        (["--search", "bean"], "--search must be one of best_of_n, .* got 'bean'; choose one of these names"),
+        (["--search", "ets", "--prm-format", "x"], "--prm-format must be one of auto, .* got 'x'; choose one"),
+        (
+            ["--search", "ets", "--prm-model-path", "p", "--search-max-width", "1"],
+            "--search-max-width must be from 2 to 1024, got 1; leave it out for 1024",
+        ),
+        (
+            ["--search", "ets", "--prm-model-path", "p", "--search-kv-pressure", "-1"],
+            "--search-kv-pressure must be from 0 to 1000, got -1.0; leave it out for 0",
+        ),
+        (
+            ["--search", "ets", "--prm-model-path", "p", "--search-max-running", "0"],
+            "--search-max-running must be at least 1, got 0; leave it out for the default",
+        ),
         (["--search", "ets", "--prm-model-path", "p", "--search-max-steps", "0"], "max_steps"),
         (["--search", "ets", "--prm-model-path", "p", "--search-answer-pattern", "("], "answer_pattern"),
     ],

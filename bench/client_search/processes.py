@@ -56,19 +56,24 @@ def stock_flags(model: Path, pool_tokens: int, dtype: str) -> list[str]:
 
 
 @contextmanager
-def running(all_flags: Sequence[Sequence[str]], env: Mapping[str, str] | None = None) -> Iterator[list[Running]]:
+def running(
+    all_flags: Sequence[Sequence[str]],
+    env: Mapping[str, str] | None = None,
+    threads: Sequence[int | None] | None = None,  # of each server; None: as it decides
+) -> Iterator[list[Running]]:
     """Start all servers at once; each is frozen as soon as it serves. All are ended in the end."""
     with ExitStack() as stack:
 
-        def start(flags: Sequence[str]) -> Running:
-            url = stack.enter_context(running_server(flags, env=env))
+        def start(flags: Sequence[str], count: int | None) -> Running:
+            own = {**(env or {}), **({"OMP_NUM_THREADS": str(count)} if count else {})}
+            url = stack.enter_context(running_server(flags, env=own))
             server = Running(url, _processes_of(url))
             stack.callback(server.thaw)  # a frozen process does not hear that it shall end
             server.freeze()
             return server
 
         with ThreadPoolExecutor(len(all_flags)) as pool:
-            servers = list(pool.map(start, all_flags))
+            servers = list(pool.map(start, all_flags, threads or [None] * len(all_flags)))
         yield servers
 
 

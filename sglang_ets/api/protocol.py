@@ -234,7 +234,7 @@ def _check_refused(request: Any) -> None:
             "leave one of them out"
         )
     if isinstance(getattr(request, "rid", None), list):
-        raise ValueError("rid must be one text together with search_width; send one request for each prompt")
+        raise wrong("rid", "one text together with search_width", request.rid, "send one request for each prompt")
     prompt = getattr(request, "prompt", None)
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         raise ValueError(

@@ -16,8 +16,8 @@ from sglang_ets.api.protocol import check_server, error_body, error_kind, questi
 from sglang_ets.api.streaming import last_report, stream_chunks
 from sglang_ets.api.trace import TRACES
 from sglang_ets.core.config import SearchConfig
-from sglang_ets.core.presets import TEMPERATURES
-from sglang_ets.core.settings import shown, wrong
+from sglang_ets.core.presets import SAMPLING
+from sglang_ets.core.settings import wrong
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY, TRACE_PARAM
 
 # OpenAI's clients send again what a 5xx answers. A search whose time is up is not wanted any more, and would cost it all again.
@@ -81,14 +81,14 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
     manager = serving.tokenizer_manager
     check_server(manager.server_args)
     if serving._resolve_lora_path(request.model, getattr(request, "lora_path", None)):
-        raise ValueError(f"model must name no LoRA adapter together with search_width, got {shown(request.model)}")
+        rule = "the served model, and no LoRA adapter, together with search_width"
+        raise wrong("model", rule, request.model, "leave the adapter or search_width out")
     config = search_config(request, manager.server_args._ets, manager.context_len)
     plain = request.model_copy(update={"n": 1, "stream_options": None})
     internal, _ = serving._convert_to_internal_request(plain, raw_request)
     sampling = internal.sampling_params
     sampling["max_new_tokens"] = config.max_tokens
-    if request.temperature is None and config.preset in TEMPERATURES:
-        sampling["temperature"] = TEMPERATURES[config.preset]
+    sampling |= {name: value for name, value in SAMPLING[config.preset].items() if getattr(request, name) is None}
     sampling["stream_interval"] = 1  # progress carries no tokens, and must not wait for any
     sampling["custom_params"] = {
         **(sampling.get("custom_params") or {}),

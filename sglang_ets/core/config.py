@@ -208,7 +208,8 @@ class SearchConfig:
                 f"{self.algorithm!r}; change the algorithm or leave the budget out"
             )
         if self.kv_budget_tokens is not None and self.kv_cost != "tokens":
-            raise wrong("kv_cost", "tokens when kv_budget_tokens is set", self.kv_cost, "a budget counts tokens")
+            remedy = "set it to tokens, or leave kv_budget_tokens out"
+            raise wrong("kv_cost", "tokens when kv_budget_tokens is set", self.kv_cost, remedy)
         if self.return_embeddings and not self.return_tree:
             raise wrong("return_embeddings", "false without return_tree", True, "set return_tree to true as well")
 
@@ -295,7 +296,11 @@ class SearchConfig:
         given = search or {}
         unknown = next((key for key in given if key not in inner and key not in registry.names()), None)
         if unknown is not None:
-            raise ValueError(f"search has no setting {shown(unknown)}; valid settings are {', '.join(inner)}")
+            beside = next((i for i in settings if i.about.is_outer and unknown in (i.name, i.request_name)), None)
+            remedy = f"valid settings are {', '.join(inner)}"
+            if beside is not None:
+                remedy = f"{beside.request_name} stands beside search, not inside it; move it there"
+            raise ValueError(f"search has no setting {shown(unknown)}; {remedy}")
         values = {item.name: defaults[item.name] for item in settings if defaults.get(item.name) is not None}
         if given.get("preset") is None:
             values = preset_values(values.get("preset"), search_width) | values

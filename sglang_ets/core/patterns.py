@@ -81,7 +81,8 @@ def _compile(pattern: str) -> Any:
     except (regex.error, ValueError, OverflowError) as error:
         raise _refused(pattern, f"it does not compile ({error})") from None
     if compiled.groups != 1:
-        raise _refused(pattern, f"it has {compiled.groups} groups")
+        remedy = "write (?:...) for all but one" if compiled.groups else "put the answer into one, (...)"
+        raise _refused(pattern, f"it has {compiled.groups} groups, so {remedy}")
     return compiled
 
 
@@ -135,13 +136,13 @@ def _check_size(pattern: str) -> None:
         sizes[-1] += added
         if len(sizes) > MAX_NESTING or sizes[-1] > MAX_EXPANDED:
             limit = f"{MAX_NESTING} nested groups and {MAX_EXPANDED} characters with its repetitions written out"
-            raise _refused(pattern, f"it has more than {limit}")
+            raise _refused(pattern, f"it has more than {limit}, so write a smaller one")
     if len(sizes) > 1:
-        raise _refused(pattern, "a group is not closed")
+        raise _refused(pattern, "a group is not closed; write \\( for the character itself")
 
 
 _REMEDIES = {
-    "close": "a group is closed that was not opened",
+    "close": "a group is closed that was not opened; write \\) for the character itself",
     "fuzzy": "approximate matching is not offered; write \\{ for a brace",
     "unknown": "it has a kind of group or set that is not offered; write \\( or \\[ for the character itself",
 }

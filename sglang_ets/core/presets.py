@@ -11,8 +11,15 @@ Preset = Literal["default", "paper"]
 # Coverage weight by width, as published (SqueezeAILab/ETS, hype-parameters/).
 DIVERSITY_WEIGHTS = {16: 1.5, 64: 1.4, 256: 1.45}
 PUBLISHED_COST_WEIGHT = 1.0
-# Sampling temperature of a request that gives none; without an entry the server's.
-TEMPERATURES: Mapping[Preset, float] = MappingProxyType({"paper": 1.0})
+# Sampling parameters where the request gives none, over what sglang takes for a chat from the model's generation_config.json.
+SAMPLING: Mapping[Preset, Mapping[str, float]] = MappingProxyType(
+    {
+        "default": MappingProxyType({}),
+        "paper": MappingProxyType(
+            {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        ),
+    }
+)
 _PAPER = {
     "kv_cost_weight": PUBLISHED_COST_WEIGHT,
     "coverage": "uniform",

@@ -7,6 +7,7 @@ equal actions. All policies wait for a level to be complete, except best-of-N, w
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from sglang_ets.core.speculation import (
     Guess,
     known_width,
 )
-from sglang_ets.core.stopping import Ballot, EarlyEnd, EarlyReason, early_reason, highest_score
+from sglang_ets.core.stopping import MAX_SCORE, MIN_SCORE, Ballot, EarlyEnd, EarlyReason, early_reason, highest_score
 from sglang_ets.core.token_budget import TokenBudget
 from sglang_ets.core.tree import Node, SearchTree, StepFinish
 
@@ -103,10 +104,13 @@ class Search:
         self._level: list[Node] = []  # nodes of the level that is being made
         self._leaves: list[Node] = []  # what `Select` asked about
         self._num_levels = 0  # that are complete
+        self._num_open = Counter[int]()  # nodes without a score yet, by depth
+        self._deepest = 0
         self._num_measured = 0
         self._distances = distances
         self._center = RunningCenter()
-        self._answers: dict[int, str | None] = {}  # of complete trajectories, by their last node
+        self._ended: list[Node] = []  # last nodes of complete trajectories, in order of completion
+        self._votes: list[tuple[float, str | None]] = []  # of the first of these: score and answer
         self._budget = TokenBudget(config)
 
     @property
@@ -163,7 +167,7 @@ class Search:
         return self._node_done(node)
 
     def level(self, kv: CostTree | None) -> Level:
-        """The level that the last `Select` asked about; `kv` is the radix ledger's account of its leaves, in order.
+        """The level that the last `Select` asked about; `kv` is what its leaves cost, in order.
 
         It has what the policy reads; without costs `kv` is None.
         To be asked for once a level: its embeddings become part of the running center.
@@ -291,6 +295,8 @@ class Search:
     def _expand(self, node: Node, children: list[Node]) -> Expand:
         self._level += children
         self._open |= dict.fromkeys(child.id for child in children)
+        self._num_open[node.depth + 1] += len(children)
+        self._deepest = max(self._deepest, node.depth + 1)
         room = self._room(node)
         if self._waits_for_levels:
             room = min(room, self._budget.share(self.remaining_width))
@@ -318,6 +324,7 @@ class Search:
     def _node_done(self, node: Node) -> list[Action]:
         """A node got its score or failed: is the level, or the search, complete?"""
         del self._open[node.id]
+        self._num_open[node.depth] -= 1
         if self._waits_for_levels:
             return [] if self._open else self._level_done()
         actions: list[Action] = self._measures()
@@ -329,11 +336,10 @@ class Search:
 
     def _measures(self) -> list[Action]:
         """Depths of best-of-N that no open node can reach any more."""
-        deepest = max(node.depth for node in self._level)
-        reached = min((self.tree.nodes[node_id].depth for node_id in self._open), default=deepest + 1)
-        actions: list[Action] = [Measure(depth) for depth in range(self._num_measured + 1, reached)]
-        self._num_measured = max(self._num_measured, reached - 1)
-        return actions
+        first = self._num_measured + 1
+        while self._num_measured < self._deepest and not self._num_open[self._num_measured + 1]:
+            self._num_measured += 1
+        return [Measure(depth) for depth in range(first, self._num_measured + 1)]
 
     def _level_done(self) -> list[Action]:
         scored = [node for node in self._level if node.state == "open"]
@@ -354,6 +360,7 @@ class Search:
 
     def _complete(self, node: Node) -> list[Action]:
         node.state = "complete"
+        self._ended.append(node)
         self._forget_embedding(node)
         self.remaining_width -= 1
         return [Complete(node.id)]
@@ -376,20 +383,25 @@ class Search:
         return self._finish(reason)
 
     def _early_reason(self, growing: Sequence[Node]) -> EarlyReason | None:
-        config, complete = self.config, self.tree.complete()
-        if config.early_stop == "off" or not complete or config.has_own_pattern:
+        config = self.config
+        if config.early_stop == "off" or config.has_own_pattern or not self._ended:
             return None
         rule = config.score_aggregation
-        for node in complete:
-            if node.id not in self._answers:
-                self._answers[node.id] = extract_answer(self.tree.trajectory_text(node), config.answer_pattern)
-        ballot = Ballot(
-            scores=tuple(aggregate(self._step_scores(node), rule) for node in complete),
-            answers=tuple(self._answers[node.id] for node in complete),
-            num_left=self.remaining_width,
-            ceiling=max(highest_score(self._step_scores(node), rule, config.max_steps) for node in growing),
-        )
-        return early_reason(config, ballot)
+        for node in self._ended[len(self._votes) :]:
+            answer = extract_answer(self.tree.trajectory_text(node), config.answer_pattern)
+            self._votes.append((aggregate(self._step_scores(node), rule), answer))
+        scores, answers = zip(*self._votes, strict=True)
+        return early_reason(config, Ballot(scores, answers, self.remaining_width, self._ceiling(growing)))
+
+    def _ceiling(self, growing: Sequence[Node]) -> float:
+        """The greatest score that one of the trajectories which still grow can have."""
+        config, ceiling = self.config, MIN_SCORE
+        for node in growing:
+            score = highest_score(self._step_scores(node), config.score_aggregation, config.max_steps)
+            ceiling = max(ceiling, score)
+            if ceiling >= MAX_SCORE:
+                break
+        return ceiling
 
     def _step_scores(self, node: Node) -> tuple[float, ...]:
         return tuple(step.score for step in self.tree.path(node) if step.score is not None)

@@ -24,7 +24,7 @@ class Level:
     """
 
     scores: NDArray[np.float64]  # float64[L], step scores, 0..1
-    kv: CostTree | None  # tokens of KV, from the radix ledger; None: the policy does not read costs
+    kv: CostTree | None  # distinct tokens under the leaves, see `kv_costs`; None: the policy does not read costs
     nodes: CostTree | None  # the search tree itself, cost 1 a node; None: likewise, or costs are in tokens
     embeddings: NDArray[np.float32] | None  # float32[L, H] of the last steps; None: not read, or the PRM gave none
     subtree: NDArray[np.int64]  # int64[L], DVTS group

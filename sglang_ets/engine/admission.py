@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from sglang_ets.core.config import SearchConfig, check_vocabulary, check_width
-from sglang_ets.core.settings import is_unicode, shown, wrong
+from sglang_ets.core.settings import is_unicode, wrong
 from sglang_ets.wire import CUSTOM_KEY, QUESTION_KEY
 
 # What a native request may carry that a search cannot honour: attribute of sglang's request, and its name in the API.
@@ -22,6 +22,7 @@ REFUSED_NATIVE = {
     "input_embeds": "input_embeds",
     "session": "session_params",
 }
+PLACE = f"custom_params['{CUSTOM_KEY}']"  # of a search in a native request
 MAX_QUESTION_CHARS = 1_000_000  # far more than any context holds
 REFUSED_SAMPLING = ("json_schema", "regex", "ebnf", "structural_tag")
 
@@ -59,7 +60,10 @@ def carried_config(req: Any, settings: Mapping[str, Any]) -> SearchConfig:
 
 def _native_config(req: Any, given: object, settings: Mapping[str, Any], room: int) -> SearchConfig:
     if not isinstance(given, dict):
-        raise ValueError(f"it must be an object of settings, got {shown(given)}; for example {{'search_width': 16}}")
+        raise wrong(PLACE, "an object of settings", given, "for example {'search_width': 16}")
+    if "max_tokens" in given:
+        rule = "without max_tokens"
+        raise wrong(PLACE, rule, given["max_tokens"], "set max_new_tokens of sampling_params instead")
     outer: dict[str, Any] = {name: given.get(name) for name in ("search_width", "n", "seed")}
     return SearchConfig.from_request(
         outer["search_width"],

@@ -54,7 +54,8 @@ class ChildSpec:
     step_delimiter: tuple[str | int, ...]
 
     def child_id(self, node_id: int) -> str:
-        return f"{self.search_id}{node_id}"
+        """No other child's id begins with it: whoever aborts this one, by its id, hits no sibling."""
+        return f"{self.search_id}{node_id}/"
 
     def member(self, node_id: int, place: tuple[int, ...]) -> Member:
         """The node at `place` (see `SearchTree.place`), as one that draws."""

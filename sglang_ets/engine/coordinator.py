@@ -29,7 +29,7 @@ from sglang_ets.core.kv_pressure import under_pressure
 from sglang_ets.core.search import Action, Complete, Expand, Finish, Measure, Prune, Score, Search, Select
 from sglang_ets.core.selection import Selection, SelectionPolicy
 from sglang_ets.core.tree import StepFinish
-from sglang_ets.engine.admission import asks_for_search, carried_config, prompt_text, refusal
+from sglang_ets.engine.admission import PLACE, asks_for_search, carried_config, prompt_text, refusal
 from sglang_ets.engine.children import (
     ChildReq,
     ChildSpec,
@@ -58,7 +58,7 @@ from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.engine import PrmEngine, PrmError
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
-from sglang_ets.wire import ABORTED_STATUS, CUSTOM_KEY, RESULT_KEY
+from sglang_ets.wire import ABORTED_STATUS, RESULT_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class SearchCoordinator:
         try:
             config = carried_config(req, self._settings)
         except Exception as error:  # custom_params can come straight from a client: the same boundary as `guard`
-            message = f"custom_params['{CUSTOM_KEY}'] is wrong: {error}"
+            message = str(error) if isinstance(error, ValueError) else f"{PLACE} could not be read: {error!r}"
             prepare_abort(req, message, status_code=HTTPStatus.BAD_REQUEST)
             self.scheduler.output_streamer.stream_output([req], False)
             return True
@@ -304,6 +304,10 @@ class SearchCoordinator:
                 self._steps.withdraw(search_id)
                 self._release(live, self.scheduler.max_total_num_tokens)
 
+    def bound_queue(self, is_refused: Callable[[], bool], req: Any) -> bool:
+        """Whether --max-queued-requests refuses this request. It counts ordinary ones; a step that was retracted goes on."""
+        return not isinstance(req, ChildReq) and self._steps.without_children(is_refused)
+
     def swallow_abort(self, req: Any) -> bool:
         """A child that left the waiting queue is an event for its search, not an answer for a client."""
         if not isinstance(req, ChildReq):
@@ -346,8 +350,11 @@ class SearchCoordinator:
         """sglang has emptied its cache, which it does while nothing runs: after a change of weights, for one."""
         self.prm.forget()
 
-    def after_abort(self) -> None:
-        self._forget_drained()
+    def after_abort(self, recv_req: AbortReq) -> None:
+        """A search whose last child was aborted is forgotten at once, unless it aborts them itself: then it may be amid a
+        round of steps or scores, whose locks are still to be given back."""
+        if recv_req.rid not in self.searches:
+            self._forget_drained()
 
     def _search_of(self, child: ChildReq) -> LiveSearch | None:
         """The search that waits for this child. With the overlap schedule a finished child is shown twice."""
@@ -722,7 +729,8 @@ class SearchCoordinator:
 
     def _abort_children(self, live: LiveSearch) -> None:
         self._speculation.give_up(live)
-        live.children.difference_update(child.rid for child in self._steps.discard(live.id))
+        for child in self._steps.discard(live.id):
+            live.left(child.rid)  # a guess too, that was given up in the engine and taken back from there
         self._locks.drop_parted(live)
         if live.children:
             self.scheduler.abort_request(AbortReq(rid=live.id))

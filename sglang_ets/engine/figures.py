@@ -159,10 +159,12 @@ def warnings_of(live: LiveSearch) -> list[str]:
             f"the solver's time of {TIME_LIMIT_S:g} s ended in {num_late} of {len(live.kv)} levels, where the best leaves that "
             "it had were kept; lower search_width"
         )
-    if live.end_reason == "deadline":
+    if live.end_reason in ("deadline", "kv_budget"):
+        is_late = live.end_reason == "deadline"
+        limit = f"deadline_s of {config.deadline_s:g}" if is_late else f"kv_budget_tokens of {config.kv_budget_tokens}"
         warnings.append(
-            f"deadline_s of {config.deadline_s:g} ended the search after {len(live.kv)} levels with "
-            f"{len(tree.complete())} of {config.width} trajectories complete"
+            f"{limit} ended the search after {len(live.kv)} levels with {len(tree.complete())} of {config.width} "
+            "trajectories complete"
         )
     if live.search.num_given_up:
         warnings.append(

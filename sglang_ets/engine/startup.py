@@ -9,7 +9,7 @@ from typing import Any
 from sglang.srt.runtime_context import get_device
 
 from sglang_ets.core.config import SearchConfig
-from sglang_ets.core.presets import DIVERSITY_WEIGHTS, TEMPERATURES
+from sglang_ets.core.presets import DIVERSITY_WEIGHTS, SAMPLING
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.engine.device_distances import step_distances, warm_up
 from sglang_ets.kernels.dispatch import describe_backend
@@ -46,7 +46,7 @@ def preset_text(config: SearchConfig) -> str:
     shown = {
         **config.preset_settings,
         "diversity_weight": DIVERSITY_WEIGHTS,
-        "temperature": TEMPERATURES[config.preset],
+        **SAMPLING[config.preset],
     }
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 

@@ -7,7 +7,7 @@ children wait here and enter the engine only as far as rows are left for them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,16 @@ class StepQueue:
             for rid in removed:
                 self.left(rid)
         return removed
+
+    def without_children(self, check: Callable[[], bool]) -> bool:
+        """What sglang finds when it checks its waiting queue without the children in it; it may take others out."""
+        scheduler, whole = self._scheduler, self._scheduler.waiting_queue
+        scheduler.waiting_queue = [req for req in whole if req.rid not in self._inside]
+        try:
+            return check()
+        finally:
+            left = {id(req) for req in scheduler.waiting_queue}
+            scheduler.waiting_queue = [req for req in whole if req.rid in self._inside or id(req) in left]
 
     def pending(self, owner: str) -> Sequence[Any]:
         """Children of this search that are not in the engine, in order. Those that were taken back may have output."""

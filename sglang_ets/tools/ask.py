@@ -84,13 +84,24 @@ def watch(client: openai.OpenAI, question: Question) -> Iterator[Watched]:
         raise AskFailed(
             f"no server answers at {url} ({error.__cause__ or error}); start one with `sglang-ets serve` or give --base-url"
         ) from error
-    except openai.APIStatusError as error:
-        body = error.body if isinstance(error.body, dict) else {}
-        raise AskFailed(str(body.get("message") or error.message)) from error
-    except openai.APIError as error:  # an error event on the way
-        raise AskFailed(error.message) from error
+    except openai.APIError as error:  # a refusal, or an error event on the way
+        raise AskFailed(sentence_of(error)) from error
     if watched.figures is None:
         raise AskFailed(f"the server at {url} answered without a search; start it with `sglang-ets serve`")
+
+
+def sentence_of(error: openai.APIError) -> str:
+    """What the server said. The client's own message puts the status and the whole body around it."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or error.message)
+
+
+def check_width(width: int) -> None:
+    """Raises:
+    ValueError: the request would be an ordinary one. What else is no width, the server says.
+    """
+    if width == 1:
+        raise ValueError("--width must be at least 2, got 1; a request of width 1 is an ordinary one and grows no tree")
 
 
 def completed(client: openai.OpenAI, text: str) -> str:
@@ -274,8 +285,9 @@ def parser() -> argparse.ArgumentParser:
 
 def question_of(args: argparse.Namespace) -> Question:
     """Raises:
-    ValueError: a setting that cannot be read.
+    ValueError: a setting that cannot be read, or a width of 1.
     """
+    check_width(args.width)
     settings = parse_settings(args.set)
     if args.algorithm:
         settings["algorithm"] = args.algorithm

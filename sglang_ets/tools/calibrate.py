@@ -21,7 +21,7 @@ import openai
 from numpy.typing import NDArray
 
 from sglang_ets.core.clusters import RunningCenter, cluster_labels, cosine_distances
-from sglang_ets.tools.ask import DEFAULT_URL, AskFailed, Question, watch
+from sglang_ets.tools.ask import DEFAULT_URL, AskFailed, Question, check_width, watch
 from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS
 
 SMALLEST = 1e-5  # distances below this are rounding
@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     client = openai.OpenAI(base_url=f"{base_url}/v1", api_key=args.api_key, timeout=TIMEOUT_S, max_retries=0)
     asked = Question("", args.width, args.chat, args.model, 1, args.max_tokens, settings=SETTINGS)
     try:
+        check_width(args.width)
         trees = [nodes_of(client, replace(asked, text=prompt)) for prompt in prompts]
         levels = [level for nodes in trees for level in level_embeddings(nodes)]
         distances = np.concatenate([np.zeros(0), *(pair_distances(*level) for level in levels)])

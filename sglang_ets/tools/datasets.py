@@ -86,7 +86,8 @@ def _open(name_or_path: str) -> tuple[Iterable[Mapping[str, Any]], str]:
     if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")):
         return _hub(name_or_path, None), name_or_path
     raise ValueError(
-        f"a data set must be one of {', '.join(ON_HUB)}, a JSONL file or owner/name on the Hub, got {name_or_path!r}"
+        f"a data set must be one of {', '.join(ON_HUB)}, a JSONL file or owner/name on the Hub, got {name_or_path!r}; "
+        "`sglang-ets run` knows embedded too"
     )
 
 

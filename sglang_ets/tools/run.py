@@ -23,7 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_ets.math_process import MathProcess
-from sglang_ets.tools.ask import DEFAULT_URL, EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, parse_settings
+from sglang_ets.tools.ask import (
+    DEFAULT_URL,
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    check_width,
+    parse_settings,
+    sentence_of,
+)
 from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS, Problem, load
 from sglang_ets.tools.grading import grade
 
@@ -69,6 +77,7 @@ def solve(client: openai.OpenAI, asked: Asked, problem: Problem) -> Row:
 
     Raises:
         openai.APIError: no server, a refusal, or a search that failed.
+        ValueError: the server does not search.
     """
     started = time.perf_counter()
     if asked.is_chat:
@@ -79,6 +88,8 @@ def solve(client: openai.OpenAI, asked: Asked, problem: Problem) -> Row:
         prompt = problem.question if problem.question.endswith("\n") else f"{problem.question}\n"
         answer = client.completions.create(prompt=prompt, **asked.body())
         text = answer.choices[0].text
+    if getattr(answer, "search", None) is None:
+        raise ValueError("the server answered without a search; start it with `sglang-ets serve`")
     return {
         **asdict(asked), "problem": problem.id, "question": problem.question, "expected": problem.answer,
         "answer": answer.choices[0].search["answer"], "text": text, "usage": answer.usage.model_dump(),
@@ -99,6 +110,7 @@ def run(
 
     Raises:
         openai.APIError: see `solve`; what is in flight is finished and written first.
+        ValueError: see `solve`.
     """
     known = {key_of(row) for row in rows_in(out)}
     todo = [(asked, problem) for asked, problem in jobs if (*asdict(asked).values(), problem.id) not in known]
@@ -211,18 +223,23 @@ def parser() -> argparse.ArgumentParser:
         prog="sglang-ets run", description="Solve the problems of a set on a running server."
     )
     made.add_argument(
-        "--data", required=True, help=f"gsm8k, math500, a JSONL file, owner/name on the Hub, or {EMBEDDED}"
+        "--data",
+        required=True,
+        help="gsm8k, math500, a JSONL file or owner/name on the Hub, less a fifth that is for choosing settings on; or "
+        f"{EMBEDDED}",
     )
     made.add_argument("--width", type=int, nargs="+", default=[16], help="trajectories to grow (default 16)")
     made.add_argument("--algorithm", nargs="+", default=[None], metavar="NAME", help="default: the server's --search")
     made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the search")
     made.add_argument("--limit", type=int, help="problems at most")
-    made.add_argument("--temperature", type=float)
+    made.add_argument(
+        "--temperature", type=float, help="default: the server's, for a chat that of the model's generation_config.json"
+    )
     made.add_argument("--max-tokens", type=int, help="tokens of one trajectory; default: the server's")
     made.add_argument(
         "--completion", action="store_true", help="send the question and a newline, not a chat that asks for a box"
     )
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of every search (default 0)")
     made.add_argument("--in-flight", type=int, default=4, help="problems at once (default 4)")
     made.add_argument("--base-url", default=DEFAULT_URL, help=f"of the server or router (default {DEFAULT_URL})")
     made.add_argument("--api-key", default="none")
@@ -234,8 +251,10 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[Asked, Problem]]:
     """All ways to ask for a problem before the next problem, so that an interrupted run compares equal sets.
 
     Raises:
-        ValueError: a setting or the data cannot be read.
+        ValueError: a setting or the data cannot be read, or a width is 1.
     """
+    for width in args.width:
+        check_width(width)
     common = parse_settings(args.set)
     searches = [{**({"algorithm": name} if name else {}), **common} for name in args.algorithm]
     ways = [
@@ -280,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except openai.APIConnectionError:
         _leave(f"no server answers at {url}; start one with `sglang-ets serve`, then the run goes on", EXIT_FAILED)
     except openai.APIError as error:
-        _leave(f"{error.message}; what is done is in {args.out}", EXIT_FAILED)
+        _leave(f"{sentence_of(error)}; what is done is in {args.out}", EXIT_FAILED)
     except KeyboardInterrupt:
         _leave(f"stopped; the same command goes on from {args.out}", EXIT_INTERRUPTED)
 

@@ -130,7 +130,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (completion, {"search": {"algorithm": "mcts"}}, "best_of_n, beam, dvts, rebase, ets_kv, ets"),
     (completion, {"search": {"kv_weight": 1}}, "valid settings are algorithm"),
-    (completion, {"search": {"width": 4}}, "valid settings are algorithm"),
+    (completion, {"search": {"seed": 4}}, "no setting 'seed'; seed stands beside search, not inside it; move it there"),
     (completion, {"n": 17}, "n must be"),
     (completion, {"max_tokens": CONTEXT_TOKENS}, "max_tokens"),
     (completion, {"logprobs": 0}, "logprobs"),
@@ -147,7 +147,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (completion, {"return_hidden_states": True}, "return_hidden_states"),
     (completion, {"prompt": ["a", "b"]}, "prompt"),
     (completion, {"prompt": [[1, 2], [3]]}, "prompt"),
-    (completion, {"rid": ["a", "b"]}, "rid"),
+    (completion, {"rid": ["a", "b"]}, r"^rid must be one text .*, got \['a', 'b'\]; send one request for each"),
     (chat, {"logprobs": True}, "logprobs"),
     (chat, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (chat, {"continue_final_message": True}, "continue_final_message"),
@@ -215,6 +215,7 @@ def test_each_grammar_is_refused(name: str) -> None:
         ({"search_width": 65}, "at most 64"),
         ('{"width": 65}', "at most 64"),
         ({"search_width": 8, "kv": 1}, "no setting 'kv'"),
+        ({"search_width": 8, "max_tokens": 5}, "without max_tokens, got 5; set max_new_tokens of sampling_params"),
         ({"search_width": 2**70}, "search_width must be"),
         ({"search_width": 8, "n": "2"}, "n must be"),
         ({"search_width": 8, "seed": []}, "seed must be"),
@@ -465,11 +466,34 @@ def test_the_engine_gets_one_request_with_the_search_inside(stream: bool) -> Non
     assert (config.width, config.num_results) == (16, 2)
 
 
+class ServingChats(Serving):
+    """A model whose generation_config.json says how to sample."""
+
+    def _convert_to_internal_request(self, request: Any, raw_request: Any = None) -> Any:
+        own = {"temperature": 0.6, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+        return SimpleNamespace(sampling_params=request.to_sampling_params([], own), stream=False), request
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("default", (0.6, 0.8, 5, 0.0, 1.1)), ("paper", (1.0, 1.0, 5, 0.0, 1.0))],
+)
+def test_the_published_sampling_goes_over_that_of_the_model_but_not_of_the_request(
+    preset: str, expected: tuple[float, ...]
+) -> None:
+    """A penalty that nobody asked for would also keep equal steps from sharing a row of the batch."""
+    serving = ServingChats({"search": [RESULT]})
+    request = chat(search={"preset": preset}, top_k=5, max_tokens=99)
+    assert asyncio.run(answer_search(None, serving, request, None)).status_code == 200
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    assert tuple(serving.sent[0].sampling_params[name] for name in names) == expected
+
+
 @pytest.mark.parametrize(
     ("outcome", "fields", "status", "named"),
     [
         ({"search": [RESULT]}, {"echo": True}, 400, "echo"),
-        ({"search": [RESULT]}, {"model": "m:adapter"}, 400, "LoRA"),
+        ({"search": [RESULT]}, {"model": "m:adapter"}, 400, "got 'm:adapter'; leave the adapter or search_width out"),
         (ValueError("the context\nis too long"), {}, 400, "the context is too long"),
         (HTTPException(500, "search failed: no KV"), {}, 500, "no KV"),
         ({"finish_reason": {"type": "abort", "message": "Aborted"}}, {}, 500, "Aborted"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import subprocess
@@ -12,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from starlette.middleware.base import RequestResponseEndpoint
 
 from sglang_ets.api.trace import TraceStore
 from sglang_ets.api.trace_pages import add_routes
@@ -45,15 +47,22 @@ def test_a_page_that_was_loaded_before_the_first_step_shows_the_end(tmp_path: Pa
     app, store = FastAPI(), TraceStore()
     add_routes(app, {"trace": True}, store)
 
-    @app.post("/go")
-    async def go() -> dict[str, str]:
-        """The page calls this once it follows the search, which then runs to its end."""
+    growing: list[asyncio.Task[None]] = []
+
+    async def grow() -> None:
         trace = store.get("a")
         assert trace is not None
         reports = [progress(depth) for depth in range(1, 6)] + [result(6)]
         async for _ in store.follow(trace, sent_by_scheduler(reports, type="length")):
             pass
-        return {}
+
+    @app.middleware("http")
+    async def grow_once_followed(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """The search runs to its end once the page has asked for its events."""
+        response = await call_next(request)
+        if request.url.path.endswith("/events") and not growing:
+            growing.append(asyncio.create_task(grow()))
+        return response
 
     @app.get("/begin")
     async def begin() -> dict[str, str]:
@@ -62,14 +71,9 @@ def test_a_page_that_was_loaded_before_the_first_step_shows_the_end(tmp_path: Pa
 
     with served(app) as url:
         subprocess.run(["curl", "-sf", f"{url}/begin"], check=True, capture_output=True, timeout=START_LIMIT_S)
-        starter = threading.Timer(
-            3.0, lambda: subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/go"], check=False, capture_output=True)
-        )
-        starter.start()
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
         command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", f"{url}/search/a"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_LIMIT_S, check=True)
-        starter.join()
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert int(re.findall(r'data-updates="(\d+)"', done.stdout)[0]) > 0
     assert 'data-drawn="96"' in done.stdout

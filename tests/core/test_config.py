@@ -96,13 +96,17 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"answer_equality": "close"}, "answer_equality must be one of math, text"),
     ({"answer_pattern": ""}, "answer_pattern must be"),
     ({"answer_pattern": "a" * 501}, "answer_pattern must be"),
-    ({"answer_pattern": "(a"}, "a group is not closed"),
+    ({"answer_pattern": "(a"}, "a group is not closed; write \\( for the character itself"),
     ({"answer_pattern": "(a)[b-a]"}, "it does not compile"),
     ({"answer_pattern": 7}, "answer_pattern must be text, got 7"),
-    ({"answer_pattern": "a"}, "it has 0 groups"),
+    ({"answer_pattern": "a"}, "it has 0 groups, so put the answer into one, (...)"),
+    ({"answer_pattern": "(a)(b)"}, "it has 2 groups, so write (?:...) for all but one"),
     ({"kv_budget_tokens": 0}, "kv_budget_tokens must be"),
     ({"kv_budget_tokens": 9, "algorithm": "rebase"}, "kv_budget_tokens needs algorithm ets or ets_kv"),
-    ({"kv_budget_tokens": 9, "kv_cost": "nodes"}, "kv_cost must be tokens when kv_budget_tokens is set"),
+    (
+        {"kv_budget_tokens": 9, "kv_cost": "nodes"},
+        "is set, got 'nodes'; set it to tokens, or leave kv_budget_tokens out",
+    ),
     ({"deadline_s": 0}, "deadline_s must be"),
     ({"deadline_s": False}, "deadline_s must be"),
     ({"return_tree": 1}, "return_tree must be true or false"),
@@ -172,9 +176,15 @@ def test_null_means_not_given_except_where_null_is_a_value() -> None:
     assert (config.diversity_weight, config.deadline_s) == (None, None)
 
 
-@pytest.mark.parametrize("name", [*OUTER_FIELDS, "search_width", "n", "widht"])
-def test_a_setting_that_does_not_exist_inside_search_lists_those_that_do(name: str) -> None:
-    with pytest.raises(ValueError, match=f"search has no setting '{name}'; valid settings are algorithm, max_steps,"):
+def test_a_setting_that_does_not_exist_lists_those_that_do() -> None:
+    with pytest.raises(ValueError, match="search has no setting 'widht'; valid settings are algorithm, max_steps,"):
+        from_request({"widht": 4})
+
+
+@pytest.mark.parametrize("name", [*OUTER_FIELDS, "search_width", "n"])
+def test_what_stands_beside_search_is_refused_inside_with_its_place(name: str) -> None:
+    known = {"width": "search_width", "num_results": "n"}.get(name, name)
+    with pytest.raises(ValueError, match=f"no setting '{name}'; {known} stands beside search, not inside it; move it"):
         from_request({name: 4})
 
 

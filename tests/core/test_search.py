@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -405,6 +407,29 @@ def test_best_of_n_grows_every_trajectory_alone() -> None:
     assert not any(isinstance(action, Select | Prune) for action in driver.log)
     assert len(search.tree.complete()) == 6
     assert all(len(action.node_ids) == 1 for action in driver.log[1:] if isinstance(action, Expand))
+
+
+@pytest.mark.parametrize(("early_stop", "most"), [("off", 1.2), ("settled", 4.0)])  # settled or not, each vote is seen
+def test_a_step_of_best_of_n_costs_the_same_however_wide_its_search_is(early_stop: str, most: float) -> None:
+    calls_per_step = []
+    for width in (16, 256):
+        search, draw, num_calls = Search(config_of("best_of_n", width, early_stop=early_stop), 5), random.Random(0), [0]
+
+        def count(_frame: Any, event: str, _argument: Any, num_calls: list[int] = num_calls) -> None:
+            num_calls[0] += event == "call"
+
+        waiting = deque(search.start())
+        sys.setprofile(count)
+        while waiting:
+            match waiting.popleft():
+                case Expand(node_ids=node_ids):
+                    for node_id in node_ids:
+                        waiting += search.on_step(node_id, [1], "1 ", "stop" if draw.random() < 0.2 else "step")
+                case Score(node_id):
+                    waiting += search.on_scored(node_id, draw.random(), None)
+        sys.setprofile(None)
+        calls_per_step.append(num_calls[0] / len(search.tree.nodes))
+    assert calls_per_step[1] < most * calls_per_step[0]
 
 
 def test_trajectories_of_best_of_n_come_by_place_whichever_was_complete_first() -> None:

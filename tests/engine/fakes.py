@@ -152,6 +152,7 @@ class FakeScheduler:
         self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(sampler=object.__new__(Sampler)))
         self.prefilled: list[str] = []  # ids of requests, one for each time they were prefilled
         self.max_running_requests = 1024
+        self.max_queued_requests: int | None = None
         self.script = script
         self.tokens_per_tick = tokens_per_tick
         self.server_args = SimpleNamespace(_ets=dict(SETTINGS))
@@ -184,16 +185,20 @@ class FakeScheduler:
         """As sglang: by the beginning of ids, from the queue at once, and running ones at their next token."""
         if self.ets.searches:
             self.ets.before_abort(recv_req)
-        hit = [req for req in self.waiting_queue if recv_req.abort_all or req.rid.startswith(recv_req.rid)]
-        self.waiting_queue = [req for req in self.waiting_queue if req not in hit]
-        for req in hit:
+        hit = [
+            place
+            for place, req in enumerate(self.waiting_queue)
+            if recv_req.abort_all or req.rid.startswith(recv_req.rid)
+        ]
+        for place in reversed(hit):  # a search that ends over one of them changes the queue
+            req = self.waiting_queue.pop(place)
             if not (self.ets.searches and self.ets.swallow_abort(req)):
                 self.aborted.append(req.rid)
         for req in self.running_batch.reqs:
             if not req.finished() and (recv_req.abort_all or req.rid.startswith(recv_req.rid)):
                 req.to_finish = FINISH_ABORT()
         if self.ets.searches:
-            self.ets.after_abort()
+            self.ets.after_abort(recv_req)
 
     def retract(self, req: Any) -> Any:
         """As sglang does for want of memory: what the request computed is gone, and it waits with the tokens that it has."""

@@ -49,6 +49,9 @@ def test_ids_of_children_begin_with_their_search_and_with_nothing_else() -> None
     for search_id in ids:
         assert sum(rid.startswith(search_id) for rid in given) == 3
     assert not any(rid.startswith("pa") for rid in given)
+    assert all(sum(rid.startswith(other) for rid in given) == 1 for other in given), (
+        "sglang aborts by beginnings of ids"
+    )
 
 
 def test_a_child_continues_the_prompt_with_the_parameters_of_its_client() -> None:

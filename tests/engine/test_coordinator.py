@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang_ets.patches.scheduler import bound_queue
 
 from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.search import Search
@@ -28,7 +29,7 @@ from sglang_ets.engine.children import ChildReq
 from sglang_ets.engine.live import Branch, LiveSearch
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.engine.pressure import HOPELESS_TICKS
-from sglang_ets.kv import Hold, RadixLedger
+from sglang_ets.kv import Hold, LedgerImbalance, RadixLedger
 from sglang_ets.prm.engine import PrmError
 from sglang_ets.wire import PROGRESS_KEY, QUESTION_KEY, TRACE_KEY, TRACE_PARAM
 from tests.engine.fakes import (
@@ -215,11 +216,11 @@ def test_other_requests_are_left_to_sglang() -> None:
     ("search", "named"),
     [
         ({"search_width": 1}, "search_width must be"),
-        ({"search_width": 300}, "at most 256"),
-        ('{"width": 300}', "at most 256"),
-        ("[" * 100_000, "custom_params"),
-        ({"search_width": 4, "answer_pattern": "("}, "answer_pattern"),
-        (7, "must be an object of settings"),
+        ({"search_width": 300}, "search_width must be at most 256"),
+        ('{"width": 300}', "search_width must be at most 256"),
+        ("[" * 100_000, "search settings must be at most"),
+        ({"search_width": 4, "answer_pattern": "("}, "answer_pattern must be"),
+        (7, "custom_params['ets'] must be an object of settings, got 7; for example"),
         ({"search_width": 4, "step_delimiter": [10**6]}, "step_delimiter must be texts or token ids below 257"),
     ],
 )
@@ -228,7 +229,7 @@ def test_a_wrong_search_is_refused_with_one_sentence(search: Any, named: str) ->
     world.ask(search=search)
     (sent,) = world.scheduler.output_streamer.responses("pa")
     assert sent.finished is not None
-    assert named in sent.finished["message"]
+    assert sent.finished["message"].startswith(named), "with what the client sent, wherever it stood"
     assert sent.finished["status_code"] == 400
     assert "\n" not in sent.finished["message"]
     world.assert_balanced()
@@ -319,6 +320,26 @@ def test_more_than_half_a_level_lost_is_an_error(algorithm: str, caplog: pytest.
     assert not any(record.exc_info for record in caplog.records)  # what else the level wanted was not tried
 
 
+class CountingPrm(ScriptedPrm):
+    """At the end of a search it looks at its locks, as the real one does."""
+
+    def end_owner(self, owner: str) -> None:
+        super().end_owner(owner)
+        if self.locked:
+            raise LedgerImbalance(f"search {owner} ended with {len(self.locked)} locks; expected 0")
+
+
+def test_a_search_that_fails_in_a_round_of_scoring_gives_all_its_locks_back_before_they_are_counted() -> None:
+    """Its last child waits in the queue and leaves at once: the search is over before the other scores are taken in."""
+    score = iter([PrmError("too long"), *[0.5] * 15])
+    world = World(prm=CountingPrm(lambda _job: next(score)))
+    world.scheduler.holds_back = lambda child: child.node_id == 17
+    world.ask(algorithm="best_of_n", search_width=17)
+    world.run()
+    assert "too long" in world.error()
+    world.assert_balanced()
+
+
 def test_a_step_of_best_of_n_that_was_continued_and_gets_no_score_fails_the_search() -> None:
     world = World(prm=lossy_prm(1, 1))
     world.ask(algorithm="best_of_n")
@@ -363,6 +384,55 @@ def test_a_child_aborted_while_it_waits_fails_alone(algorithm: str) -> None:
     figures = world.answer()["search"]
     assert figures["warnings"] == [f"1 of {figures['nodes_made']} steps failed: aborted while it waited"]
     world.assert_balanced()
+
+
+def test_a_child_aborted_by_its_id_takes_no_sibling_and_no_other_request_along() -> None:
+    """As sglang does after SGLANG_REQ_WAITING_TIMEOUT. The ids of nodes 10 to 12 begin as that of node 1."""
+    world = World()
+    world.ask(algorithm="rebase", search_width=12)
+    world.scheduler.tick()  # the prompt
+    world.scheduler.holds_back = lambda _child: True
+    world.scheduler.add(plain := request("plain", "x", search=False, max_new_tokens=5))
+    world.scheduler.tick()  # the first level waits
+    world.scheduler.holds_back = lambda _child: False
+    (first, *others) = [req for req in world.scheduler.waiting_queue if isinstance(req, ChildReq)]
+    world.scheduler.abort_request(AbortReq(rid=first.rid))
+    assert others == [req for req in world.scheduler.waiting_queue if isinstance(req, ChildReq)]
+    world.run()
+    figures = world.answer()["search"]
+    assert figures["warnings"] == [f"1 of {figures['nodes_made']} steps failed: aborted while it waited"]
+    assert (plain.finished(), world.scheduler.aborted) == (True, [])
+    world.assert_balanced()
+
+
+def test_a_bounded_queue_refuses_ordinary_requests_for_their_own_number_and_no_step() -> None:
+    world = World()
+    scheduler = world.scheduler
+    scheduler.max_queued_requests = 2
+    world.ask(algorithm="rebase", search_width=8)
+    scheduler.tick()  # the prompt
+    scheduler.holds_back = lambda _child: True
+    scheduler.tick()  # the first level waits
+    children = list(scheduler.waiting_queue)
+    plain = [request(f"plain{i}", "x", search=False, max_new_tokens=5) for i in range(3)]
+    is_refused = []
+    for req in plain:
+        is_refused.append(bound_queue(bounded, scheduler, req))
+        scheduler.waiting_queue += [] if is_refused[-1] else [req]
+    assert is_refused == [False, False, True]
+    assert scheduler.waiting_queue == [*children, *plain[:2]]
+    assert not bound_queue(bounded, scheduler, children[0]), "it was retracted, and goes on"
+    scheduler.holds_back = lambda _child: False
+    world.run()
+    assert world.answer()["search"]["warnings"] == []
+    world.assert_balanced()
+
+
+def bounded(scheduler: FakeScheduler, _recv_req: Any) -> bool:
+    """Whether one more is too many, as sglang has it."""
+    return (
+        scheduler.max_queued_requests is not None and len(scheduler.waiting_queue) + 1 > scheduler.max_queued_requests
+    )
 
 
 def test_a_child_aborted_for_want_of_memory_says_so() -> None:
@@ -798,12 +868,14 @@ def test_end_of_text_is_no_part_of_the_answers_text() -> None:
     assert best["text"].encode() == bytes(best["token_ids"][:-1])
 
 
-def test_a_budget_that_no_leaf_fits_ends_the_search_without_a_report() -> None:
+def test_a_budget_that_no_leaf_fits_ends_the_search_with_a_warning_and_without_a_report() -> None:
     world = World()
     world.ask(algorithm="ets", kv_budget_tokens=1, stream=True)
     world.run()
     result = world.answer()
     assert (result["search"]["finish_reason"], result["results"][0]["finish_reason"]) == ("kv_budget", "length")
+    ended = "kv_budget_tokens of 1 ended the search after 1 levels with 0 of 4 trajectories complete"
+    assert result["search"]["warnings"] == [ended]
     assert world.scheduler.output_streamer.reports("pa") == []
     world.assert_balanced()
 

@@ -240,9 +240,10 @@ def test_a_level_never_has_more_rows_than_nodes(mode: str) -> None:
 
 
 def with_guesses(world: World) -> Any:
-    """The ticks of a search, at one after which it has guesses that run."""
+    """The ticks of a search, at one after which it has guesses that run; it may not be the first that was asked for."""
     ticks = asked(asked_in_loop(world), width=16, speculate=True).ticks()
-    while not world.live().guesses.num_running:
+    *_, live = world.ets.searches.values()
+    while not live.guesses.num_running:
         next(ticks)
     return ticks
 
@@ -393,6 +394,25 @@ def test_a_guess_that_the_engine_ends_begins_again(mode: str) -> None:
         pass
     world.assert_balanced()
     assert tree_of(world) == tree_of(grown(world_of(mode), width=16))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_guess_that_nobody_wants_and_that_is_taken_back_ends_with_its_search(mode: str) -> None:
+    """In one plan: given up while it runs, retracted before its next token, and its search suspended."""
+    world = world_of(mode)
+    world.ask("older", "Q: 2+2?\n", search_width=4, max_step_tokens=12)
+    ticks = with_guesses(world)
+    live = next(live for live in world.ets.searches.values() if live.rid == "pa")
+    world.ets._speculation.give_up(live)
+    given_up = [req for req in world.scheduler.running_batch.reqs if req.rid in live.guesses.children]
+    assert given_up
+    world.scheduler.waiting_queue += [world.scheduler.retract(req) for req in given_up]
+    world.ets._suspend_youngest()
+    assert set(world.ets._steps.pending(live.id)) >= set(given_up)
+    world.scheduler.abort_request(AbortReq(rid="pa"))
+    for _ in ticks:
+        pass
+    world.assert_balanced()
 
 
 def test_a_prm_that_breaks_fails_the_search_and_leaves_nothing() -> None:

@@ -225,6 +225,13 @@ def test_no_answer_is_one_sentence(
     assert said.startswith("sglang-ets ask: ") and said.endswith(message) and "\n" not in said
 
 
+def test_a_width_of_one_is_no_search(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ask.main(["1+2=", "--width", "1"])
+    assert caught.value.code == 2
+    assert "--width must be at least 2, got 1" in capsys.readouterr().err
+
+
 def test_no_server_is_one_sentence() -> None:
     with serving([]) as (_, url):
         pass  # now nobody listens there

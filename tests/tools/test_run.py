@@ -16,6 +16,7 @@ from rich.console import Console
 from sglang_ets.tools import run
 from sglang_ets.tools.datasets import Problem
 from sglang_ets.tools.run import Asked, jobs_of, key_of, parser, problems_of, rows_in, table_of
+from tests.tools.test_ask import serving
 
 PROBLEMS = [Problem(str(number), f"{number}+{number}=", str(2 * number)) for number in range(4)]
 
@@ -149,10 +150,28 @@ def test_jobs_take_all_ways_before_the_next_problem() -> None:
     assert not jobs[0][0].is_chat and problems_of("embedded", 1)[0].question.endswith("\n")
 
 
+def test_a_server_that_does_not_search_is_named(tmp_path: Path) -> None:
+    server = Server()
+    server.chat.completions.create = lambda **_: SimpleNamespace(
+        choices=[SimpleNamespace(message=SimpleNamespace(content="2"))]
+    )
+    with pytest.raises(ValueError, match="answered without a search; start it with `sglang-ets serve`"):
+        solved(server, tmp_path / "run.jsonl", [asked()])
+
+
+def test_a_refusal_is_the_sentence_of_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = {"object": "error", "message": "kv must be so, got 1; drop it"}
+    with serving([refused], 400) as (_, url), pytest.raises(SystemExit):
+        run.main(["--data", "embedded", "--limit", "1", "--base-url", url, "--out", str(tmp_path / "r.jsonl")])
+    said = capsys.readouterr().err
+    assert said.startswith("sglang-ets run: kv must be so, got 1; drop it; what is done is in ")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--data", "nothing"], "a data set must be one of"),
+        (["--data", "nothing"], "got 'nothing'; `sglang-ets run` knows embedded too"),
+        (["--data", "embedded", "--width", "4", "1"], "--width must be at least 2, got 1; a request of width 1"),
         (["--data", "embedded", "--set", "x"], "--set needs NAME=VALUE"),
         (
             ["--data", "embedded", "--limit", "1", "--base-url", "http://127.0.0.1:9"],
