@@ -12,11 +12,12 @@ from pathlib import Path
 
 from bench import attention, capacity, fairness, forks, ilp, real_model, rows, searches, soak, tables
 from bench.client_search import table as throughput
+from bench.gpu import rehearse
 from bench.studies import selection_quality
 from bench.testbed import prm_head
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "speed")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "speed", "gpu")))
 MAIN_POLICIES = ("greedy", "self_consistency", "best_of_n", "beam", "dvts", "rebase", "ets_kv b=2", "ets b=4")
 LONG_WIDTH, LONG_POLICIES = 64, ("rebase", "dvts", "ets_kv b=2", "ets b=4")  # which have solved more of its problems
 SERVED = "centred on the search so far"
@@ -132,6 +133,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "soak": lambda: soak.table(rows_of("soak")),
     "real_model": real_model_tables,
     "prm_head": lambda: prm_head.tables(rows_of("prm_head")),
+    "gpu_kit": lambda: rehearse.table(rows_of("gpu_kit_cpu")),
     "coverage": lambda: searches.report("coverage", rows_of("coverage"), seed=0),
 }
 

@@ -58,7 +58,7 @@ def commit_of(folder: Path) -> str:
     if carried.exists():
         return carried.read_text(encoding="utf-8").strip()
     commit = _git(folder, "rev-parse", "--short", "HEAD") or "unknown"
-    written = ("bench/results", "README.md", "docs/results.md", "docs/reliability.md", "docs/speed.md")
+    written = ("bench/results", "README.md", "docs/results.md", "docs/reliability.md", "docs/speed.md", "docs/gpu.md")
     rows_aside = (":/", *(f":(top,exclude){path}" for path in written))
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *rows_aside)
     return f"{commit}{DIRTY}" if changed else commit

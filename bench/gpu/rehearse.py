@@ -4,8 +4,8 @@
     python -m bench.gpu.rehearse                                  where this package is installed
     python -m bench.gpu.rehearse --smoke                          on a CPU: that the parts run
 
-Each part is a process of its own with a limit; its rows go to one file as they are made. What fails becomes a row, too, and the
-next part follows.
+Each part is a process of its own with a limit; its rows go to one file when it has ended, in the form of bench/rows.py. What
+fails becomes a row, too, and the next part follows.
 """
 
 from __future__ import annotations
@@ -13,19 +13,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
+
+from bench import rows
+from bench.rows import Row
 
 HERE = Path(__file__).parent
 TAIL_CHARACTERS = 3000
 END_LIMIT_S = 45.0  # a server is given 30 s to stop
 SMOKE_PATIENCE = 4  # times the limit: Triton's interpreter on a busy CPU
+MIB = 1 << 20
+BROUGHT = ("torch", "torchvision", "triton", "transformers", "numpy", "scipy", "numba")  # by the machine, not the kit
+FIRST_SHARED = re.compile(r"ets_tree: the first decode that shares KV: (.*)")
 POLICIES = ("rebase", "ets", "ets_kv", "dvts", "beam", "best_of_n")
 # As the kit's machine needs it: no compiled kernels but Triton's, and no sampling kernels of another package.
 PLAIN_FLAGS = ("--sampling-backend", "pytorch", "--cuda-graph-backend-decode", "disabled")
@@ -45,8 +54,6 @@ TINY = SEVEN_B | {
     "torch_dtype": "float32",
 }  # fmt: skip
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -56,10 +63,12 @@ class Sizes:
     policies: tuple[str, ...]
     max_tokens: int
     problems: int
+    preamble: str = ""  # before each problem
 
 
 FULL = Sizes((16, 64), POLICIES, 256, 4)
-SMOKE = Sizes((2,), ("ets", "best_of_n"), 12, 1)
+# Two rows share so little that `ets_tree` would leave them to sglang's kernels, were their prompt not long.
+SMOKE = Sizes((2,), ("ets", "best_of_n"), 12, 1, preamble="1+1=2\n" * 45)
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,11 @@ class Part:
 
 
 def machine(_smoke: bool, _folder: Path) -> Iterator[Row]:
-    """What the rest is measured on."""
+    """What the rest is measured on, and what it brings."""
     import torch
 
-    from bench import rows
-
-    row: Row = {**rows.provenance(), "torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None}
+    brought = {name: _version(name) for name in BROUGHT}
+    row: Row = {"brought": brought, "torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         row |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
@@ -84,12 +92,19 @@ def machine(_smoke: bool, _folder: Path) -> Iterator[Row]:
     yield row
 
 
-def kernel_results(smoke: bool, folder: Path) -> Iterator[Row]:
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def kernel_results(smoke: bool, _folder: Path) -> Iterator[Row]:
     """The kernels' tests for a GPU; without one, in the interpreter."""
     tests = ["tests/kernels/test_tree_attention.py"] if smoke else ["tests/kernels/test_cuda.py"]
     env = {"TRITON_INTERPRET": "1"} if smoke else {}
     options = ["-q", "-p", "no:cacheprovider", *(["-k", "rows_of_a_search"] if smoke else [])]
-    yield {"output": _output(["-m", "pytest", *options, *tests], env).splitlines()[-1], "log": str(folder)}
+    yield {"output": _output(["-m", "pytest", *options, *tests], env).splitlines()[-1]}
 
 
 def kernel_times(smoke: bool, folder: Path) -> Iterator[Row]:
@@ -156,11 +171,12 @@ def _output(arguments: list[str], env: Mapping[str, str] | None = None) -> str:
 
 
 def _rows_of(module: str, smoke: bool, folder: Path, env: Mapping[str, str] | None = None) -> Iterator[Row]:
-    from bench import rows
-
     out = folder / f"{module}.jsonl"
+    out.unlink(missing_ok=True)  # of an earlier rehearsal
     _output(["-m", module, "--out", str(out), *(["--smoke"] if smoke else [])], env)
-    yield from rows.read(out)
+    for row in rows.read(out):
+        del row["run"]  # that bench's, not this rehearsal's
+        yield row
 
 
 def _searches(
@@ -178,25 +194,25 @@ def _searches(
     with running_server(given, log=log, env={"TRITON_INTERPRET": "1"} if is_interpreted else {}) as url:
         yield {"backend": backend, "start_s": time.perf_counter() - started}
         client = client_of(url)
-        prompts = [problem["prompt"] for problem in held_out_problems(sizes.problems)]
+        prompts = [sizes.preamble + problem["prompt"] for problem in held_out_problems(sizes.problems)]
         for width in sizes.widths:
             for policy in sizes.policies:
                 yield {"backend": backend, **_timed(client, prompts, sizes, width, policy)}
             yield {"backend": backend, **_timed(client, prompts, sizes, width, None)}
-        yield {"backend": backend, "held": _held(url)}
+        shared = FIRST_SHARED.search(log.read_text(encoding="utf-8", errors="replace"))
+        yield {"backend": backend, "held": _held(url), "first_shared": shared and shared[1]}
 
 
 def _timed(client: Any, prompts: list[str], sizes: Sizes, width: int, policy: str | None) -> Row:
     """All problems at once, by one policy, or by as many plain samples (None)."""
 
-    def ask(prompt: str) -> tuple[int, int]:
-        """Tokens generated, and peak of the KV tokens held."""
+    def ask(prompt: str) -> tuple[int, Row, str]:
+        """Tokens generated, the figures of the search, and the answer."""
         search = {"search_width": width, "search": {"algorithm": policy}} if policy else {"n": width}
         answer = client.completions.create(
             model="default", prompt=prompt, max_tokens=sizes.max_tokens, temperature=1.0, seed=0, extra_body=search
         )
-        figures = getattr(answer, "search", None) or {}
-        return answer.usage.completion_tokens, figures.get("kv_tokens_peak", 0)
+        return answer.usage.completion_tokens, getattr(answer, "search", None) or {}, answer.choices[0].text
 
     ask(prompts[0])  # what is compiled at its first use is not timed
     started = time.perf_counter()
@@ -207,8 +223,10 @@ def _timed(client: Any, prompts: list[str], sizes: Sizes, width: int, policy: st
         "width": width,
         "policy": policy or "plain sampling",
         "seconds": seconds,
-        "tokens_per_s": sum(tokens for tokens, _ in asked) / seconds,
-        "kv_tokens_peak": max(peak for _, peak in asked),
+        "tokens_per_s": sum(tokens for tokens, _, _ in asked) / seconds,
+        "kv_tokens_peak": max(figures.get("kv_tokens_peak", 0) for _, figures, _ in asked),
+        "nodes_failed": sum(figures.get("nodes_failed", 0) for _, figures, _ in asked),  # by an error of the PRM, say
+        "answers": [text for _, _, text in asked],
     }
 
 
@@ -227,13 +245,23 @@ def _held(url: str) -> Row:
 
 
 def environment(wheels: Path | None, folder: Path) -> dict[str, str]:
-    """Of every part: where wheels are given, these alone beside what the machine has."""
+    """Of every part: where wheels are given, these alone beside what the machine has. This process sees them, too, for its rows
+    tell their versions."""
     if wheels is None:
         return {}
     site = folder.resolve() / "site"
+    shutil.rmtree(site, ignore_errors=True)  # pip would leave the versions of an earlier rehearsal beside the new ones
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
-    subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    files = map(str, sorted(wheels.glob("*.whl")))
+    subprocess.run([*pip, "--no-compile", *files], check=True)  # the ten minutes are for what is imported
+    sys.path.append(str(site))
     return {"PYTHONPATH": os.pathsep.join([str(HERE / "stand_in"), str(site), str(Path.cwd())]), **PLAIN_ENV}
+
+
+def installed(wheels: Path, seconds: float) -> Row:
+    """The row of the wheels, each with its size."""
+    sizes = {file.name: file.stat().st_size / MIB for file in sorted(wheels.glob("*.whl"))}
+    return {"part": "install", "wheels_mib": sizes, "part_s": seconds}
 
 
 def run_within(limit_s: float, command: list[str], env: Mapping[str, str], log: TextIO) -> int | None:
@@ -256,6 +284,7 @@ def run_part(name: str, folder: Path, env: Mapping[str, str], smoke: bool) -> li
     """Rows of one part, the last of which tells its time, and its error if it had one."""
     part, started = PARTS[name], time.perf_counter()
     out = folder / f"part_{name}.jsonl"
+    out.unlink(missing_ok=True)  # of an earlier rehearsal
     command = [sys.executable, "-m", "bench.gpu.rehearse", "--part", name, "--folder", str(folder), "--rows", str(out)]
     error = None
     with (folder / f"part_{name}.log").open("w+", encoding="utf-8") as log:
@@ -263,7 +292,8 @@ def run_part(name: str, folder: Path, env: Mapping[str, str], smoke: bool) -> li
         status = run_within(limit_s, [*command, *(["--smoke"] if smoke else [])], {**os.environ, **env}, log)
         log.seek(0)
         if status != 0:
-            error = f"more than {limit_s} s" if status is None else log.read()[-TAIL_CHARACTERS:]
+            said = log.read()[-TAIL_CHARACTERS:].strip()
+            error = f"more than {limit_s} s" if status is None else said or f"exit status {status}, without a word"
     made = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
     end: Row = {"part": name, "part_s": time.perf_counter() - started}
     return [*made, end | ({"error": error} if error else {})]
@@ -275,6 +305,20 @@ def run_here(name: str, folder: Path, out: Path, smoke: bool) -> None:
         for row in PARTS[name].run(smoke, folder):
             rows_file.write(json.dumps({"part": name, **row}) + "\n")
             rows_file.flush()
+
+
+def outcome(end: Row) -> str:
+    """In a line, from the last row of a part."""
+    return str(end.get("error", "done").splitlines()[-1])
+
+
+def table(measured: list[Row]) -> str:
+    """Markdown: the parts of one rehearsal, what they made and how they ended."""
+    cells = []
+    for end in (row for row in measured if "part_s" in row):
+        of_part = [row for row in measured if row["part"] == end["part"]]
+        cells.append([end["part"], len(of_part) - 1, outcome(end)])
+    return rows.markdown(["part", "rows", "outcome"], cells)
 
 
 def main() -> None:
@@ -290,14 +334,15 @@ def main() -> None:
     if args.part:
         run_here(args.part, args.folder, args.rows, args.smoke)
         return
-    env = environment(args.wheels, args.folder)
-    with (args.folder / "rows.jsonl").open("a", encoding="utf-8") as out:
-        for name in args.parts:
-            made = run_part(name, args.folder, env, args.smoke)
-            out.writelines(json.dumps(row) + "\n" for row in made)
-            out.flush()
-            outcome = made[-1].get("error", "done").strip().splitlines()[-1:]
-            print(f"{name}: {made[-1]['part_s']:.0f} s, {len(made) - 1} rows, {' '.join(outcome)}", flush=True)
+    started = time.perf_counter()
+    env, out = environment(args.wheels, args.folder), args.folder / "rows.jsonl"
+    if args.wheels:
+        rows.append(out, installed(args.wheels, time.perf_counter() - started))
+    for name in args.parts:
+        made = run_part(name, args.folder, env, args.smoke)
+        for row in made:
+            rows.append(out, row)
+        print(f"{name}: {made[-1]['part_s']:.0f} s, {len(made) - 1} rows, {outcome(made[-1])}", flush=True)
 
 
 if __name__ == "__main__":
