@@ -133,7 +133,7 @@ def test_only_a_deadline_makes_a_late_search_the_clients_own_doing() -> None:
 
 def test_requests_without_an_answer_are_errors_and_end_no_client() -> None:
     report = SoakReport(minutes=0, seed=0)
-    clients = soak.SoakClients("http://127.0.0.1:1", report, time.monotonic() + 1.0, soak.WIDTHS)
+    clients = soak.SoakClients("http://127.0.0.1:1", report, time.monotonic() + 2.0, soak.WIDTHS)
     clients.run()
     assert {"search unanswered", "left unanswered", "hostile unanswered"} == set(report.outcomes)
     assert len(report.errors) == report.outcomes.total()

@@ -44,7 +44,7 @@ def test_a_prompt_of_one_token_has_nothing_to_fork_from() -> None:
     world = World()
     world.ask(prompt="Q", algorithm="rebase", max_new_tokens=60)
     world.run()
-    first_level = [rid for rid in world.scheduler.prefilled if not rid.endswith("/0")]
+    first_level = [rid for rid in world.scheduler.prefilled if not rid.endswith("/0/")]
     assert len(first_level) == 4
     assert world.answer()["search"]["nodes_made"] == 16
     world.assert_balanced()
