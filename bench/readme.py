@@ -13,7 +13,7 @@ from pathlib import Path
 from bench import attention, capacity, fairness, forks, ilp, real_model, rows, searches, soak, tables
 from bench.client_search import table as throughput
 from bench.gpu import rehearse
-from bench.studies import selection_quality
+from bench.studies import plan_reads, selection_quality
 from bench.testbed import prm_head
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +125,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "throughput": throughput_table,
     "attention": lambda: attention.table(rows.latest("attention", ("model", "sequences", "kv_tokens", "new_tokens"))),
     "attention_tree": lambda: attention.tree_table(rows_of("attention_tree")),
+    "plan_reads": lambda: plan_reads.table(rows_of("plan_reads")),
     "capacity": lambda: capacity.table(rows_of("capacity")),
     "profile": lambda: f"```text\n{(rows.RESULTS / 'profile.txt').read_text(encoding='utf-8').strip()}\n```",
     "forks": lambda: forks.table(rows_of("forks")),
