@@ -141,7 +141,9 @@ def stopping_settings(grid: Grid) -> list[Setting]:
     stops |= {f"likely {p:g}": {"early_stop": "likely", "early_stop_probability": p} for p in LIKELY}
     made = []
     for width in grid.widths:
-        for policy, (stop, more) in product((*plain(("rebase",), width), ets("ets b=4", width, 4.0)), stops.items()):
+        for policy, (stop, more) in product(
+            (*plain(("best_of_n", "rebase"), width), ets("ets b=4", width, 4.0)), stops.items()
+        ):
             made.append(replace(policy, name=f"{policy.name}, {stop}", search={**policy.search, **more}))
     return made
 
