@@ -34,7 +34,7 @@ def test_grids_have_every_combination_and_the_policies_they_are_compared_with() 
     assert names("kv_footprint", "--kv-weights", "4") == [*footprint, "ets_kv b=4", "ets b=4", "ets uniform b=4"]
     assert names("cuts", "--cuts", "0.1", "0.2") == ["ets b=1 d=1.5 cut=0.1", "ets b=1 d=1.5 cut=0.2"]
     stops = ("off", "settled", "likely 0.95", "likely 0.8")
-    assert names("stopping") == [f"{policy}, {stop}" for policy in ("rebase", "ets b=4") for stop in stops]
+    assert names("stopping") == [f"{policy}, {stop}" for policy in ("best_of_n", "rebase", "ets b=4") for stop in stops]
     assert names("sweep", "--only", "rebase", "ets b=4 d=0") == ["rebase", "ets b=4 d=0"]
 
 
