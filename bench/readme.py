@@ -135,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real_model": real_model_tables,
     "prm_head": lambda: prm_head.tables(rows_of("prm_head")),
     "gpu_kit": lambda: rehearse.table(rows_of("gpu_kit_cpu")),
+    "stopping": lambda: searches.report("stopping", rows_of("stopping"), seed=0),
     "coverage": lambda: searches.report("coverage", rows_of("coverage"), seed=0),
 }
 
