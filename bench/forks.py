@@ -26,7 +26,7 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from bench import rows
-from bench.client_search.processes import SIDE_BY_SIDE, Running, awake, running, search_flags
+from bench.client_search.processes import Running, awake, running, search_flags
 from bench.embedded import EMBEDDED, client_of, held_out_problems
 from bench.trees import grow, growth, num_distinct_prefixes
 from sglang_ets.engine.live import ForkMode
@@ -70,13 +70,7 @@ class Task:
             return cls.embedded(args.max_tokens)
         flags = [*search_flags(OWN_POOL_TOKENS), "--model-path", args.model_path, "--prm-format", args.prm_format]
         prompts = [problem.prompt for problem in load(args.data, for_validation=True)]
-        return cls(
-            Path(args.model_path).name,
-            [*flags, "--dtype", args.dtype, *SIDE_BY_SIDE],
-            prompts,
-            args.max_tokens,
-            is_chat=True,
-        )
+        return cls(Path(args.model_path).name, [*flags, "--dtype", args.dtype], prompts, args.max_tokens, is_chat=True)
 
 
 def solve(url: str, task: Task, prompt: str, policy: str, width: int, seed: int) -> tuple[dict[str, Any], float]:

@@ -17,7 +17,7 @@ from bench.studies import plan_reads, selection_quality
 from bench.testbed import prm_head
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "speed", "gpu")))
+PAGES = tuple(ROOT / page for page in rows.PAGES)
 MAIN_POLICIES = ("greedy", "self_consistency", "best_of_n", "beam", "dvts", "rebase", "ets_kv b=2", "ets b=4")
 LONG_WIDTH, LONG_POLICIES = 64, ("rebase", "dvts", "ets_kv b=2", "ets b=4")  # which have solved more of its problems
 SERVED = "centred on the search so far"

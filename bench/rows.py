@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+# Written anew from rows (bench/readme.py), so a change of theirs makes no commit dirty.
+PAGES = ("README.md", "docs/results.md", "docs/reliability.md", "docs/speed.md", "docs/gpu.md")
 PACKAGES = ("sglang", "torch", "triton", "highspy", "numpy")
 DIRTY = "-dirty"
 COMMIT_FILE = "commit.txt"  # of a copy that is carried to a machine without git (bench/gpu/prepare.py)
@@ -58,8 +60,7 @@ def commit_of(folder: Path) -> str:
     if carried.exists():
         return carried.read_text(encoding="utf-8").strip()
     commit = _git(folder, "rev-parse", "--short", "HEAD") or "unknown"
-    written = ("bench/results", "README.md", "docs/results.md", "docs/reliability.md", "docs/speed.md", "docs/gpu.md")
-    rows_aside = (":/", *(f":(top,exclude){path}" for path in written))
+    rows_aside = (":/", *(f":(top,exclude){path}" for path in ("bench/results", *PAGES)))
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *rows_aside)
     return f"{commit}{DIRTY}" if changed else commit
 

@@ -47,7 +47,7 @@ import httpx
 from bench import rows
 from bench.client_search.driver import Client, prm_marker
 from bench.client_search.encoder import SentenceEncoder, find_encoder
-from bench.client_search.processes import SIDE_BY_SIDE, Running, awake, running, search_flags, stock_flags
+from bench.client_search.processes import Running, awake, running, search_flags, stock_flags
 from bench.client_search.servers import connect, post
 from bench.client_search.table import tables
 from bench.embedded import EMBEDDED, MODELS, held_out_problems
@@ -95,7 +95,7 @@ class Task:
             for problem in load(data, for_validation=True)
         ]  # fmt: skip
         path = str(model)
-        flags = ("--model-path", path, "--prm-model-path", path, "--prm-format", "likelihood", *SIDE_BY_SIDE)
+        flags = ("--model-path", path, "--prm-model-path", path, "--prm-format", "likelihood")
         return cls(model.name, model, model, problems, "\n\n", "boxed", 320, 128, 0.7, "auto", flags)
 
 
@@ -238,10 +238,10 @@ def measure(systems: Systems, job: Job, problems: Sequence[Mapping[str, str]]) -
     }
 
 
-def shares(num_servers: int) -> list[int]:
+def shares(replicas: int) -> list[int]:
     """Threads of each server: two of the client, then those with the search."""
     cores = len(os.sched_getaffinity(0))
-    return [max(1, cores // 2)] * 2 + [max(1, cores // (num_servers - 2))] * (num_servers - 2)
+    return [max(1, cores // count) for count in (2, replicas) for _ in range(count)]
 
 
 @contextmanager
@@ -253,8 +253,9 @@ def all_systems(args: argparse.Namespace, task: Task) -> Iterator[Systems]:
     torch.set_num_threads(1)  # the encoder shares the cores with the servers
     encode = SentenceEncoder(args.encoder) if args.encoder else None
     flags = [stock_flags(model, args.pool_tokens, task.dtype) for model in (task.policy, task.prm)]
-    flags += [[*search_flags(args.pool_tokens), *task.flags]] * max(args.replicas)
-    threads = None if task.model == EMBEDDED else shares(len(flags))
+    replicas = max(args.replicas)
+    flags += [[*search_flags(args.pool_tokens), *task.flags]] * replicas
+    threads = None if task.model == EMBEDDED else shares(replicas)
     print(f"{len(flags)} servers start: a minute or two", file=sys.stderr)
     with running(flags, {patches.CPU_ATTENTION_ENV: "1"}, threads) as servers:  # the search has it anyway
         policy, prm, *links = [connect(server.url) for server in servers]

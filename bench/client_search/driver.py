@@ -166,9 +166,10 @@ def prm_marker(model_path: Path) -> str | None:
     Raises:
         ValueError: the PRM is not one that a stock server can score by log-probabilities.
     """
-    if not (model_path / "prm_config.json").exists():
+    file = model_path / "prm_config.json"
+    if not file.exists():
         return None
-    prm_config = json.loads((model_path / "prm_config.json").read_text(encoding="utf-8"))
+    prm_config = json.loads(file.read_text(encoding="utf-8"))
     if prm_config.get("format") != "likelihood":
         raise ValueError(
             f"the client scores PRMs of format likelihood, got {prm_config.get('format')!r}; choose another PRM"

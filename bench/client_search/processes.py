@@ -37,13 +37,9 @@ class Running:
         return sum(sum(process.cpu_times()[:2]) for process in self.processes)
 
 
-# Of servers of a model of one's own: several load their weights at once, and pools are bounded by their tokens.
-SIDE_BY_SIDE = ("--mem-fraction-static", "0.95")
-
-
 def search_flags(pool_tokens: int) -> list[str]:
     """The server with the search in its scheduler, on the embedded models."""
-    return ["--search", "ets", "--max-total-tokens", str(pool_tokens), "--prm-max-total-tokens", str(pool_tokens)]
+    return ["--search", "ets", *_pool_flags(pool_tokens), "--prm-max-total-tokens", str(pool_tokens)]
 
 
 def stock_flags(model: Path, pool_tokens: int, dtype: str) -> list[str]:
@@ -51,8 +47,13 @@ def stock_flags(model: Path, pool_tokens: int, dtype: str) -> list[str]:
 
     It waits for work without spinning, because the two of them share the cores while they are measured.
     """
-    pool = ["--dtype", dtype, "--max-total-tokens", str(pool_tokens), *SIDE_BY_SIDE]
-    return ["--search", "off", "--model-path", str(model), *pool, "--skip-server-warmup", "--sleep-on-idle"]
+    flags = ["--search", "off", "--model-path", str(model), "--dtype", dtype, *_pool_flags(pool_tokens)]
+    return [*flags, "--skip-server-warmup", "--sleep-on-idle"]
+
+
+def _pool_flags(pool_tokens: int) -> list[str]:
+    """A pool is bounded by its tokens. Servers load at once, and of what is free then each may have nearly all."""
+    return ["--max-total-tokens", str(pool_tokens), "--mem-fraction-static", "0.95"]
 
 
 @contextmanager

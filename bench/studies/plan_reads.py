@@ -124,8 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="of `sglang-ets run`")
     parser.add_argument("--out", type=Path, help="rows, JSONL; default: the file of this bench under bench/results/")
+    parser.set_defaults(smoke=False)  # it needs files that another command has made
     args = parser.parse_args()
-    out = rows.out_of(argparse.Namespace(smoke=False, out=args.out), "plan_reads")
+    out = rows.out_of(args, "plan_reads")
     for (data, width, policy), reads in totals([row for file in args.files for row in rows_in(file)]).items():
         rows.append(out, {"data": data, "width": width, "policy": policy, **reads})
     rows.publish(out, table(list(rows.read(out))))

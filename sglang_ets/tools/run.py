@@ -113,7 +113,7 @@ def run(
         ValueError: see `solve`.
     """
     known = {key_of(row) for row in rows_in(out)}
-    todo = [(asked, problem) for asked, problem in jobs if (*asdict(asked).values(), problem.id) not in known]
+    todo = [(asked, problem) for asked, problem in jobs if (*astuple(asked), problem.id) not in known]
     _mend(out)
     grader = judge or MathProcess()
     yield 0, len(todo)

@@ -84,9 +84,7 @@ def test_a_native_request_keeps_to_the_servers_largest_width(strict: Server) -> 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_search_that_may_not_even_wait_is_refused_with_a_time_to_come_again(strict: Server, stream: bool) -> None:
-    create = (
-        strict.client.completions.create
-    )  # before the search: what openai imports here took seconds on a busy machine
+    create = strict.client.completions.create  # before the search: openai's imports took seconds on a busy machine
     with ThreadPoolExecutor(1) as clients:
         first = clients.submit(strict.search, PROBLEMS[0]["prompt"], 64, seed=0, search={"early_stop": "off"})
         wait_until(lambda: strict.search_state()["running"] == 1)
