@@ -15,6 +15,7 @@ at once, each setting for itself, and a row has an equal share of the seconds th
 CPU time; the latter means something on a busy machine too. With `--together` all searches of these problems are in flight at
 once: the weights are read once for all of them, and a row has only its own wait under that load. Tables and plot never mix
 models, data sets, PRMs or limits. `--validation` takes the problems that are left for choosing settings on, and no others.
+`--trees` saves each search with its whole tree too, as `sglang-ets run` does, for `sglang-ets evaluate` and the studies.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +178,24 @@ def greedy(client: openai.OpenAI, case: Case, problem: Problem) -> rows.Row:
 
 
 def solve_together(
-    server: Running, chosen: Sequence[Setting], case: Case, problems: Sequence[Problem], judge: MathProcess
+    server: Running,
+    chosen: Sequence[Setting],
+    case: Case,
+    problems: Sequence[Problem],
+    judge: MathProcess,
+    keep: Callable[[Iterable[rows.Row]], None] | None = None,
 ) -> list[rows.Row]:
     """All problems under all of these settings in flight at once, either searches or one that is none.
 
-    Each row of a single setting has an equal share of the time that its problems took; with several, its own wait.
+    `keep` gets the row of `sglang-ets run` of every search, with its tree. Each row of a single setting has an equal share of
+    the time that its problems took; with several, its own wait.
     """
     client, count = client_of(server.url, TIMEOUT_S), len(problems)
     started, worked = time.perf_counter(), server.cpu_s()
     if chosen[0].search:
         made = searched(client, chosen, case, problems, judge)
+        if keep is not None:
+            keep(made.values())
     else:
         with ThreadPoolExecutor(count) as pool:
             plain = list(pool.map(lambda problem: greedy(client, case, problem), problems))
@@ -297,10 +307,16 @@ def run(args: argparse.Namespace, out: Path) -> None:
         short = Case(case.model, case.prm, WARM_UP_TOKENS, case.temperature, case.seed)
         solve_together(server, settings(2, ["ets"])[-1:], short, todo[0][2][:1], judge)  # kernels compile
         for name, chosen, batch in tqdm(todo, unit="batch"):
-            for row in solve_together(server, chosen, case, batch, judge):
+            keep = partial(_save, args.trees, name) if args.trees else None
+            for row in solve_together(server, chosen, case, batch, judge, keep):
                 if (*case.group(name), row["setting"], row["problem"], args.seed) not in known:
                     rows.append(out, {"data": name, **asdict(case), **row})
     judge.stop()
+
+
+def _save(trees: Path, data: str, searches: Iterable[rows.Row]) -> None:
+    with trees.open("a", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row | {'data': data})}\n" for row in searches)
 
 
 def main() -> None:
@@ -319,6 +335,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=4, help="problems at once")
     parser.add_argument("--together", action="store_true", help="all searches of these problems at once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trees", type=Path, metavar="FILE", help="append every search with its tree")
     parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plot of the rows anew")
     rows.add_arguments(parser, "1 problem at width 4, two policies")
     args = parser.parse_args()

@@ -111,6 +111,7 @@ class Search:
         self._center = RunningCenter()
         self._ended: list[Node] = []  # last nodes of complete trajectories, in order of completion
         self._votes: list[tuple[float, str | None]] = []  # of the first of these: score and answer
+        self._promises: dict[int, float] = {}  # by node
         self._budget = TokenBudget(config)
 
     @property
@@ -391,7 +392,14 @@ class Search:
             answer = extract_answer(self.tree.trajectory_text(node), config.answer_pattern)
             self._votes.append((aggregate(self._step_scores(node), rule), answer))
         scores, answers = zip(*self._votes, strict=True)
-        return early_reason(config, Ballot(scores, answers, self.remaining_width, self._ceiling(growing)))
+        promise = max(map(self._promise, growing)) if config.early_stop == "likely" else MIN_SCORE
+        return early_reason(config, Ballot(scores, answers, self.remaining_width, self._ceiling(growing), promise))
+
+    def _promise(self, node: Node) -> float:
+        """The score that a trajectory which ended here would have. Kept: of best-of-N it is asked for again and again."""
+        if node.id not in self._promises:
+            self._promises[node.id] = aggregate(self._step_scores(node), self.config.score_aggregation)
+        return self._promises[node.id]
 
     def _ceiling(self, growing: Sequence[Node]) -> float:
         """The greatest score that one of the trajectories which still grow can have."""

@@ -32,6 +32,7 @@ class Ballot:
     answers: tuple[str | None, ...]  # normalised; None: no vote
     num_left: int  # trajectories still to come, at most
     ceiling: float  # greatest score that one of these can have
+    promise: float  # greatest score that one of these has so far
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def probability(config: SearchConfig, ballot: Ballot) -> float:
     `best`: that the best of all trajectories is among those complete, were their order of coming without meaning. Majorities:
     that the leader stays ahead of its strongest rival when the trajectories to come vote for one of both, each for the leader
     with a probability that has the Beta posterior of the votes so far (a Beta-binomial prediction). Under a weighted majority
-    a vote to come weighs what the others weigh on average.
+    a vote to come for the leader weighs what the votes so far weigh on average, and one for the rival as much as any
+    trajectory promises: the first to end may be weak ones that agree, and the winner a strong one that ends later.
     """
     if is_settled(config, ballot):
         return 1.0
@@ -85,11 +87,13 @@ def probability(config: SearchConfig, ballot: Ballot) -> float:
     if config.answer == "best" or not num_complete:
         return num_complete / max(1, num_complete + ballot.num_left)
     leader, rival = _strengths(config, ballot)
-    weight = math.fsum(ballot.scores) / num_complete if config.answer == "weighted_majority" else 1.0
-    if leader <= rival or weight <= 0.0:
+    own, most = 1.0, 1.0  # weights of a vote to come for the leader and for the rival
+    if config.answer == "weighted_majority":
+        own, most = math.fsum(ballot.scores) / num_complete, max(*ballot.scores, ballot.promise)
+    if leader <= rival or own <= 0.0:
         return 0.0
-    needed = math.floor((rival - leader) / (2 * weight) + ballot.num_left / 2) + 1
-    return _beta_binomial_tail(max(0, needed), ballot.num_left, 1 + leader / weight, 1 + rival / weight)
+    needed = math.floor((rival - leader + ballot.num_left * most) / (own + most)) + 1
+    return _beta_binomial_tail(max(0, needed), ballot.num_left, 1 + leader / own, 1 + rival / own)
 
 
 def early_reason(config: SearchConfig, ballot: Ballot) -> EarlyReason | None:

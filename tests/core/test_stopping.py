@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def trajectory(number: int, answer: str | None, scores: list[float]) -> Trajecto
 def votes(*counts: int, num_left: int, scores: float = 1.0) -> Ballot:
     """`counts[i]` votes for the integer i."""
     answers = [str(place) for place, count in enumerate(counts) for _ in range(count)]
-    return Ballot(tuple([scores] * len(answers)), tuple(answers), num_left, 1.0)
+    return Ballot(tuple([scores] * len(answers)), tuple(answers), num_left, 1.0, scores)
 
 
 @pytest.mark.parametrize("rule", AGGREGATIONS)
@@ -60,6 +61,7 @@ def test_what_is_settled_no_vote_can_change(answer: str, aggregation: Any, data:
         tuple(given for given, _ in complete),
         max(1, len(to_come)),
         max(highest_score(leaf, aggregation, MAX_STEPS) for leaf in leaves),
+        max(aggregate(leaf, aggregation) for leaf in leaves),
     )
     if not is_settled(settings, ballot):
         return
@@ -90,10 +92,10 @@ def test_a_majority_is_settled_when_no_rival_can_reach_it() -> None:
 
 
 def test_texts_that_may_be_equal_in_value_count_together() -> None:
-    ballot = Ballot((1.0,) * 6, ("1", "1", "1", "1", "x", "y"), 1, 1.0)
+    ballot = Ballot((1.0,) * 6, ("1", "1", "1", "1", "x", "y"), 1, 1.0, 1.0)
     assert is_settled(config(), ballot)
-    assert not is_settled(config(), Ballot((1.0,) * 7, (*ballot.answers, "2"), 1, 1.0))
-    assert is_settled(config(answer_equality="text"), Ballot((1.0,) * 7, (*ballot.answers, "2"), 1, 1.0))
+    assert not is_settled(config(), Ballot((1.0,) * 7, (*ballot.answers, "2"), 1, 1.0, 1.0))
+    assert is_settled(config(answer_equality="text"), Ballot((1.0,) * 7, (*ballot.answers, "2"), 1, 1.0, 1.0))
 
 
 def test_scores_beyond_the_range_settle_nothing() -> None:
@@ -113,9 +115,19 @@ def test_the_probability_of_a_majority_is_that_of_a_beta_binomial(first: int, se
     ) == pytest.approx(expected)
 
 
+def test_weak_votes_that_agree_do_not_make_a_winner_likely_while_a_strong_one_may_come() -> None:
+    """What ended searches of `best_of_n` on the embedded task on wrong answers: the first to end scored .02."""
+    rule = config("weighted_majority", early_stop="likely")
+    weak, agreeing = (0.02, 0.02, 0.01, 0.02, 0.01), ("46",) * 5
+    among_weak = Ballot(weak, agreeing, 3, 1.0, 0.02)
+    assert early_reason(rule, among_weak) == "likely"
+    assert probability(rule, replace(among_weak, promise=0.9)) < 0.8, "a strong one grows"
+    assert probability(rule, Ballot((*weak, 0.9), (*agreeing, None), 3, 1.0, 0.02)) < 0.8, "a strong one came"
+
+
 def test_the_best_so_far_is_likely_the_best_of_all() -> None:
     assert probability(config("best"), votes(19, num_left=1, scores=0.5)) == pytest.approx(0.95)
-    assert probability(config("best"), Ballot((), (), 4, 1.0)) == 0.0
+    assert probability(config("best"), Ballot((), (), 4, 1.0, 0.0)) == 0.0
 
 
 def test_each_rule_stops_where_it_says() -> None:
