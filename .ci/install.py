@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ("SGLANG_VERSION", "SUPPORTED_SGLANG", "INSTALL_REQUIRES", "TEST_REQUIRES")
+SIGN_OF_LIFE_S = 30.0
 PIP = ("-m", "pip", "--disable-pip-version-check", "install")
 
 
@@ -50,6 +51,19 @@ def run(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True)
 
 
+def run_patiently(*command: str | Path) -> None:
+    """As `run`, for a command that says nothing for minutes: a line each `SIGN_OF_LIFE_S` says that it goes on."""
+    started = time.monotonic()
+    with subprocess.Popen([str(part) for part in command]) as process:
+        while process.poll() is None:
+            try:
+                process.wait(SIGN_OF_LIFE_S)
+            except subprocess.TimeoutExpired:
+                print(f"  still installing after {time.monotonic() - started:.0f} s", flush=True)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
 def home_of(cache: Path, wanted: list[str]) -> Path:
     """Where the shared environment for these requirements is, or will be."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -68,7 +82,8 @@ def build_packages(cache: Path, wanted: list[str]) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             print(f"installing {len(wanted)} requirements into {home} (about 11 GB, 8 minutes; once)", flush=True)
             run(sys.executable, "-m", "venv", partial)
-            run(partial / "bin" / "python", *PIP, "--progress-bar", "off", *wanted)
+            log = home.with_suffix(".log")
+            run_patiently(partial / "bin" / "python", *PIP, "-q", "--log", log, *wanted)
             partial.rename(home)
     return home
 

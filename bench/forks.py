@@ -69,7 +69,7 @@ class Task:
         if args.model_path is None:
             return cls.embedded(args.max_tokens)
         flags = [*search_flags(OWN_POOL_TOKENS), "--model-path", args.model_path, "--prm-format", args.prm_format]
-        prompts = [problem.prompt for problem in load(args.data, for_validation=True)]
+        prompts = [problem.prompt for problem in load(args.data, split="validation")]
         return cls(Path(args.model_path).name, [*flags, "--dtype", args.dtype], prompts, args.max_tokens, is_chat=True)
 
 

@@ -285,7 +285,7 @@ def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, list[Settin
     todo: list[tuple[str, list[Setting], list[Problem]]] = []
     for data in args.data:
         name = Path(data).name + VALIDATION * args.validation
-        problems = load(data, args.problems, for_validation=args.validation)
+        problems = load(data, args.problems, "validation" if args.validation else "report")
         for first in range(0, len(problems), args.in_flight):
             for chosen in steps:
                 batch = [

@@ -92,7 +92,7 @@ class Task:
         problems = [
             {"prompt": template([{"role": "user", "content": problem.prompt}], tokenize=False, add_generation_prompt=True),
              "answer": problem.answer}
-            for problem in load(data, for_validation=True)
+            for problem in load(data, split="validation")
         ]  # fmt: skip
         path = str(model)
         flags = ("--model-path", path, "--prm-model-path", path, "--prm-format", "likelihood")

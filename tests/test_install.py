@@ -47,6 +47,16 @@ def test_a_supported_version_has_an_environment_of_its_own(
     assert install.home_of(tmp_path, pinned) != install.home_of(tmp_path, older)
 
 
+def test_a_long_command_shows_that_it_goes_on_and_a_failure_is_one(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "SIGN_OF_LIFE_S", 0.05)
+    install.run_patiently("sleep", "0.2")
+    assert capfd.readouterr().out.startswith("  still installing after 0 s\n")
+    with pytest.raises(subprocess.CalledProcessError, match="status 1"):
+        install.run_patiently("false")
+
+
 def test_the_version_that_setup_pins_is_supported(install: ModuleType) -> None:
     pin = sglang_of(install.requirements())
     assert len(pin) == 1

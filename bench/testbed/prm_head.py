@@ -94,7 +94,7 @@ class LinearHead:
 
 def sample(args: argparse.Namespace, out: Path) -> None:
     """Ask a server of its own for what the file lacks."""
-    problems = load(args.data, args.problems, for_validation=True)
+    problems = load(args.data, args.problems, "validation")
     search = json.dumps({"algorithm": "best_of_n", "early_stop": "off"})
     asked = runs.Asked(Path(args.data).name, args.width, search, args.temperature, args.seed, args.max_tokens)
     flags = ["--search", "ets", "--model-path", args.model_path, "--prm-format", args.prm_format, "--dtype", args.dtype,

@@ -2,7 +2,8 @@
 
 A set is a name (`gsm8k`, `math500`), a JSONL file, or owner/name on the Hub. For a name, a file that begins with it
 (`gsm8k_test.jsonl`) is looked for in the folder that SGLANG_ETS_DATA names; without one the Hub is asked through the `datasets`
-package. A fifth of each set, by a hash of the question's text, is left for choosing settings on: it is loaded only on request.
+package. A fifth of each set, by a hash of the question's text, is left for choosing settings on: it is loaded only on request,
+alone or with the others.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 DATA_ENV = "SGLANG_ETS_DATA"
 ON_HUB = {"gsm8k": ("openai/gsm8k", "main"), "math500": ("HuggingFaceH4/MATH-500", None)}
 EMBEDDED_PROBLEMS = Path(__file__).parents[1] / "models" / "problems.jsonl"  # of the embedded task, held out
 VALIDATION_SHARE = 5  # one of so many
+SPLITS = ("report", "validation", "all")
 QUESTION_KEYS = ("question", "problem", "prompt", "Question")
 ANSWER_KEYS = ("answer", "expected_answer", "Answer")
 BODY_KEYS = ("body", "Body")
 ID_KEYS = ("unique_id", "id", "ID")
 _FINAL = re.compile(r"####\s*(.+)\s*\Z")
 _IDENTIFIER_CHARS = 10
+
+Split = Literal["report", "validation", "all"]
 
 # Two demands a step's form makes on the model: where a step ends (a blank line) and where the answer stands.
 TEMPLATE = (
@@ -48,8 +52,10 @@ class Problem:
         return TEMPLATE.format(question=self.question)
 
 
-def load(name_or_path: str, limit: int | None = None, *, for_validation: bool = False) -> list[Problem]:
-    """The first `limit` problems to report on, or those left for choosing settings on, in the set's order; all if None.
+def load(name_or_path: str, limit: int | None = None, split: Split = "report") -> list[Problem]:
+    """The first `limit` problems of a split in the set's order, all if None.
+
+    `report`: those to report on; `validation`: those left for choosing settings on; `all`: both.
 
     Raises:
         ValueError: the limit is wrong, the set is unknown, or a record lacks its question or answer.
@@ -63,16 +69,16 @@ def load(name_or_path: str, limit: int | None = None, *, for_validation: bool = 
     problems: list[Problem] = []
     for number, record in enumerate(records, 1):
         problem = _problem(record, is_gsm8k, f"{where}, record {number}")
-        if is_for_validation(problem.question) == for_validation:
+        if split == "all" or split == split_of(problem.question):
             problems.append(problem)
         if len(problems) == limit:
             break
     return problems
 
 
-def is_for_validation(question: str) -> bool:
+def split_of(question: str) -> Split:
     """A property of the text alone, whatever the file's order."""
-    return zlib.crc32(question.strip().encode()) % VALIDATION_SHARE == 0
+    return "report" if zlib.crc32(question.strip().encode()) % VALIDATION_SHARE else "validation"
 
 
 def _open(name_or_path: str) -> tuple[Iterable[Mapping[str, Any]], str]:

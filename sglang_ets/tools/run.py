@@ -32,7 +32,7 @@ from sglang_ets.tools.ask import (
     parse_settings,
     sentence_of,
 )
-from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS, Problem, load
+from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS, SPLITS, Problem, Split, load
 from sglang_ets.tools.grading import grade
 
 EMBEDDED = "embedded"
@@ -63,10 +63,10 @@ class Asked:
         return {**body, "extra_body": {"search_width": self.width, "search": search}}
 
 
-def problems_of(data: str, limit: int | None) -> list[Problem]:
-    """Of a data set, or of the embedded task. Raises what `datasets.load` raises."""
+def problems_of(data: str, limit: int | None, split: Split) -> list[Problem]:
+    """Of a data set, or of the embedded task, which has no splits. Raises what `datasets.load` raises."""
     if data != EMBEDDED:
-        return load(data, limit)
+        return load(data, limit, split)
     lines = EMBEDDED_PROBLEMS.read_text(encoding="utf-8").splitlines()[:limit]
     records = [json.loads(line) for line in lines]
     return [Problem(str(number), record["prompt"], str(record["answer"])) for number, record in enumerate(records)]
@@ -225,9 +225,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--data",
         required=True,
-        help="gsm8k, math500, a JSONL file or owner/name on the Hub, less a fifth that is for choosing settings on; or "
-        f"{EMBEDDED}",
+        help=f"gsm8k, math500, a JSONL file or owner/name on the Hub; or {EMBEDDED}",
     )
+    made.add_argument(
+        "--split", choices=SPLITS, default="report",
+        help="of a data set: what to report on (default), the fifth left for choosing settings on, or both",
+    )  # fmt: skip
     made.add_argument("--width", type=int, nargs="+", default=[16], help="trajectories to grow (default 16)")
     made.add_argument("--algorithm", nargs="+", default=[None], metavar="NAME", help="default: the server's --search")
     made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the search")
@@ -270,7 +273,7 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[Asked, Problem]]:
         for width in args.width
         for search in searches
     ]
-    return [(asked, problem) for problem in problems_of(args.data, args.limit) for asked in ways]
+    return [(asked, problem) for problem in problems_of(args.data, args.limit, args.split) for asked in ways]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

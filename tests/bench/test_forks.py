@@ -79,7 +79,7 @@ def test_a_model_of_ones_own_is_asked_in_chats_about_problems_left_for_validatio
     )
     task = forks.Task.of(args)
     assert (task.model, task.is_chat, task.max_tokens) == ("model", True, 64)
-    assert list(task.prompts) == [problem.prompt for problem in load(str(data), for_validation=True)] != []
+    assert list(task.prompts) == [problem.prompt for problem in load(str(data), split="validation")] != []
     assert task.flags[task.flags.index("--model-path") + 1] == "/a/model"
 
 

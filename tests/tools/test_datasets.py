@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_ets.tools.datasets import DATA_ENV, is_for_validation, load
+from sglang_ets.tools.datasets import DATA_ENV, load, split_of
 
 HALF = r"\frac12"
 
@@ -36,9 +36,12 @@ def test_a_share_of_the_problems_is_left_for_validation(tmp_path: Path) -> None:
     questions = [f"question {number}" for number in range(100)]
     file = write(tmp_path / "set.jsonl", *({"question": question, "answer": "1"} for question in questions))
     loaded = [problem.question for problem in load(str(file))]
-    assert loaded == [question for question in questions if not is_for_validation(question)]
+    assert loaded == [question for question in questions if split_of(question) == "report"]
     assert 70 < len(loaded) < 90
     assert [problem.question for problem in load(str(file), limit=3)] == loaded[:3]
+    left = [problem.question for problem in load(str(file), split="validation")]
+    assert sorted([*loaded, *left]) == sorted(questions)
+    assert [problem.question for problem in load(str(file), split="all")] == questions
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_lines_end_at_line_feeds_and_a_byte_order_mark_is_none_of_the_text(tmp_p
     texts = [json.dumps({"question": f"{n}a\u2028b\x85c", "answer": n}, ensure_ascii=False) for n in range(3)]
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode() + b"\n\n")
     loaded = load(str(file))
-    expected = [f"{n}a\u2028b\x85c" for n in range(3) if not is_for_validation(f"{n}a\u2028b\x85c")]
+    expected = [f"{n}a\u2028b\x85c" for n in range(3) if split_of(f"{n}a\u2028b\x85c") == "report"]
     assert [problem.question for problem in loaded] == expected and expected
 
 

@@ -111,6 +111,7 @@ def test_sweeps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     main([written(tmp_path), written(tmp_path, width=64), "--run", "--data", "set.jsonl", "--limit", "3"])
     assert [command[command.index("--width") + 1] for command in ran] == ["16", "64"]
     assert all(command[command.index("--limit") + 1] == "3" for command in ran)
+    assert all(command[command.index("--split") + 1] == "all" for command in ran), "the published sets are whole"
     assert (tmp_path / "exp_results" / "ets_64").is_dir()
 
 

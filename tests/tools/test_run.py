@@ -147,7 +147,17 @@ def test_jobs_take_all_ways_before_the_next_problem() -> None:
     assert [(way.width, json.loads(way.search)) for way, _ in jobs[:4]] == [
         (width, {"algorithm": name, "preset": "paper"}) for width in (4, 8) for name in ("ets", "rebase")
     ]
-    assert not jobs[0][0].is_chat and problems_of("embedded", 1)[0].question.endswith("\n")
+    assert not jobs[0][0].is_chat and problems_of("embedded", 1, "report")[0].question.endswith("\n")
+
+
+def test_a_split_can_be_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q {n}", "answer": "1"}) + "\n" for n in range(20)))
+    count = {
+        split: len(jobs_of(parser().parse_args(["--data", str(file), "--split", split])))
+        for split in ("report", "validation", "all")
+    }
+    assert count["all"] == 20 == count["report"] + count["validation"] and count["validation"] > 0
 
 
 def test_a_server_that_does_not_search_is_named(tmp_path: Path) -> None:
