@@ -22,6 +22,7 @@ from scipy.stats import binomtest
 
 from sglang_ets.core.answer import Trajectory, rank
 from sglang_ets.core.config import Aggregation, AnswerRule, SearchConfig
+from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
 from sglang_ets.testing import trees_in
 from sglang_ets.tools.ask import EXIT_BAD_INPUT
@@ -140,6 +141,12 @@ def evaluate(problems: Sequence[Solved], pattern: str, counts: Sequence[int]) ->
     }
 
 
+def has_answers(problems: Sequence[Solved], pattern: str) -> bool:
+    """Whether `pattern` finds an answer in any trajectory."""
+    trajectories = (trajectory for problem in problems for trajectory in problem.trajectories)
+    return any(extract_answer(trajectory.text, pattern) is not None for trajectory in trajectories)
+
+
 def tables_of(cells: Mapping[Key, Cell]) -> Iterator[Table]:
     """One table for each group. A majority does not read scores; the strict grader has a line where it differs."""
     for name in dict.fromkeys(key[0] for key in cells):
@@ -208,6 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not problems:
             raise ValueError(f"{', '.join(map(str, args.rows))} must hold solved problems, got none; run some first")
         cells = evaluate(problems, args.answer_pattern, args.n)
+        if not has_answers(problems, args.answer_pattern):
+            found = f"--answer-pattern {args.answer_pattern} finds no answer in any trajectory"
+            print(f"sglang-ets evaluate: {found}; give the one of the run, for example the_answer_is", file=sys.stderr)
         for table in tables_of(cells):
             console_of().print(table)
         if args.plot:

@@ -88,6 +88,13 @@ def test_the_command_prints_tables_and_draws(rows: Path, tmp_path: Path, capsys:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_pattern_that_finds_nothing_is_said(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(rows), "--answer-pattern", "the_answer_is"])
+    assert "--answer-pattern the_answer_is finds no answer in any trajectory; give" in capsys.readouterr().err
+    main([str(rows)])
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
