@@ -307,14 +307,14 @@ def run(args: argparse.Namespace, out: Path) -> None:
         short = Case(case.model, case.prm, WARM_UP_TOKENS, case.temperature, case.seed)
         solve_together(server, settings(2, ["ets"])[-1:], short, todo[0][2][:1], judge)  # kernels compile
         for name, chosen, batch in tqdm(todo, unit="batch"):
-            keep = partial(_save, args.trees, name) if args.trees else None
+            keep = partial(save_trees, args.trees, name) if args.trees else None
             for row in solve_together(server, chosen, case, batch, judge, keep):
                 if (*case.group(name), row["setting"], row["problem"], args.seed) not in known:
                     rows.append(out, {"data": name, **asdict(case), **row})
     judge.stop()
 
 
-def _save(trees: Path, data: str, searches: Iterable[rows.Row]) -> None:
+def save_trees(trees: Path, data: str, searches: Iterable[rows.Row]) -> None:
     with trees.open("a", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(row | {'data': data})}\n" for row in searches)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from bench.real_model import (
 )
 from bench.smollm2 import MARKER, cache_folder, check_file, is_whole
 from sglang_ets.math_process import MathProcess
+from sglang_ets.tools import run as runs
 from sglang_ets.tools.datasets import Problem, load
 from tests.bench.test_forks import node
 
@@ -183,7 +185,7 @@ def searched_row(name: str) -> dict[str, Any]:
 
 
 def test_one_setting_shares_its_time_and_several_wait_each_for_itself(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     clock = iter([100.0, 106.0, 200.0, 206.0])
     monkeypatch.setattr("bench.real_model.time.perf_counter", lambda: next(clock))
@@ -205,7 +207,12 @@ def test_one_setting_shares_its_time_and_several_wait_each_for_itself(
         ("self_consistency@3", "b", "5", True),
     ]
     assert {(one["in_flight"], one["seconds"], one["cpu_seconds"]) for one in done} == {(2, 3.0, 2.0)}
-    both = solve_together(server, settings(3, ["best_of_n", "ets"])[1:], CASE, problems, MathProcess())
+    trees = tmp_path / "trees.jsonl"
+    keep = partial(real_model.save_trees, trees, "gsm8k")
+    both = solve_together(server, settings(3, ["best_of_n", "ets"])[1:], CASE, problems, MathProcess(), keep)
+    kept = list(runs.rows_in(trees))
+    assert len(kept) == 4 and {one["data"] for one in kept} == {"gsm8k"}
+    assert all(one["search_result"]["tree"]["nodes"] for one in kept), "the studies need whole trees"
     assert {one["setting"] for one in both} == {"best_of_n@3", "self_consistency@3", "ets@3"} and len(both) == 6
     assert {(one["in_flight"], one["seconds"], "cpu_seconds" in one) for one in both} == {(4, 9.0, False)}
 
