@@ -68,9 +68,15 @@ class Task:
         """The embedded models, or the model that the arguments name."""
         if args.model_path is None:
             return cls.embedded(args.max_tokens)
-        flags = [*search_flags(OWN_POOL_TOKENS), "--model-path", args.model_path, "--prm-format", args.prm_format]
+        model = ["--model-path", args.model_path, "--prm-format", args.prm_format, "--dtype", args.dtype]
+        flags = [
+            *search_flags(OWN_POOL_TOKENS),
+            *model,
+            "--sampling-defaults",
+            "openai",
+        ]  # no penalty, which forbids sharing
         prompts = [problem.prompt for problem in load(args.data, split="validation")]
-        return cls(Path(args.model_path).name, [*flags, "--dtype", args.dtype], prompts, args.max_tokens, is_chat=True)
+        return cls(Path(args.model_path).name, flags, prompts, args.max_tokens, is_chat=True)
 
 
 def solve(url: str, task: Task, prompt: str, policy: str, width: int, seed: int) -> tuple[dict[str, Any], float]:

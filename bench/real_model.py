@@ -112,9 +112,13 @@ def settings(width: int, policies: Sequence[str]) -> list[Setting]:
 
 
 def flags(args: argparse.Namespace) -> list[str]:
-    """Of the server; without a PRM of its own it judges with the policy model's weights."""
+    """Of the server; without a PRM of its own it judges with the policy model's weights.
+
+    What `generation_config.json` would add to a request is left aside: a model's copies may differ in it.
+    """
     prm = ["--prm-model-path", args.prm_model_path] if args.prm_model_path else []
     return ["--search", "ets", "--model-path", args.model_path, *prm, "--prm-format", args.prm_format, "--dtype", args.dtype,
+            "--sampling-defaults", "openai",
             "--max-total-tokens", str(POOL_TOKENS), "--prm-max-total-tokens", str(POOL_TOKENS)]  # fmt: skip
 
 
