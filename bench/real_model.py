@@ -13,8 +13,9 @@ trajectories count, and all choose by the same rule. Answers are graded by math-
 One problem under one setting is a row; a run that was interrupted goes on where it stopped. `--in-flight` problems are solved
 at once, each setting for itself, and a row has an equal share of the seconds that they took, of the clock and of the server's
 CPU time; the latter means something on a busy machine too. With `--together` all searches of these problems are in flight at
-once: the weights are read once for all of them, and a row has only its own wait under that load. Tables and plot never mix
-models, data sets, PRMs or limits. `--validation` takes the problems that are left for choosing settings on, and no others.
+once: the weights are read once for all of them, and a row has only its own wait under that load, which no table shows. Tables
+and plot never mix models, data sets, PRMs or limits. `--validation` takes the problems that are left for choosing settings on,
+and no others.
 `--trees` saves each search with its whole tree too, as `sglang-ets run` does, for `sglang-ets evaluate` and the studies.
 """
 
@@ -242,7 +243,8 @@ def summary(done: Sequence[rows.Row], seed: int) -> tuple[str, dict[str, tuple[s
     for row in done:
         groups[group_of(row)].append(row)
     for group, rows_of_group in sorted(groups.items()):
-        own = [row for cases in by_setting(rows_of_group, shared=True).values() for row in cases.values()]
+        solved = by_setting([_without_waits(row) for row in rows_of_group], shared=True)
+        own = [row for cases in solved.values() for row in cases.values()]
         first, summaries = table(own, seed)
         widths = sorted({s["width"] for s in summaries})
         lines = [
@@ -254,6 +256,11 @@ def summary(done: Sequence[rows.Row], seed: int) -> tuple[str, dict[str, tuple[s
         parts.append("\n\n".join([f"## {title(group)}", first, cost_table(own), *lines, *at_equal_cost]))
         by_title[title(group)] = first, summaries
     return "\n\n".join(parts), by_title
+
+
+def _without_waits(row: rows.Row) -> rows.Row:
+    """What one search waited beside those of other settings is no cost of its own, and no table shows it."""
+    return row if "cpu_seconds" in row else {name: value for name, value in row.items() if name != "seconds"}
 
 
 def cost_table(done: Sequence[rows.Row]) -> str:

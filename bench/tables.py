@@ -63,7 +63,7 @@ def table(done: list[dict[str, Any]], seed: int, shared: bool = True) -> tuple[s
         [
             s["policy"], s["width"], s["problems"], f"{s['accuracy']:.3f}", differing(s),
             s.get("kv_tokens_mean", ""), s.get("kv_tokens_peak", ""), reduced(s), s["repeated"],
-            s["completion_tokens"], s.get("prm_tokens", ""), s.get("levels", ""), s["seconds"],
+            s["completion_tokens"], s.get("prm_tokens", ""), s.get("levels", ""), s.get("seconds", ""),
         ]
         for s in summaries
     ]  # fmt: skip
@@ -159,10 +159,13 @@ def frontier(summaries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def equal_cost_tables(summaries: Sequence[dict[str, Any]]) -> str:
     """Accuracy of every policy at what REBASE spends at each width: as many tokens generated, then as many seconds.
 
+    A cost that is not known of all is left out.
+
     A policy's accuracy between two widths that were measured is interpolated on the logarithm of the cost; nothing is said
     beyond the least and the most that it was seen to spend.
     """
-    return "\n\n".join(_equal_cost_table(summaries, cost) for cost in EQUAL)
+    known = [cost for cost in EQUAL if all(cost in summary for summary in summaries)]
+    return "\n\n".join(_equal_cost_table(summaries, cost) for cost in known)
 
 
 def _equal_cost_table(summaries: Sequence[dict[str, Any]], cost: str) -> str:
