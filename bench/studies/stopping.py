@@ -43,6 +43,12 @@ FREE = "best_of_n"
 Key = tuple[str, int, str]  # data, width, policy
 
 
+def key_of(row: Mapping[str, Any]) -> Key:
+    """Of a row of `sglang-ets run`; the published setting is a policy of its own."""
+    search = row["search_result"]
+    return row["data"], row["width"], search["algorithm"] + " published" * (search["preset"] == "paper")
+
+
 @dataclass(frozen=True)
 class Moment:
     """When a search may end: what is complete, and what was generated until then."""
@@ -143,7 +149,7 @@ def figures(made: Sequence[Mapping[str, Any]], judge: MathProcess) -> dict[Key, 
     kept: dict[Key, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for row in made:
         search, config = row["search_result"], config_of(row)
-        key = row["data"], row["width"], search["algorithm"]
+        key = key_of(row)
         found = Replay(search["tree"]["nodes"], config, is_free=search["algorithm"] == FREE).moments()
         if not found:
             continue  # no trajectory was completed
