@@ -83,7 +83,7 @@ def build_packages(cache: Path, wanted: list[str]) -> Path:
             print(f"installing {len(wanted)} requirements into {home} (about 11 GB, 8 minutes; once)", flush=True)
             run(sys.executable, "-m", "venv", partial)
             log = home.with_suffix(".log")
-            run_patiently(partial / "bin" / "python", *PIP, "-q", "--log", log, *wanted)
+            run_patiently(partial / "bin" / "python", *PIP, "-q", "--progress-bar", "off", "--log", log, *wanted)
             partial.rename(home)
     return home
 
