@@ -69,12 +69,8 @@ class Task:
         if args.model_path is None:
             return cls.embedded(args.max_tokens)
         model = ["--model-path", args.model_path, "--prm-format", args.prm_format, "--dtype", args.dtype]
-        flags = [
-            *search_flags(OWN_POOL_TOKENS),
-            *model,
-            "--sampling-defaults",
-            "openai",
-        ]  # no penalty, which forbids sharing
+        no_penalty = ["--sampling-defaults", "openai"]  # a generation_config.json may have one, which forbids sharing
+        flags = [*search_flags(OWN_POOL_TOKENS), *model, *no_penalty]
         prompts = [problem.prompt for problem in load(args.data, split="validation")]
         return cls(Path(args.model_path).name, flags, prompts, args.max_tokens, is_chat=True)
 

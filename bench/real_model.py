@@ -15,8 +15,8 @@ at once, each setting for itself, and a row has an equal share of the seconds th
 CPU time; the latter means something on a busy machine too. With `--together` all searches of these problems are in flight at
 once: the weights are read once for all of them, and a row has only its own wait under that load, which no table shows. Tables
 and plot never mix models, data sets, PRMs or limits. `--validation` takes the problems that are left for choosing settings on,
-and no others.
-`--trees` saves each search with its whole tree too, as `sglang-ets run` does, for `sglang-ets evaluate` and the studies.
+and no others. `--trees` saves each search with its whole tree too, as `sglang-ets run` does, for `sglang-ets evaluate` and the
+studies.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from bench.figures import accuracy_against_kv
 from bench.redundancy import redundancy
 from bench.searches import FROM_SEARCH, Setting
 from bench.tables import by_setting, equal_cost_tables, frontier, table
-from bench.trees import num_distinct_prefixes, path_to
+from bench.trees import num_distinct_prefixes, trajectory_text
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
 from sglang_ets.tools import run as runs
@@ -163,7 +163,7 @@ def voted(row: rows.Row, judge: MathProcess) -> rows.Row:
     nodes = row["search_result"]["tree"]["nodes"]
     by_id = {node["id"]: node for node in nodes}
     ends = [node for node in nodes if node["state"] == "complete"]
-    texts = ["".join(step["text"] for step in path_to(end, by_id)) for end in ends]
+    texts = [trajectory_text(end, by_id) for end in ends]
     answer = majority([extract_answer(text, PATTERN) for text in texts])
     cost = {"completion_tokens": row["usage"]["completion_tokens"], "seconds": row["seconds"]}
     return {"answer": answer, **cost, **asdict(grade(judge, answer, row["expected"]))}

@@ -57,6 +57,11 @@ def trajectory(leaf: Node, by_id: Mapping[int, Node]) -> tuple[int, ...]:
     return tuple(token for step in path_to(leaf, by_id) for token in step["token_ids"])
 
 
+def trajectory_text(leaf: Node, by_id: Mapping[int, Node]) -> str:
+    """The text from the prompt's end to the end of this node's step."""
+    return "".join(step["text"] for step in path_to(leaf, by_id))
+
+
 def num_distinct_prefixes(nodes: Sequence[Node]) -> int:
     """Distinct token prefixes of the trajectories, the prompt aside: what any engine must compute, or find computed."""
     by_id = {node["id"]: node for node in nodes}

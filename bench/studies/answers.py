@@ -10,21 +10,20 @@ mean over problems that have right and wrong ones; a PRM that knows nothing has 
 
 from __future__ import annotations
 
-import argparse
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench import rows
-from bench.studies.stopping import Key, config_of, key_of
+from bench.studies import saved
+from bench.studies.saved import Key, key_of
+from bench.studies.stopping import config_of
 from bench.testbed.likelihood import area_under_curve
-from bench.trees import path_to
+from bench.trees import trajectory_text
 from sglang_ets.core.patterns import extract_answer
-from sglang_ets.math_process import MathProcess
 from sglang_ets.tools.evaluate import Grader
-from sglang_ets.tools.run import rows_in
+from sglang_ets.tools.grading import majority
 
 HEADER = ["data", "width", "policy", "problems", "chosen right", "any right", "majority right", "trajectories right",
           "different answers", "AUC within a problem"]  # fmt: skip
@@ -35,18 +34,15 @@ def of_search(row: Mapping[str, Any], grader: Grader) -> dict[str, Any]:
     nodes, pattern = row["search_result"]["tree"]["nodes"], config_of(row).answer_pattern
     by_id = {node["id"]: node for node in nodes}
     ends = [node for node in nodes if node["state"] == "complete"]
-    texts = ["".join(step["text"] for step in path_to(end, by_id)) for end in ends]
-    answers = [extract_answer(text, pattern) for text in texts]
+    answers = [extract_answer(trajectory_text(end, by_id), pattern) for end in ends]
     is_right = [grader.of(answer, row["expected"]).is_right for answer in answers]
-    votes = Counter(answer for answer in answers if answer is not None)
-    first = votes.most_common(1)[0][0] if votes else None
     scored = [(end["score"], right) for end, right in zip(ends, is_right, strict=True) if end["score"] is not None]
     made: dict[str, Any] = {
         "chosen_right": int(row["is_right"]),
         "any_right": int(any(is_right)),
-        "majority_right": int(grader.of(first, row["expected"]).is_right),
+        "majority_right": int(grader.of(majority(answers), row["expected"]).is_right),
         "share_right": sum(is_right) / len(ends) if ends else 0.0,
-        "different": len(votes),
+        "different": len({answer for answer in answers if answer is not None}),
     }
     if 0 < sum(right for _, right in scored) < len(scored):
         made["auc"] = area_under_curve([score for score, _ in scored], [right for _, right in scored])
@@ -88,19 +84,13 @@ def table(done: Sequence[Mapping[str, Any]]) -> str:
     return rows.markdown(HEADER, cells)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="of `sglang-ets run`, with `early_stop` off")
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default: the file of this bench under bench/results/")
-    parser.set_defaults(smoke=False)  # it needs files that another command has made
-    args = parser.parse_args()
-    out = rows.out_of(args, "answers")
-    grader = Grader(MathProcess())
-    for (data, width, policy), own in figures([row for file in args.files for row in rows_in(file)], grader).items():
-        rows.append(out, {"data": data, "width": width, "policy": policy, **own})
-    grader.process.stop()
-    rows.publish(out, table(list(rows.read(out))))
+def _figures(made: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
+    grader = Grader()
+    try:
+        return figures(made, grader)
+    finally:
+        grader.process.stop()
 
 
 if __name__ == "__main__":
-    main()
+    saved.main("answers", __doc__, _figures, table)

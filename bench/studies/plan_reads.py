@@ -11,16 +11,16 @@ tokens (R1). One width and policy of one model is a row of `--out`.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench import rows
+from bench.studies import saved
+from bench.studies.saved import Key, key_of
 from bench.trees import Node, trajectory
 from sglang_ets.core.attention_plan import (
     MAX_SEGMENTS,
@@ -29,7 +29,6 @@ from sglang_ets.core.attention_plan import (
     MIN_SAVED_TOKENS_CPU,
     SlotPlanner,
 )
-from sglang_ets.tools.run import rows_in
 
 PLANS = {"gpu": (MIN_SAVED_TOKENS, MAX_SEGMENTS), "cpu": (MIN_SAVED_TOKENS_CPU, MAX_SEGMENTS_CPU)}
 READS = {"nodes": "a row a node (R0)", "rows": "equal tokens one row", "gpu": "planned as on a GPU",
@@ -92,12 +91,12 @@ def tree_reads(prompt_tokens: int, nodes: Sequence[Node]) -> Counter[str]:
     return total
 
 
-def totals(made: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str], Counter[str]]:
+def totals(made: Sequence[Mapping[str, Any]]) -> dict[Key, Counter[str]]:
     """By model, width and policy, over the rows of runs."""
-    sums: dict[tuple[str, int, str], Counter[str]] = defaultdict(Counter)
+    sums: dict[Key, Counter[str]] = defaultdict(Counter)
     for row in made:
         search = row["search_result"]
-        key = row["data"], row["width"], search["algorithm"]
+        key = key_of(row)
         sums[key].update(tree_reads(search["tree"]["prompt_tokens"], search["tree"]["nodes"]))
         sums[key]["problems"] += 1
     return sums
@@ -120,17 +119,5 @@ def table(done: Sequence[Mapping[str, Any]]) -> str:
     return rows.markdown(header, cells)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="of `sglang-ets run`")
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default: the file of this bench under bench/results/")
-    parser.set_defaults(smoke=False)  # it needs files that another command has made
-    args = parser.parse_args()
-    out = rows.out_of(args, "plan_reads")
-    for (data, width, policy), reads in totals([row for file in args.files for row in rows_in(file)]).items():
-        rows.append(out, {"data": data, "width": width, "policy": policy, **reads})
-    rows.publish(out, table(list(rows.read(out))))
-
-
 if __name__ == "__main__":
-    main()
+    saved.main("plan_reads", __doc__, totals, table)

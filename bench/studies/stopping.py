@@ -12,24 +12,24 @@ saves and changes stands how often the winner of a moment stayed the winner, by 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from bench import rows
-from bench.trees import Node, path_to
+from bench.studies import saved
+from bench.studies.saved import Key, key_of
+from bench.trees import Node, path_to, trajectory_text
 from sglang_ets.core.answer import Trajectory, aggregate, rank
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.core.stopping import MAX_SCORE, MIN_SCORE, Ballot, early_reason, highest_score, probability
 from sglang_ets.math_process import MathProcess
 from sglang_ets.tools.grading import grade
-from sglang_ets.tools.run import EMBEDDED, rows_in
+from sglang_ets.tools.run import EMBEDDED
 
 RULES: dict[str, dict[str, Any]] = {
     "off": {"early_stop": "off"},
@@ -39,14 +39,6 @@ RULES: dict[str, dict[str, Any]] = {
 }
 BINS = (0.5, 0.8, 0.95, 1.0)
 FREE = "best_of_n"
-
-Key = tuple[str, int, str]  # data, width, policy
-
-
-def key_of(row: Mapping[str, Any]) -> Key:
-    """Of a row of `sglang-ets run`; the published setting is a policy of its own."""
-    search = row["search_result"]
-    return row["data"], row["width"], search["algorithm"] + " published" * (search["preset"] == "paper")
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,11 @@ class Replay:
         self._config, self._is_free = config, is_free
         self._steps = [node for node in nodes if node["token_ids"]]
         self._by_id = {node["id"]: node for node in self._steps}
-        self._ends = [node for node in self._steps if node["state"] == "complete"]
+        self._trajectories = [
+            Trajectory(end["id"], (), trajectory_text(end, self._by_id), self._scores(end), "stop")
+            for end in self._steps
+            if end["state"] == "complete"
+        ]
         self._time_of = {node["id"]: self._time(node) for node in self._steps}
         self._next_time: dict[int, int] = {}  # when the first child of a node had ended
         for node in self._steps:
@@ -94,27 +90,22 @@ class Replay:
 
     def moments(self) -> list[Moment]:
         """Every moment at which it may end, in order; the last is its end. None if no trajectory was completed."""
-        return [self._moment(now) for now in sorted({self._time_of[end["id"]] for end in self._ends})]
+        return [self._moment(now) for now in sorted({self._time_of[one.node_id] for one in self._trajectories})]
 
     def _moment(self, now: int) -> Moment:
-        config, done = self._config, [end for end in self._ends if self._time_of[end["id"]] <= now]
-        texts = ["".join(step["text"] for step in path_to(end, self._by_id)) for end in done]
-        scores = [self._scores(end) for end in done]
-        trajectories = [
-            Trajectory(end["id"], (), text, own, "stop") for end, text, own in zip(done, texts, scores, strict=True)
-        ]
-        rule = config.score_aggregation
+        config, rule = self._config, self._config.score_aggregation
+        done = [one for one in self._trajectories if self._time_of[one.node_id] <= now]
         growing = [self._scores(s) for s in self._steps if s["state"] != "complete" and self._grows(s, now)]
         ballot = Ballot(
-            tuple(aggregate(own, rule) for own in scores),
-            tuple(extract_answer(text, config.answer_pattern) for text in texts),
-            len(self._ends) - len(done),
+            tuple(aggregate(one.step_scores, rule) for one in done),
+            tuple(extract_answer(one.text, config.answer_pattern) for one in done),
+            len(self._trajectories) - len(done),
             max(
                 (highest_score(own, rule, config.max_steps) for own in growing), default=MAX_SCORE
             ),  # no step has ended
             max((aggregate(own, rule) for own in growing), default=MIN_SCORE),
         )
-        return Moment(ballot, rank(trajectories, config)[0].answer, *self._cost(now))
+        return Moment(ballot, rank(done, config)[0].answer, *self._cost(now))
 
     def _grows(self, node: Node, now: int) -> bool:
         """Whether it is the last step that its trajectory has then; a level's are not selected from yet."""
@@ -193,19 +184,13 @@ def table(done: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join([rows.markdown(header, cells), rows.markdown(["data", "width", "policy", *names], stayed)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="of `sglang-ets run`, with `early_stop` off")
-    parser.add_argument("--out", type=Path, help="rows, JSONL; default: the file of this bench under bench/results/")
-    parser.set_defaults(smoke=False)  # it needs files that another command has made
-    args = parser.parse_args()
-    out = rows.out_of(args, "stopping_replay")
+def _figures(made: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
     judge = MathProcess()
-    for (data, width, policy), own in figures([row for file in args.files for row in rows_in(file)], judge).items():
-        rows.append(out, {"data": data, "width": width, "policy": policy, **own})
-    judge.stop()
-    rows.publish(out, table(list(rows.read(out))))
+    try:
+        return figures(made, judge)
+    finally:
+        judge.stop()
 
 
 if __name__ == "__main__":
-    main()
+    saved.main("stopping_replay", __doc__, _figures, table)

@@ -15,13 +15,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 DATA_ENV = "SGLANG_ETS_DATA"
 ON_HUB = {"gsm8k": ("openai/gsm8k", "main"), "math500": ("HuggingFaceH4/MATH-500", None)}
 EMBEDDED_PROBLEMS = Path(__file__).parents[1] / "models" / "problems.jsonl"  # of the embedded task, held out
 VALIDATION_SHARE = 5  # one of so many
-SPLITS = ("report", "validation", "all")
 QUESTION_KEYS = ("question", "problem", "prompt", "Question")
 ANSWER_KEYS = ("answer", "expected_answer", "Answer")
 BODY_KEYS = ("body", "Body")
@@ -30,6 +29,7 @@ _FINAL = re.compile(r"####\s*(.+)\s*\Z")
 _IDENTIFIER_CHARS = 10
 
 Split = Literal["report", "validation", "all"]
+SPLITS = get_args(Split)
 
 # Two demands a step's form makes on the model: where a step ends (a blank line) and where the answer stands.
 TEMPLATE = (

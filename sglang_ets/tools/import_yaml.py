@@ -97,15 +97,8 @@ def imported(values: Mapping[str, Any], data: str, base_url: str) -> Imported:
     settings |= {"step_delimiter": DELIMITERS[policy_type]}
     if policy_type != "llama":
         settings["answer_pattern"] = "the_answer_is"  # those models were trained to end so
-    ran = (
-        "--data",
-        data,
-        "--split",
-        "all",
-        "--algorithm",
-        algorithm,
-        *_run_flags(values, settings, policy_type == "llama"),
-    )
+    whole = ("--data", data, "--split", "all")
+    ran = (*whole, "--algorithm", algorithm, *_run_flags(values, settings, policy_type == "llama"))
     return Imported(serve, ran if base_url == DEFAULT_URL else (*ran, "--base-url", base_url), tuple(notes))
 
 

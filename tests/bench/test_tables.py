@@ -118,3 +118,14 @@ def test_accuracy_at_equal_cost_is_interpolated_on_its_logarithm_and_never_beyon
 def test_of_equal_kv_the_more_accurate_is_on_the_frontier(accuracies: tuple[float, float]) -> None:
     made = [summary(f"p{at}", 16, accuracy, 100, 1, 1) for at, accuracy in enumerate(accuracies)]
     assert [s["accuracy"] for s in frontier(made)] == [max(accuracies)]
+
+
+def test_a_cost_that_some_rows_do_not_know_is_left_out() -> None:
+    known = [
+        {"policy": "rebase", "width": width, "completion_tokens": 10.0 * width, "seconds": 1.0 * width, "accuracy": 0.5}
+        for width in (4, 16)
+    ]
+    assert "seconds a problem" in equal_cost_tables(known)
+    waited = [{name: value for name, value in known[0].items() if name != "seconds"}, known[1]]
+    shown = equal_cost_tables(waited)
+    assert "tokens generated" in shown and "seconds a problem" not in shown

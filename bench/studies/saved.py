@@ -1,0 +1,37 @@
+"""What studies of saved trees have in common: rows of `sglang-ets run` go in, one of a data set, width and policy comes out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import rows
+from sglang_ets.tools.run import rows_in
+
+Key = tuple[str, int, str]  # data, width, policy
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """Of a row of `sglang-ets run`; the published setting is a policy of its own."""
+    search = row["search_result"]
+    return row["data"], row["width"], search["algorithm"] + " published" * (search["preset"] == "paper")
+
+
+def main(
+    name: str,
+    description: str | None,
+    figures: Callable[[Sequence[Mapping[str, Any]]], Mapping[Key, Mapping[str, Any]]],
+    table: Callable[[Sequence[Mapping[str, Any]]], str],
+) -> None:
+    """The command of the study `name`: append the figures of the files that it is given, publish the table of all rows."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="of `sglang-ets run`, with `early_stop` off")
+    parser.add_argument("--out", type=Path, help="rows, JSONL; default: the file of this bench under bench/results/")
+    parser.set_defaults(smoke=False)  # it needs files that another command has made
+    args = parser.parse_args()
+    out = rows.out_of(args, name)
+    for (data, width, policy), own in figures([row for file in args.files for row in rows_in(file)]).items():
+        rows.append(out, {"data": data, "width": width, "policy": policy, **own})
+    rows.publish(out, table(list(rows.read(out))))
