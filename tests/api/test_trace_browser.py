@@ -14,6 +14,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
 from starlette.middleware.base import RequestResponseEndpoint
 
 from sglang_ets.api.trace import TraceStore
@@ -22,6 +23,7 @@ from tests.api.test_trace import progress, result, sent_by_scheduler
 from tests.api.test_view import BROWSER_LIMIT_S, CHROMIUM, needs_chromium
 
 START_LIMIT_S = 20.0
+ARRIVAL_S = 0.5  # for the last event, which has been sent, to reach the page
 
 
 @contextmanager
@@ -60,9 +62,21 @@ def test_a_page_that_was_loaded_before_the_first_step_shows_the_end(tmp_path: Pa
     async def grow_once_followed(request: Request, call_next: RequestResponseEndpoint) -> Response:
         """The search runs to its end once the page has asked for its events."""
         response = await call_next(request)
+        if request.url.path == "/search/a":
+            page = b"".join([part async for part in response.body_iterator])  # type: ignore[attr-defined]
+            return HTMLResponse(page.replace(b"</body>", b'<script>fetch("/until-the-end")</script></body>'))
         if request.url.path.endswith("/events") and not growing:
             growing.append(asyncio.create_task(grow()))
         return response
+
+    @app.get("/until-the-end")
+    async def until_the_end() -> Response:
+        """Chromium's clock stands while the page loads something; without it the page may be dumped before its last frame."""
+        while not growing:
+            await asyncio.sleep(0.02)
+        await growing[0]
+        await asyncio.sleep(ARRIVAL_S)
+        return Response(status_code=204)
 
     @app.get("/begin")
     async def begin() -> dict[str, str]:
