@@ -63,6 +63,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "rebase": {"algorithm": "rebase"},
     "ets_kv": {"algorithm": "ets_kv"},
     "ets": {"algorithm": "ets"},
+    **{f"ets b={b:g}": {"algorithm": "ets", "kv_cost_weight": b} for b in (0.5, 1.0, 2.0, 4.0)},
     "ets published": {"algorithm": "ets", "preset": "paper"},
 }
 FREE, SAMPLED = "best_of_n", "self_consistency"  # the second is made of the trajectories of the first
@@ -106,9 +107,10 @@ class Case:
         return self.model, data, self.prm, self.max_tokens, self.temperature
 
 
-def settings(width: int, policies: Sequence[str]) -> list[Setting]:
+def settings(width: int, policies: Sequence[str], *, embeddings: bool = False) -> list[Setting]:
     """A greedy answer, then the searches; all beside those of this width."""
-    searches = [Setting(name, width, {**POLICIES[name], **COMMON}) for name in policies]
+    returned = {"return_tree": True, "return_embeddings": True} if embeddings else {}
+    searches = [Setting(name, width, {**POLICIES[name], **COMMON, **returned}) for name in policies]
     return [Setting("greedy", width, {}), *searches]
 
 
@@ -291,12 +293,12 @@ def unsolved(args: argparse.Namespace, out: Path) -> list[tuple[str, list[Settin
     All settings come before more problems, so that an interrupted run compares equal sets.
     """
     case, known = Case.of(args), known_in(out)
-    greedy_one, *searches = settings(args.width, args.policies)
+    greedy_one, *searches = settings(args.width, args.policies, embeddings=args.embeddings)
     steps = [[greedy_one], searches] if args.together else [[setting] for setting in (greedy_one, *searches)]
     todo: list[tuple[str, list[Setting], list[Problem]]] = []
     for data in args.data:
         name = Path(data).name + VALIDATION * args.validation
-        problems = load(data, args.problems, "validation" if args.validation else "report")
+        problems = load(data, args.skip + args.problems, "validation" if args.validation else "report")[args.skip :]
         for first in range(0, len(problems), args.in_flight):
             for chosen in steps:
                 batch = [
@@ -341,12 +343,14 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--problems", type=int, default=100, help="of each data set")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many, as a PRM learned from them")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--in-flight", type=int, default=4, help="problems at once")
     parser.add_argument("--together", action="store_true", help="all searches of these problems at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trees", type=Path, metavar="FILE", help="append every search with its tree")
+    parser.add_argument("--embeddings", action="store_true", help="in these trees too, for studies that select again")
     parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plot of the rows anew")
     rows.add_arguments(parser, "1 problem at width 4, two policies")
     args = parser.parse_args()

@@ -115,7 +115,7 @@ def args_of(data: Path, **more: Any) -> argparse.Namespace:
     given = {
         "data": [str(data)], "model_path": "/x/qwen", "prm_model_path": None, "prm_format": "judge", "max_tokens": 224,
         "temperature": 1.0, "policies": ["rebase", "dvts"], "width": 8, "problems": 2, "in_flight": 2, "seed": 0,
-        "validation": False, "together": False, **more,
+        "validation": False, "together": False, "skip": 0, "embeddings": False, **more,
     }  # fmt: skip
     return argparse.Namespace(**given)
 
@@ -155,6 +155,13 @@ def test_problems_for_choosing_settings_are_others_under_another_name(data: Path
     ids = [{problem.id for _, _, batch in todo for problem in batch} for todo in (reported, chosen_on)]
     assert len(ids[0]) + len(ids[1]) == 40 and not ids[0] & ids[1]
     assert {name for name, _, _ in chosen_on} == {"gsm8k.jsonl, validation"}
+    fewer = {one.id for _, _, batch in unsolved(args_of(data, problems=40, skip=3), tmp_path / "none") for one in batch}
+    assert fewer == {problem.id for problem in load(str(data))[3:]}
+
+
+def test_embeddings_come_only_when_asked_for() -> None:
+    plain, whole = (settings(8, ["rebase"], embeddings=wanted)[1].search for wanted in (False, True))
+    assert whole.items() - plain.items() == {("return_tree", True), ("return_embeddings", True)}
 
 
 class Server:
