@@ -216,7 +216,7 @@ PATCHES: tuple[Patch, ...] = (
         why="a finished child becomes an event of its search",
         upstream=UPSTREAM,
         remove_when=GOES_WHEN,
-        uses=(*uses.LEDGER, *uses.CHILD, *uses.ANSWER, *uses.PRM_PASS),
+        uses=(*uses.LEDGER, *uses.CHILD, *uses.ANSWER, *uses.PRM_PASS, *uses.TOKEN_STATES),
     ),
     Patch(
         target=f"{SCHEDULER}.abort_request",

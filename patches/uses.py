@@ -173,6 +173,17 @@ STRAND = (
     Use(f"{SRT}.mem_cache.radix_cache.RadixKey.__init__", ("token_ids", "extra_key", "cache_salt")),
 )
 
+# engine/token_states.py and engine/children.py: the hidden states that tokens were sampled from
+TOKEN_STATES = (
+    Use(f"{SRT}.model_executor.forward_batch_info.CaptureHiddenMode", ("LAST", "is_full")),
+    Use(f"{SRT}.model_executor.forward_batch_info.get_server_return_hidden_states_mode"),
+    Use(f"{BATCH}.Req", ("return_hidden_states_mode",)),
+    Use(f"{BATCH}.ScheduleBatch", ("return_hidden_states_mode", "forward_mode")),
+    Use(f"{SRT}.managers.utils.GenerationBatchResult", ("logits_output", "extend_input_len_per_req")),
+    Use(f"{SRT}.layers.logits_processor.LogitsProcessorOutput", ("hidden_states",)),
+    Use(f"{FIELDS}.exec_.ExecFeatures", ("return_hidden_states_mode",)),
+)
+
 # engine/coordinator.py and engine/pressure.py: what a tick looks like
 TICK = (
     Use(

@@ -10,10 +10,12 @@ import gc
 import multiprocessing
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from sglang_ets import flags, patches
 from sglang_ets.patches import tree_attention
+from sglang_ets.prm.choose import is_policy_head
 from sglang_ets.prm.split import num_prm_ranks
 
 _state = {"is_registered": False}
@@ -65,6 +67,8 @@ def switch_on(server_args: Any) -> Any:
         patches.install(patches.wanted(search_is_on=True), allows_untested())
         HookRegistry.apply_hooks()
         patches.check_installed()
+        if has_policy_head(server_args._ets) and server_args.return_hidden_states_mode is None:
+            server_args.return_hidden_states_mode = "last"  # CUDA graphs are captured with them, or never have them
     return server_args
 
 
@@ -99,8 +103,13 @@ def check_prm(server_args: Any) -> None:
     from sglang_ets.prm.choose import check_checkpoint
 
     settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
-    if flags.is_on(settings) and settings["prm_model_path"]:
+    if flags.is_on(settings) and settings["prm_model_path"] and not has_policy_head(settings):
         check_checkpoint(settings["prm_model_path"], settings["prm_format"])
+
+
+def has_policy_head(settings: Mapping[str, Any]) -> bool:
+    """Whether the PRM of these flags reads the policy model's own hidden states."""
+    return flags.is_on(settings) and is_policy_head(settings["prm_model_path"], settings["prm_format"])
 
 
 def check_prm_ranks(server_args: Any) -> None:
@@ -110,7 +119,7 @@ def check_prm_ranks(server_args: Any) -> None:
         SystemExit: it cannot.
     """
     settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
-    if flags.is_on(settings):
+    if flags.is_on(settings) and not has_policy_head(settings):
         own = settings["prm_model_path"]
         policy = server_args.model_path
         num_prm_ranks(policy if own is None else own, policy, server_args.tp_size, settings["prm_tp"])

@@ -3,15 +3,18 @@
     python -m bench.testbed.prm_head --model-path FOLDER --data gsm8k --out prm-head
     python -m bench.testbed.prm_head --model-path FOLDER --rollouts run.jsonl --out prm-head      # of `sglang-ets run`
     sglang-ets serve --search ets --model-path FOLDER --prm-model-path prm-head
+    python -m bench.testbed.prm_head --model-path FOLDER --format token_classification --out prm-head    # as a model of its own
 
 Rollouts are the trajectories of `best_of_n` on problems that are left for validation; with each step stands what the server's
 PRM (`--prm-format`, without weights of its own) thinks of it. Every step is labelled with the outcome: whether the final answer
-is right. One forward pass a rollout gives the hidden state at each step's last token, where the server reads a score too; a
-logistic regression on half of the problems is the head. On the other half it is compared with the server's PRM and with the
-likelihoods of the model itself, by AUC: over last steps, over all steps (what a search selects by), and within a problem (right
-against wrong rollouts of the same problem, which is all that a choice among them can use).
+is right. One forward pass a rollout gives the hidden state from which each step's last token was sampled, and the one at that
+token; a logistic regression on half of the problems is the head. The first kind is `policy_head`: the server has these states
+already when a step has ended, so the PRM has no weights, no KV and no pass of its own. The second is a checkpoint of the whole
+model, a `*ForTokenClassification`, for any server. On the other half of the problems both are compared with the server's PRM
+and with the likelihoods of the model itself, by AUC: over last steps, over all steps (what a search selects by), and within a
+problem (right against wrong rollouts of the same problem, which is all that a choice among them can use).
 
-The checkpoint in `--out` is a `*ForTokenClassification` of the whole model, which the server recognises by itself.
+The server recognises the format of what is in `--out` by itself.
 """
 
 from __future__ import annotations
@@ -40,11 +43,14 @@ from bench.testbed.likelihood import area_under_curve
 from bench.trees import path_to
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
-from sglang_ets.prm.choose import CONFIG_FILE
+from sglang_ets.prm.choose import CONFIG_FILE, POLICY_HEAD
+from sglang_ets.prm.policy_head import LinearHead
 from sglang_ets.tools import run as runs
 from sglang_ets.tools.datasets import Problem, load
 from sglang_ets.tools.grading import grade
 
+CHECKPOINT = "token_classification"
+FORMATS = (POLICY_HEAD, CHECKPOINT)
 POOL_TOKENS = 20_000
 TIMEOUT_S = 3600
 CHUNK_TOKENS = 64  # of which all logits exist at once
@@ -72,21 +78,9 @@ class Rollout:
 class Step:
     """What one forward pass says about each of the K steps of a rollout."""
 
-    states: Floats  # float64[K, H], the last hidden states at their last tokens
+    states: Mapping[str, Floats]  # by format, float64[K, H], the last hidden states that its score is read from
     log_probabilities: Floats  # float64[K], sums over their tokens
     lengths: Floats  # float64[K], tokens
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """The probability that the answer will be right: sigmoid(state @ weight + bias)."""
-
-    weight: Floats  # float64[H]
-    bias: float
-
-    def scores(self, states: Floats) -> Floats:
-        """float64[K] in 0..1 of float64[K, H]."""
-        return 1 / (1 + np.exp(-(states @ self.weight + self.bias)))
 
 
 # ---- rollouts ----
@@ -159,15 +153,17 @@ def read(model: Any, rollout: Rollout) -> Step:
     lengths = [len(step) for step in rollout.steps]
     ends = np.cumsum(lengths)
     sums = [float(piece.double().sum()) for piece in taken.split(lengths)]
-    at_ends = hidden[torch.from_numpy(first + ends - 1)].double().numpy()
-    return Step(at_ends, np.array(sums), np.array(lengths, dtype=np.float64))
+    places = {POLICY_HEAD: first + ends - 2, CHECKPOINT: first + ends - 1}
+    read_from = {name: hidden[torch.from_numpy(at)].double().numpy() for name, at in places.items()}
+    return Step(read_from, np.array(sums), np.array(lengths, dtype=np.float64))
 
 
-def scores_of(rollout: Rollout, step: Step, head: LinearHead, served: str) -> Read:
+def scores_of(rollout: Rollout, step: Step, heads: Mapping[str, LinearHead], served: str) -> Read:
     """Every verifier on every step, as the server would score it. The last one knows nothing but the length."""
     likelihood = np.exp(step.log_probabilities)
     return {
-        "head": head.scores(step.states),
+        "head": heads[CHECKPOINT].scores(step.states[CHECKPOINT]),
+        "policy head": heads[POLICY_HEAD].scores(step.states[POLICY_HEAD]),
         served: np.array(rollout.scores),
         "likelihood": np.array(list(accumulate(likelihood, min))),
         "confidence": np.exp(step.log_probabilities / step.lengths),
@@ -195,14 +191,17 @@ def fit(states: Floats, labels: Floats, weights: Floats, penalty: float) -> Line
     return LinearHead(weight, float(both[-1] - weight @ mean))
 
 
-def train(rollouts: Sequence[Rollout], steps: Sequence[Step]) -> tuple[LinearHead, float]:
-    """The head of all of them, and its penalty: that of the highest AUC over last steps in cross-validation by problem."""
+def train(rollouts: Sequence[Rollout], states: Sequence[Floats]) -> tuple[LinearHead, float]:
+    """The head of all of them, and its penalty: that of the highest AUC over last steps in cross-validation by problem.
+
+    `states` are those of each rollout's steps, float64[K, H].
+    """
 
     def head_of(kept: Sequence[int], penalty: float) -> LinearHead:
-        counts = [len(steps[place].lengths) for place in kept]
+        counts = [len(states[place]) for place in kept]
         labels = np.repeat([float(rollouts[place].is_right) for place in kept], counts)
         weights = np.repeat([1 / count for count in counts], counts)  # a rollout counts once, however many steps it has
-        return fit(np.concatenate([steps[place].states for place in kept]), labels, weights, penalty)
+        return fit(np.concatenate([states[place] for place in kept]), labels, weights, penalty)
 
     names = sorted({rollout.problem for rollout in rollouts})
     fold_of = {name: number % NUM_FOLDS for number, name in enumerate(names)}
@@ -214,7 +213,7 @@ def train(rollouts: Sequence[Rollout], steps: Sequence[Step]) -> tuple[LinearHea
             head = head_of([place for place in places if fold_of[rollouts[place].problem] != fold], penalty)
             for place in places:
                 if fold_of[rollouts[place].problem] == fold:
-                    scores[place] = head.scores(steps[place].states[-1:])[0]
+                    scores[place] = head.scores(states[place][-1:])[0]
         return area_under_curve(list(scores), [rollout.is_right for rollout in rollouts])
 
     best = max(PENALTIES, key=validated)
@@ -301,7 +300,7 @@ def save(model_path: str, head: LinearHead, dtype: torch.dtype, out: Path) -> No
         model.score.bias.copy_(torch.tensor([0.0, head.bias]))
     model.save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(model_path).save_pretrained(out)
-    about = {"format": "token_classification", "separator": "\n\n"}
+    about = {"format": CHECKPOINT, "separator": "\n\n"}
     (out / CONFIG_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
@@ -325,8 +324,8 @@ def halves(rollouts: Sequence[Rollout]) -> tuple[list[int], list[int]]:
 
 def learn(
     model_path: str, rollouts: Sequence[Rollout], dtype: torch.dtype, served: str, seed: int
-) -> tuple[LinearHead, list[rows.Row]]:
-    """The head of one half of the problems, and what it and its rivals are worth on the other."""
+) -> tuple[dict[str, LinearHead], list[rows.Row]]:
+    """The heads of one half of the problems, by format, and what they and their rivals are worth on the other."""
     trained, tested = halves(rollouts)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
     steps = [read(model, rollout) for rollout in tqdm(rollouts, unit="rollout")]
@@ -334,22 +333,27 @@ def learn(
     def of(places: Sequence[int], things: Sequence[Any]) -> list[Any]:
         return [things[place] for place in places]
 
-    head, penalty = train(of(trained, rollouts), of(trained, steps))
+    learned = {
+        name: train(of(trained, rollouts), [step.states[name] for step in of(trained, steps)]) for name in FORMATS
+    }
+    heads = {name: head for name, (head, _) in learned.items()}
     chosen = of(tested, rollouts)
     pairs = zip(chosen, of(tested, steps), strict=True)
-    reads = [scores_of(rollout, step, head, served) for rollout, step in pairs]
+    reads = [scores_of(rollout, step, heads, served) for rollout, step in pairs]
     about = {
         "train_problems": len({one.problem for one in of(trained, rollouts)}), "train_rollouts": len(trained),
         "test_problems": len({one.problem for one in chosen}), "test_rollouts": len(tested),
-        "share_right": sum(one.is_right for one in chosen) / len(chosen), "penalty": penalty,
+        "share_right": sum(one.is_right for one in chosen) / len(chosen),
+        "penalty": {name: penalty for name, (_, penalty) in learned.items()},
     }  # fmt: skip
-    return head, [{**about, **row} for row in compare(chosen, reads, seed)]
+    return heads, [{**about, **row} for row in compare(chosen, reads, seed)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, help="the policy model: a folder or a name on the Hub")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint with the head")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the head")
+    parser.add_argument("--format", default=POLICY_HEAD, choices=FORMATS)
     parser.add_argument("--rollouts", type=Path, help="rows of `sglang-ets run`; default: sampled into --out")
     parser.add_argument("--data", default="gsm8k", help="of which the problems left for validation are sampled")
     parser.add_argument("--problems", type=int, default=100)
@@ -369,10 +373,13 @@ def main() -> None:
         sample(args, path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_path)
     rollouts = rollouts_in(path, tokenizer, args.answer_pattern)
-    head, made = learn(args.model_path, rollouts, getattr(torch, args.dtype), args.prm_format, args.seed)
+    heads, made = learn(args.model_path, rollouts, getattr(torch, args.dtype), args.prm_format, args.seed)
     about = {"model": Path(args.model_path).name, "data": Path(args.data).name}
     made = [about | row for row in made]
-    save(args.model_path, head, getattr(torch, args.dtype), args.out)
+    if args.format == POLICY_HEAD:
+        heads[POLICY_HEAD].save(args.out)
+    else:
+        save(args.model_path, heads[CHECKPOINT], getattr(torch, args.dtype), args.out)
     print(table(made))
     if args.rows:
         for row in made:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from sglang.srt.managers.schedule_batch import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -21,10 +22,12 @@ from sglang.srt.managers.schedule_batch import (
     FINISHED_MATCHED_REGEX,
     Req,
 )
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
 from sglang_ets.core.tree import NOT_FINITE
 from sglang_ets.kv import Hold
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
+from sglang_ets.prm.steps import SampledStates
 
 SEED_RANGE = 2**61 - 1
 NAN_STOP = "NaN happened"  # what sglang reports as the matched stop string when the logits are not finite
@@ -52,6 +55,7 @@ class ChildSpec:
     parent: Req  # the client's request: prompt, sampling parameters, tokenizer, keys of the cache
     seed: int
     step_delimiter: tuple[str | int, ...]
+    reads_states: bool = False  # whoever scores steps reads the hidden states that their tokens were sampled from
 
     def child_id(self, node_id: int) -> str:
         """No other child's id begins with it: whoever aborts this one, by its id, hits no sibling."""
@@ -83,6 +87,7 @@ class ChildReq(Req):
     source: Hold | None = None  # the path that it continues, if it may share its slots; held by whoever made the child
     num_given: int = 0  # of its output ids, that stand before the step: the first input of a fork
     num_computed: int = 0  # tokens that batches computed for it
+    states: SampledStates | None = None  # that the tokens of its step were sampled from, if they are read
 
     @property
     def node_id(self) -> int:
@@ -97,6 +102,10 @@ class ChildReq(Req):
     def step_ids(self) -> tuple[int, ...]:
         """What of the step is generated, with its delimiter once it has ended."""
         return tuple(self.output_ids_through_stop[self.num_given :])
+
+    def add_state(self, state: NDArray[np.float32]) -> None:
+        """It has got a token, sampled from this hidden state (float32[H])."""
+        self.states = SampledStates.first(state) if self.states is None else self.states.plus(state)
 
     def _stop_match_tail_len(self, new_accepted_len: int) -> int:
         """sglang looks for stop strings in so many of the last tokens: in none from before the step."""
@@ -142,6 +151,7 @@ def make_parted(child: ChildReq, members: Sequence[Member], token: int, source: 
     parted = _request(child.spec, members, child.origin_input_ids, params)
     parted.output_ids.extend([*child.output_ids[:-1], token])
     parted.source, parted.num_given, parted.num_seen = source, child.num_given, len(parted.output_ids)
+    parted.states = child.states  # both tokens were sampled from the last one
     return parted
 
 
@@ -161,6 +171,8 @@ def _request(spec: ChildSpec, members: Sequence[Member], input_ids: array[int], 
     )
     child.tokenizer = parent.tokenizer
     child.logprob_start_len = -1
+    if spec.reads_states and params.max_new_tokens:
+        child.return_hidden_states_mode = CaptureHiddenMode.LAST  # kept by the batch; sglang itself returns none
     child.spec = spec
     child.members = tuple(members)
     ChildReq.any_made = True

@@ -17,6 +17,8 @@ from importlib.metadata import version
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sglang.srt.disaggregation.utils import prepare_abort
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
@@ -53,11 +55,12 @@ from sglang_ets.engine.speculation import Speculation
 from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
 from sglang_ets.engine.strands import DRAW_KEY, Draw, Strands, can_share, tokens_computed
+from sglang_ets.engine.token_states import token_states
 from sglang_ets.engine.tree_plan import make_planner
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
-from sglang_ets.prm.engine import PrmEngine, PrmError
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
+from sglang_ets.prm.steps import PrmError, StepScorer
 from sglang_ets.wire import ABORTED_STATUS, RESULT_KEY
 
 logger = logging.getLogger(__name__)
@@ -72,7 +75,7 @@ class SearchCoordinator:
     def __init__(
         self,
         scheduler: Any,
-        prm: PrmEngine,
+        prm: StepScorer,
         ranks: Ranks = ONE_RANK,
         *,
         distances: Distances = cosine_distances,
@@ -157,7 +160,7 @@ class SearchCoordinator:
             prepare_abort(req, message, status_code=HTTPStatus.BAD_REQUEST)
             self.scheduler.output_streamer.stream_output([req], False)
             return True
-        spec = ChildSpec(self._ids.new(), req, config.seed, config.step_delimiter)
+        spec = ChildSpec(self._ids.new(), req, config.seed, config.step_delimiter, self.prm.reads_states)
         live = LiveSearch(spec, Search(config, len(req.origin_input_ids), self._distances))
         live.forks = "extend" if counts_outputs(req.sampling_params) else self._fork_mode
         with self.guard(live):
@@ -206,6 +209,7 @@ class SearchCoordinator:
     def after_batch(self, batch: Any, result: Any = None) -> None:
         """Children of this batch that finished become events; complete levels are scored and selected."""
         draw = getattr(result, DRAW_KEY, None)
+        states = token_states(batch, result) if self.prm.reads_states and self.searches else None
         done: list[tuple[LiveSearch, Ended]] = []
         for row, req in enumerate(batch.reqs):
             if not isinstance(req, ChildReq):
@@ -216,7 +220,8 @@ class SearchCoordinator:
             if live is not None:
                 self._count(live, req, tokens_computed(batch, row))
                 with self.guard(live):
-                    done += [(live, ended) for ended in self._after_token(live, req, draw)]
+                    state = None if states is None else states[row]
+                    done += [(live, ended) for ended in self._after_token(live, req, draw, state)]
         # All are held before the first of them may end its search, which frees what nobody holds.
         for live, ended in done:
             with self.guard(live):
@@ -369,9 +374,16 @@ class SearchCoordinator:
         if not child.members:
             live.guesses.tokens_wasted += num_tokens
 
-    def _after_token(self, live: LiveSearch, child: ChildReq, draw: Draw | None) -> list[Ended]:
-        """A child may have got a token: its strand parts. Returns the steps that have ended with it, each held."""
+    def _after_token(
+        self, live: LiveSearch, child: ChildReq, draw: Draw | None, state: NDArray[np.float32] | None
+    ) -> list[Ended]:
+        """A child may have got a token, sampled from `state`: its strand parts.
+
+        Returns the steps that have ended with it, each held.
+        """
         has_token, child.num_seen = len(child.output_ids) > child.num_seen, len(child.output_ids)
+        if has_token and state is not None:
+            child.add_state(state)
         is_failed = child.finished() and step_end(child).kind == "failed"
         is_guess = child.rid in live.guesses.children
         if child.finished():
@@ -436,7 +448,7 @@ class SearchCoordinator:
         """All nodes of a child have the same step, and the same text before it."""
         step_ids, first = child.step_ids, child.node_id
         for node_id, hold in zip(child.node_ids, holds, strict=True):
-            live.branches[node_id] = Branch(hold)
+            live.branches[node_id] = Branch(hold, states=child.states)
         step = _step_text(live, first, step_ids, is_last=live.search.is_last_step(first, len(step_ids), finish))
         text = step.text.split(stop_text, 1)[0] if stop_text else step.text
         actions: list[Action] = []
@@ -476,7 +488,7 @@ class SearchCoordinator:
         if live.has_ended:
             self.prm.drop([path])
             return
-        live.branches[node_id].prm = path
+        live.branches[node_id].prm, live.branches[node_id].states = path, None
         parent_id = live.parent_id(node_id)
         before = live.branches[parent_id].prm
         assert before is not None, "a parent keeps its PRM path until its last child is scored"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from sglang_ets.engine.children import ChildSpec
-    from sglang_ets.prm.engine import PrmPath
+    from sglang_ets.prm.steps import PrmPath, SampledStates
 
 ROOT = 0  # node id of the prompt
 # How steps start: with nodes of equal tokens in one row of the batch, each in a row of its own, or with a prefill each.
@@ -43,6 +43,7 @@ class Branch:
     is_tip: bool = True  # the trajectory ends here and may still grow
     num_open_children: int = 0
     num_unscored_children: int = 0
+    states: SampledStates | None = None  # of its step, until it is scored; None: nobody reads them
     num_pending_tokens: int = 0  # at the end, whose text comes with the next step: see `step_text`
 
 

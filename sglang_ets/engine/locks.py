@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from sglang_ets.engine.live import ROOT, LiveSearch
 from sglang_ets.kv import RadixLedger
-from sglang_ets.prm.engine import PrmEngine
+from sglang_ets.prm.steps import StepScorer
 
 
 class SearchLocks:
     """Locks on the policy model's KV (`ledger`) and on the PRM's, by node. The prompt's stay until the search ends."""
 
-    def __init__(self, ledger: RadixLedger, prm: PrmEngine) -> None:
+    def __init__(self, ledger: RadixLedger, prm: StepScorer) -> None:
         self._ledger = ledger
         self._prm = prm
 

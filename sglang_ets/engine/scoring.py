@@ -9,20 +9,19 @@ from collections.abc import Iterator, Sequence
 
 from sglang_ets.engine.live import Branch, LiveSearch
 from sglang_ets.engine.metrics import NoMetrics
-from sglang_ets.prm.engine import PrmEngine, PrmError, PrmPath, ScoreJob, StepScore
+from sglang_ets.prm.steps import Outcome, PrmError, ScoreJob, StepScorer
 
 logger = logging.getLogger(__name__)
 
 SCORE_BATCH_STEPS = 16  # finished steps that wait at most before the PRM runs, unless a level is complete earlier
 
-Outcome = tuple[StepScore, PrmPath] | PrmError
 Waiting = tuple[LiveSearch, int]  # a search, and the node whose step waits
 
 
 class StepScoring:
     """Steps that wait for their score. One PRM batch serves all searches."""
 
-    def __init__(self, prm: PrmEngine, metrics: NoMetrics) -> None:
+    def __init__(self, prm: StepScorer, metrics: NoMetrics) -> None:
         self._prm = prm
         self._metrics = metrics
         self._waiting: list[Waiting] = []
@@ -80,4 +79,4 @@ def _job(live: LiveSearch, node_id: int) -> ScoreJob:
     parent = live.parent_of(node)
     path = live.branches[parent.id].prm
     assert path is not None, "a parent keeps its PRM path until its last child is scored"
-    return ScoreJob(path, parent.score, node.token_ids, node.text, node.depth)
+    return ScoreJob(path, parent.score, node.token_ids, node.text, node.depth, live.branches[node_id].states)

@@ -24,6 +24,7 @@ from sglang_ets.prm.formats import (
 )
 
 AUTO = "auto"
+POLICY_HEAD = "policy_head"  # reads the policy model's own states: see `policy_head`
 NAMES = (
     "likelihood",
     "token_classification",
@@ -34,6 +35,7 @@ NAMES = (
     "skywork",
     "judge",
     "confidence",
+    POLICY_HEAD,
 )
 WITHOUT_PRM = ("judge", "confidence")  # the policy model's own weights serve, if no PRM is named
 CONFIG_FILE = "prm_config.json"  # beside the checkpoint: {"format": ..., "score_after": ...}
@@ -56,8 +58,15 @@ def choose_format(model_path: str, wanted: str, tokenizer: Tokenizer) -> PrmForm
     return _build(_format_name(model_path, wanted), read_json(model_path, CONFIG_FILE), tokenizer)
 
 
+def is_policy_head(model_path: str | None, wanted: str) -> bool:
+    """Whether the PRM is a head on the policy model's own states, and no model."""
+    if wanted != AUTO or model_path is None:
+        return wanted == POLICY_HEAD
+    return Path(model_path).is_dir() and read_json(model_path, CONFIG_FILE).get("format") == POLICY_HEAD
+
+
 def check_checkpoint(model_path: str, wanted: str) -> None:
-    """Before anything is loaded: there is a checkpoint, and its head is the one that the format reads.
+    """Before anything is loaded: there is a checkpoint of a model, and its head is the one that the format reads.
 
     Raises:
         SystemExit: there is none, nothing tells the format, or scores in this format would mean nothing.

@@ -13,9 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_context, get_parallel, use_context
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
@@ -28,6 +26,7 @@ from sglang_ets.prm.ranks import current_ranks
 from sglang_ets.prm.readout import StepStates, read_steps
 from sglang_ets.prm.sizing import GB, PoolNeed, check_pool_tokens, default_pool_tokens
 from sglang_ets.prm.split import num_prm_ranks
+from sglang_ets.prm.steps import Outcome, PrmError, PrmPath, ScoreJob, StepScore
 from sglang_ets.prm.stream import ForwardStream
 from sglang_ets.prm.valve import PathValve
 from sglang_ets.prm.worker import pool_budget, start_worker, token_bytes
@@ -47,45 +46,6 @@ class PrmSettings:
     format: str = AUTO
     max_total_tokens: int | None = None  # size of its KV pool; None: from `need` and the free memory
     num_ranks: int | None = None  # over which it is split; None: all, or 1 where it does not divide
-
-
-class PrmError(RuntimeError):
-    """A step that the PRM could not score; returned, not raised."""
-
-
-@dataclass(frozen=True)
-class StepScore:
-    """What the PRM says about one step."""
-
-    score: float  # 0..1
-    embedding: NDArray[np.float32]  # float32[H], unit norm
-
-
-@dataclass(eq=False)
-class PrmPath:
-    """The PRM's side of one trajectory: its tokens with the prompt, and the lock on their KV.
-
-    The lock may have been given up: then the KV is computed again when a step behind it is scored.
-    """
-
-    token_ids: tuple[int, ...]
-    hold: Hold
-
-    @property
-    def owner(self) -> str:
-        """The search that the path belongs to."""
-        return self.hold.owner
-
-
-@dataclass(frozen=True)
-class ScoreJob:
-    """One finished step to score."""
-
-    parent: PrmPath
-    parent_score: float | None
-    step_ids: tuple[int, ...]
-    step_text: str
-    depth: int
 
 
 @dataclass(frozen=True)
@@ -114,12 +74,10 @@ class _Reading:
         return TokenRun(self.token_ids, len(parent.token_ids) - 1, parent.owner)
 
 
-Outcome = tuple[StepScore, PrmPath] | PrmError
-
-
 class PrmEngine:
     """Scores steps. Owns the PRM's weights, KV pool and radix cache."""
 
+    reads_states = False
     _pool: PrmPool
     _valve: PathValve
 

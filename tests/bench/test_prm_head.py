@@ -16,6 +16,8 @@ from bench import rows
 from bench.embedded import MODELS
 from bench.testbed import prm_head
 from bench.testbed.prm_head import (
+    CHECKPOINT,
+    FORMATS,
     LinearHead,
     Rollout,
     Step,
@@ -30,7 +32,7 @@ from bench.testbed.prm_head import (
 )
 from bench.testbed.sampling import sample
 from bench.testbed.task import distinct_problems, split_steps
-from sglang_ets.prm.choose import check_checkpoint
+from sglang_ets.prm.choose import POLICY_HEAD, check_checkpoint, is_policy_head
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "policy")
 NUM_PROBLEMS, WIDTH = 6, 6
@@ -105,7 +107,8 @@ def test_a_pass_reads_states_at_the_ends_of_steps_and_the_steps_own_probabilitie
         expected = sum(float(log_p[at + index - 1, token]) for index, token in enumerate(step))
         at += len(step)
         assert made.log_probabilities[place] == pytest.approx(expected, abs=1e-4)
-        np.testing.assert_allclose(made.states[place], states[at - 1], atol=1e-4)
+        np.testing.assert_allclose(made.states[CHECKPOINT][place], states[at - 1], atol=1e-4)
+        np.testing.assert_allclose(made.states[POLICY_HEAD][place], states[at - 2], atol=1e-4)
     assert made.lengths.tolist() == [len(step) for step in one.steps]
 
 
@@ -124,7 +127,7 @@ def test_a_fit_separates_what_can_be_separated_and_is_right_on_average() -> None
 
 
 def test_a_head_is_trained_on_some_problems_and_tested_on_others() -> None:
-    """Right rollouts lie on one side of the first direction in all problems."""
+    """Right rollouts lie on one side of the first direction in all problems, where the server's own states tell nothing."""
     draw, chance = np.random.default_rng(0), random.Random(0)
     made, steps = [], []
     for number in range(40):
@@ -132,22 +135,23 @@ def test_a_head_is_trained_on_some_problems_and_tested_on_others() -> None:
         states = draw.normal(size=(3, 6))
         states[:, 0] += 3 * is_right
         made.append(Rollout(str(number // 2), (), ((number,),) * 3, (0.5,) * 3, is_right))
-        steps.append(Step(states, np.full(3, -1.0), np.ones(3)))
+        steps.append(Step({CHECKPOINT: states, POLICY_HEAD: np.zeros((3, 6))}, np.full(3, -1.0), np.ones(3)))
     first, second = halves(made)
     assert not {made[at].problem for at in first} & {made[at].problem for at in second}
-    head, _ = train([made[at] for at in first], [steps[at] for at in first])
+    heads = {name: train([made[at] for at in first], [steps[at].states[name] for at in first])[0] for name in FORMATS}
     tested = [made[at] for at in second]
-    reads = [prm_head.scores_of(made[at], steps[at], head, "judge") for at in second]
+    reads = [prm_head.scores_of(made[at], steps[at], heads, "judge") for at in second]
     by_name = {row["verifier"]: row for row in compare(tested, reads, seed=0)}
-    assert by_name["head"]["auc_last"] > 0.9 > 0.5 == by_name["judge"]["auc_last"]
+    assert by_name["head"]["auc_last"] > 0.9 > 0.5 == by_name["judge"]["auc_last"] == by_name["policy head"]["auc_last"]
     assert by_name["head"]["low"] <= by_name["head"]["auc_last"] <= by_name["head"]["high"]
     with pytest.raises(SystemExit, match="right and wrong rollouts must be in both halves"):
         halves([one for one in made if one.is_right])
 
 
 def test_the_checkpoint_is_one_that_the_server_recognises(rollouts: list[Rollout], tmp_path: Path) -> None:
-    head, made = learn(str(MODELS / "policy"), rollouts, torch.float32, "judge", seed=0)
-    assert [row["verifier"] for row in made][:2] == ["head", "judge"]
+    heads, made = learn(str(MODELS / "policy"), rollouts, torch.float32, "judge", seed=0)
+    head = heads[CHECKPOINT]
+    assert [row["verifier"] for row in made][:3] == ["head", "policy head", "judge"]
     assert all(row["train_problems"] == row["test_problems"] == NUM_PROBLEMS // 2 for row in made)
     text = prm_head.table([{"model": "m", "data": "d", **row} for row in made])
     assert f"| head | {made[0]['auc_last']:.3f} | [{made[0]['low']:.3f}, {made[0]['high']:.3f}] |" in text
@@ -159,7 +163,11 @@ def test_the_checkpoint_is_one_that_the_server_recognises(rollouts: list[Rollout
     with torch.no_grad():
         last = float(model(torch.tensor([token_ids])).logits[0, -1].softmax(-1)[1])
     policy = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval()
-    assert last == pytest.approx(head.scores(read(policy, one).states)[-1], abs=1e-4)
+    assert last == pytest.approx(head.scores(read(policy, one).states[CHECKPOINT])[-1], abs=1e-4)
+    heads[POLICY_HEAD].save(tmp_path)
+    loaded = LinearHead.load(str(tmp_path))
+    np.testing.assert_allclose(loaded.weight, heads[POLICY_HEAD].weight, rtol=1e-6)
+    assert loaded.bias == pytest.approx(heads[POLICY_HEAD].bias) and is_policy_head(str(tmp_path), "auto")
 
 
 def test_a_model_whose_head_the_server_does_not_know_is_refused(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
@@ -26,7 +27,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -36,8 +37,8 @@ from sglang_ets.engine.children import ChildReq, Member, without_children
 from sglang_ets.engine.coordinator import SearchCoordinator
 from sglang_ets.engine.forks import ForkRoom, Forks
 from sglang_ets.engine.strands import DRAW_KEY, Draw
-from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
+from sglang_ets.prm.steps import PrmError, ScoreJob, StepScore
 from sglang_ets.wire import CUSTOM_KEY, RESULT_KEY
 
 DELIMITER = "\n"
@@ -80,6 +81,11 @@ def three_steps(child: ChildReq) -> Sequence[int]:
     depth = bytes(given(child)).count(DELIMITER.encode())
     number = (child.sampling_params.sampling_seed or 0) % 10
     return tokens(f"the answer is {number}", ends=True) if depth == 3 else tokens(f"a={number}{DELIMITER}")
+
+
+def state_after(ids: Sequence[int]) -> NDArray[np.float32]:
+    """float32[2]: a hidden state that tells what stands before it, in numbers whose sums are exact."""
+    return np.array([zlib.crc32(np.array(ids, dtype="<u2").tobytes()) % 4093, len(ids)], dtype=np.float32)
 
 
 class FakeBatch:
@@ -240,8 +246,11 @@ class FakeScheduler:
     def _launch(self, batch: FakeBatch) -> Launched:
         """Draw the next tokens of every request from its script, and take the slots that computing them needs."""
         draw, others = Draw.of(batch.reqs), list[int]()
+        prefixes = [self._prefix(req) for req in batch.reqs]
         tokens = [self._forward(req, others) for req in batch.reqs]
-        result = SimpleNamespace()
+        keeps_states = any(req.return_hidden_states_mode is CaptureHiddenMode.LAST for req in batch.reqs)
+        states = torch.stack([torch.from_numpy(state_after(ids)) for ids in prefixes]) if keeps_states else None
+        result = SimpleNamespace(logits_output=SimpleNamespace(hidden_states=states))
         if draw is not None:
             draw.tokens = torch.tensor(others)
             setattr(result, DRAW_KEY, draw)
@@ -259,6 +268,11 @@ class FakeScheduler:
             others += [*self._wanted(DrawnFor(req, member))[begun : begun + 1], *[0]][:1]
         self.num_computed += len(wanted)
         return wanted
+
+    def _prefix(self, req: Any) -> list[int]:
+        """What the request samples its next token behind."""
+        own = [*given(req), *req.output_ids[getattr(req, "num_given", 0) :]]
+        return [*own, *self._wanted(req)[len(own) - len(given(req)) :][: self._is_in_flight(req)]]
 
     def _is_in_flight(self, req: Any) -> bool:
         return self._in_flight is not None and any(other is req for other in self._in_flight.batch.reqs)
@@ -390,9 +404,16 @@ class ScriptedPath:
 
 
 class ScriptedPrm:
-    """The interface of `PrmEngine`. `score_of` may return a score, or a `PrmError`, or raise what breaks a whole call."""
+    """A `StepScorer`. `score_of` may return a score, or a `PrmError`, or raise what breaks a whole call.
 
-    def __init__(self, score_of: Callable[[ScoreJob], float | PrmError] | None = None) -> None:
+    One that reads states insists that a job brings those of its step.
+    """
+
+    def __init__(
+        self, score_of: Callable[[ScoreJob], float | PrmError] | None = None, *, reads_states: bool = False
+    ) -> None:
+        self.reads_states = reads_states
+        self.num_states_read = 0
         self.score_of = score_of or (lambda job: zlib.crc32(bytes(job.step_ids[:-1])) % 1000 / 1000)
         self.locked: dict[int, ScriptedPath] = {}
         self.batches: list[list[str]] = []  # texts of the steps of each call
@@ -422,6 +443,8 @@ class ScriptedPrm:
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[Any]:
         self.batches.append([job.step_text for job in jobs])
+        for job in jobs if self.reads_states else ():
+            self._read_states(job)
         results = [
             self.score_of(job) for job in jobs
         ]  # before any lock is taken, as a call that raises must leave none
@@ -436,6 +459,13 @@ class ScriptedPrm:
             score = StepScore(result, embedding / np.linalg.norm(embedding))
             outcomes.append((score, self._lock(job.parent.token_ids + job.step_ids)))
         return outcomes
+
+    def _read_states(self, job: ScoreJob) -> None:
+        states, before = job.states, job.parent.token_ids
+        assert states is not None and states.count == len(job.step_ids)
+        expected = [state_after([*before, *job.step_ids[:place]]) for place in range(states.count)]
+        assert (states.last.tolist(), states.total.tolist()) == (expected[-1].tolist(), sum(expected).tolist())
+        self.num_states_read += 1
 
     def release(self, path: Any) -> None:
         self.locked.pop(id(path), None)

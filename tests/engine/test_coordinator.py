@@ -30,7 +30,7 @@ from sglang_ets.engine.live import Branch, LiveSearch
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.engine.pressure import HOPELESS_TICKS
 from sglang_ets.kv import Hold, LedgerImbalance, RadixLedger
-from sglang_ets.prm.engine import PrmError
+from sglang_ets.prm.steps import PrmError
 from sglang_ets.wire import PROGRESS_KEY, QUESTION_KEY, TRACE_KEY, TRACE_PARAM
 from tests.engine.fakes import (
     DELIMITER,

@@ -18,8 +18,8 @@ from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.selection import Level, Selection, SelectionPolicy
 from sglang_ets.engine.children import SearchIds
 from sglang_ets.engine.decisions import Decision, Decisions, Failed, RanksDiffer
-from sglang_ets.prm.engine import PrmError, ScoreJob, StepScore
 from sglang_ets.prm.ranks import ONE_RANK, OneRank, Ranks
+from sglang_ets.prm.steps import PrmError, ScoreJob, StepScore
 from tests.engine.fakes import DELIMITER, FakeScheduler, ScriptedPrm, World, tokens
 from tests.engine.test_strands import steps_of_two_letters
 

@@ -20,8 +20,8 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.engine.children import ChildReq
-from sglang_ets.prm.engine import PrmError, ScoreJob
 from sglang_ets.prm.ranks import ONE_RANK
+from sglang_ets.prm.steps import PrmError, ScoreJob
 from tests.engine.fakes import ScriptedPrm, World, request, tokens
 from tests.engine.test_decisions import AGES_S, First, NeverAsked, OtherPrm, Second, without_times
 from tests.engine.test_speculation import InLoop
@@ -134,6 +134,7 @@ def worlds_of(seed: int, num_ranks: int) -> list[World]:
     mode, pool_tokens = rng.choice(MODES), rng.choice([250, 400, 800, 20_000])
     limits = {"max_running_steps": rng.choice([None, None, 1, 3, 8]), "max_running": rng.choice([None, None, 1, 2])}
     share_of_errors, is_in_loop = rng.choice([0.0, 0.0, 0.05]), rng.random() < 0.5
+    reads_states = rng.random() < 0.5
 
     def score_of(job: ScoreJob) -> float | PrmError:
         number = zlib.crc32(f"{seed} {job.depth} {job.step_text}".encode()) % 1000 / 1000
@@ -144,7 +145,8 @@ def worlds_of(seed: int, num_ranks: int) -> list[World]:
         scheduler = world_of(mode, script, pool_tokens, **traits).scheduler
         scheduler.server_args._ets |= {**limits, "kv_pressure": float(seed % 3 == 0)}
         ranks = ONE_RANK if num_ranks == 1 else FollowingRank(said) if rank else First(said)
-        world = World(scheduler, OtherPrm(score_of) if rank else ScriptedPrm(score_of), {}, ranks, revives=True)
+        prm = (OtherPrm if rank else ScriptedPrm)(score_of, reads_states=reads_states)
+        world = World(scheduler, prm, {}, ranks, revives=True)
         if rank:
             world.policies = dict.fromkeys(BUILT_IN, NeverAsked())
         elif is_in_loop:

@@ -10,7 +10,7 @@ from sglang_ets.engine.children import ChildSpec, SearchIds
 from sglang_ets.engine.live import ROOT, Branch, LiveSearch
 from sglang_ets.engine.metrics import NoMetrics
 from sglang_ets.engine.scoring import SCORE_BATCH_STEPS, StepScoring
-from sglang_ets.prm.engine import PrmError
+from sglang_ets.prm.steps import PrmError
 from tests.engine.fakes import ScriptedPrm, request
 
 

@@ -14,7 +14,7 @@ from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.registry import BUILT_IN
 from sglang_ets.core.selection import Level, Selection
 from sglang_ets.engine.children import ChildReq, child_seed
-from sglang_ets.prm.engine import ScoreJob
+from sglang_ets.prm.steps import ScoreJob
 from sglang_ets.wire import PROGRESS_KEY
 from tests.engine.fakes import DELIMITER, VOCAB, FakeScheduler, ScriptedPrm, World, given, request, tokens
 from tests.engine.test_strands import (

@@ -22,9 +22,10 @@ from sglang_ets.kv import LedgerImbalance, RadixLedger
 from sglang_ets.prm import engine as engine_module
 from sglang_ets.prm import pool as pool_module
 from sglang_ets.prm import readout as readout_module
-from sglang_ets.prm.engine import PrmEngine, PrmError, PrmPath, ScoreJob
+from sglang_ets.prm.engine import PrmEngine
 from sglang_ets.prm.pool import PoolImbalance
 from sglang_ets.prm.sizing import PoolNeed
+from sglang_ets.prm.steps import PrmError, PrmPath, ScoreJob
 from sglang_ets.prm.stream import ForwardStream
 from tests.prm.conftest import MODELS, TOKENIZER, changed_config
 from tests.prm.streams import Streams

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from bench.testbed.prm_head import LinearHead, Rollout, read, save
-from sglang_ets.prm.engine import ScoreJob
+from bench.testbed.prm_head import CHECKPOINT, LinearHead, Rollout, read, save
+from sglang_ets.prm.steps import ScoreJob
 from tests.prm.conftest import MODELS, TOKENIZER
 
 QUESTION, STEPS = "7*8-2*(3+4)=\n", ("7*8=56: 56-2*(3+4)\n", "3+4=7: 56-2*7\n")
@@ -22,14 +22,15 @@ def test_the_server_scores_steps_as_the_head_was_trained(load_engine: Callable[.
     steps = tuple(tuple(TOKENIZER.encode(step, add_special_tokens=False)) for step in STEPS)
     rollout = Rollout("1", tuple(TOKENIZER.encode(QUESTION)), steps, (0.0, 0.0), is_right=True)
     made = read(LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval(), rollout)
-    weight = np.random.default_rng(0).normal(size=made.states.shape[1]) / np.abs(made.states).mean() / 2
-    head = LinearHead(weight, float(-made.states[0] @ weight))
+    states = made.states[CHECKPOINT]
+    weight = np.random.default_rng(0).normal(size=states.shape[1]) / np.abs(states).mean() / 2
+    head = LinearHead(weight, float(-states[0] @ weight))
     save(str(MODELS / "policy"), head, torch.float32, tmp_path)
     engine = load_engine(400, tmp_path)
     path, scores = engine.open_prompt(rollout.prompt_ids, QUESTION), []
     for depth, (text, token_ids) in enumerate(zip(STEPS, steps, strict=True), 1):
         ((score, path),) = engine.score([ScoreJob(path, None, token_ids, text, depth)])
         scores.append(score.score)
-    expected = head.scores(made.states)
+    expected = head.scores(states)
     assert scores == pytest.approx(list(expected), abs=1e-4)
     assert expected[0] == pytest.approx(0.5) and abs(expected[1] - 0.5) > 0.01

@@ -54,7 +54,7 @@ def scheduler(rank: int, port: int) -> Iterator[Any]:
 
 def score(engine: Any, question: str, steps: Sequence[Step]) -> list[float]:
     """The score of each step, a level at a time as a search asks; what is not continued is dropped before the next level."""
-    from sglang_ets.prm.engine import ScoreJob
+    from sglang_ets.prm.steps import ScoreJob
 
     paths, scores = [engine.open_prompt(TOKENIZER.encode(question), question)], [None]
     depths = depths_of(steps)
