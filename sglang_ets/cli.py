@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "compare": ("sglang_ets.tools.compare", "write two searches of one problem as one HTML page"),
     "top": ("sglang_ets.tools.top", "watch the searches of a running server"),
+    "tune": ("sglang_ets.tools.tune", "say how hard a model and its PRM let ETS prune, from saved searches"),
     "calibrate": ("sglang_ets.tools.calibrate", "suggest a cluster cut for a PRM"),
     "plan": ("sglang_ets.tools.plan", "say which searches fit on a card"),
 }

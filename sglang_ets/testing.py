@@ -68,8 +68,7 @@ def replay(
                     f"{level.depth}; take chance from level.rng()"
                 )
             assert level.kv is not None
-            held = level.kv.cost[level.kv.held(selection.allocation > 0)].sum() / level.kv.cost.sum()
-            yield Decision(number, level, leaf_ids, selection, float(held))
+            yield Decision(number, level, leaf_ids, selection, level.kv.share_held(selection.allocation > 0))
 
 
 def trees_in(given: Tree | Path | str) -> Iterator[Tree]:

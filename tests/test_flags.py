@@ -10,7 +10,7 @@ import pytest
 from sglang_ets import flags
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.settings import settings_of
-from sglang_ets.launch_server import EMBEDDED, chosen_flags, is_given
+from sglang_ets.launch_server import EMBEDDED, EMBEDDED_WEIGHTS, chosen_flags, is_given
 
 
 def parsed(*argv: str) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def test_every_search_flag_is_a_setting_that_a_search_reads() -> None:
 
 def test_what_the_launcher_sets_for_the_embedded_task_stands_in_the_table() -> None:
     settings = {f"--{item.flag_name}": item for item in settings_of(SearchConfig) if item.flag_name}
-    for flag, value in EMBEDDED.items():
+    for flag, value in {**EMBEDDED, **EMBEDDED_WEIGHTS}.items():
         if flag.startswith("--search-"):
             text = settings[flag].default_text.partition("embedded task ")[2]
             assert text.startswith((f"`{value}`", f'`"{value}"`')), flag
@@ -128,6 +128,8 @@ def test_launcher_adds_only_what_is_not_given() -> None:
     assert {"--device", "--dtype", "--max-total-tokens", "--search"} <= set(chosen)
     assert "--dtype" not in chosen_flags(["--dtype=bfloat16"], has_cuda=False)
     assert "--device" not in chosen_flags([], has_cuda=True)
+    assert set(EMBEDDED_WEIGHTS) <= set(chosen), "chosen on this task, with its PRM"
+    assert set(EMBEDDED_WEIGHTS).isdisjoint(chosen_flags(["--search-preset", "paper"], has_cuda=False))
 
 
 @pytest.mark.parametrize(

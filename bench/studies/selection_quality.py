@@ -23,11 +23,11 @@ from bench import rows
 from bench.testbed.task import Problem, distinct_problems, step_is_right
 from bench.trees import rebase_trees
 from sglang_ets.core.config import SearchConfig
-from sglang_ets.core.ilp import CostTree
 from sglang_ets.core.selection import Level
 from sglang_ets.testing import levels_of
 
 MAX_TOKENS = 512
+CUT = 0.3  # of the embedded task
 FIGURES = {"kept": "leaves kept", "kv_kept": "KV kept", "right_kept": "right among kept",
            "right_width": "width on right leaves", "all_right_lost": "lost all right"}  # fmt: skip
 
@@ -51,11 +51,6 @@ def judged_levels(nodes: Sequence[dict[str, Any]], problem: Problem) -> Iterator
             yield Judged(replace(level, remaining_width=len(leaf_ids), growth_tokens=0.0), truth)
 
 
-def kept_cost(tree: CostTree, kept: NDArray[np.bool_]) -> float:
-    """Share of the tree's cost that the kept leaves hold, 0..1."""
-    return float(tree.cost[tree.held(kept)].sum() / tree.cost.sum())
-
-
 def quality(judged: Sequence[Judged], config: SearchConfig) -> dict[str, float]:
     """Means over levels."""
     levels: dict[str, list[float]] = {name: [] for name in FIGURES}
@@ -63,7 +58,7 @@ def quality(judged: Sequence[Judged], config: SearchConfig) -> dict[str, float]:
         allocation = config.policy.select(item.level, config).allocation
         kept = allocation > 0
         levels["kept"].append(kept.mean())
-        levels["kv_kept"].append(kept_cost(item.level.kv, kept))
+        levels["kv_kept"].append(item.level.kv.share_held(kept))
         levels["right_kept"].append(item.is_right[kept].mean())
         levels["right_width"].append(allocation[item.is_right].sum() / allocation.sum())
         levels["all_right_lost"].append(float(not item.is_right[kept].any()))
@@ -79,10 +74,10 @@ def configs(width: int) -> Iterator[SearchConfig]:
             for weight in (0.0, 0.5, None):
                 yield SearchConfig(
                     algorithm="ets", width=width, kv_cost=cost, kv_cost_weight=kv_weight, diversity_weight=weight,  # type: ignore[arg-type]
-                    coverage="uniform",
+                    coverage="uniform", cluster_distance=CUT,
                 )  # fmt: skip
     for kv_weight in (1.0, 2.0, 4.0):
-        yield SearchConfig(algorithm="ets", width=width, kv_cost_weight=kv_weight)
+        yield SearchConfig(width=width, coverage="reward", kv_cost_weight=kv_weight, cluster_distance=CUT)
 
 
 def table(done: Sequence[dict[str, Any]]) -> str:

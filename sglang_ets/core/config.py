@@ -38,7 +38,8 @@ MAX_STEPS_LIMIT = 1024
 MAX_DELIMITERS, MAX_DELIMITER_CHARS = 16, 64
 MAX_WEIGHT = 1e6
 MAX_JSON_CHARS = 20_000  # of all settings as text: more than the longest that the rules allow
-REWARD_COST_WEIGHT = 4.0
+# By coverage; see "Weights for a model that nobody knows" in docs/results.md.
+COST_WEIGHTS = {"uniform": 1.5, "reward": 4.0}
 
 
 class Weights(NamedTuple):
@@ -123,7 +124,7 @@ class SearchConfig:
         low=0.0,
         high=MAX_WEIGHT,
         has_flag=True,
-        default_text='4; as published, 1, for `ets_kv` and `coverage: "uniform"`',
+        default_text='1.5; 4 for `coverage: "reward"`; 1 for `ets_kv`',
     )
     diversity_weight: float | None = setting(
         None,
@@ -131,14 +132,22 @@ class SearchConfig:
         low=0.0,
         high=MAX_WEIGHT,
         has_flag=True,
-        default_text='as `kv_cost_weight`; as published, 1.4 to 1.5 by width, for `coverage: "uniform"`',
+        default_text='as published, 1.4 to 1.5 by width; as `kv_cost_weight` for `coverage: "reward"`',
     )
     coverage: Coverage = setting(
-        "reward", "what a covered cluster is worth: the same as any other, or the reward of its leaves", has_flag=True
+        "uniform",
+        "what a covered cluster is worth: the same as any other, or the reward of its leaves",
+        has_flag=True,
+        default_text="`uniform`, embedded task `reward`",
     )
     kv_cost: KvCost = setting("tokens", "what retained KV is counted in; as published: nodes", has_flag=True)
     cluster_distance: float = setting(
-        0.3, "cosine distance below which two steps mean the same", low=0.0, high=2.0, has_flag=True
+        0.1,
+        "cosine distance below which two steps mean the same",
+        low=0.0,
+        high=2.0,
+        has_flag=True,
+        default_text="`0.1`, embedded task `0.3`",
     )
     center_embeddings: bool = setting(
         True, "measure that distance from the mean of the search's steps so far, not from the origin"
@@ -252,13 +261,12 @@ class SearchConfig:
     def weights(self) -> Weights:
         """The weights in force: those given, and for one that is None the default that fits the others.
 
-        KV weighs 4 where coverage is by reward (docs/results.md, width 64) and the published 1 elsewhere. Coverage by reward
-        weighs as much as KV; any other coverage as published for the nearest width.
+        Coverage by reward weighs as much as KV; any other coverage as published for the nearest width.
         """
         is_by_reward = self.algorithm == "ets" and self.coverage == "reward"
         kv = self.kv_cost_weight
         if kv is None:
-            kv = REWARD_COST_WEIGHT if is_by_reward else PUBLISHED_COST_WEIGHT
+            kv = COST_WEIGHTS[self.coverage] if self.algorithm == "ets" else PUBLISHED_COST_WEIGHT
         diversity = self.diversity_weight
         if diversity is None:
             diversity = kv if is_by_reward else published_diversity_weight(self.width)

@@ -97,6 +97,10 @@ class CostTree:
                 node = int(self.parent[node])
         return held
 
+    def share_held(self, kept: NDArray[np.bool_ | np.integer]) -> float:  # bool[L] or places
+        """Share of all cost that keeping these leaves holds, 0..1."""
+        return float(self.cost[self.held(kept)].sum() / self.cost.sum())
+
 
 @dataclass(frozen=True)
 class SolverReport:

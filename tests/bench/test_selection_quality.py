@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.studies.selection_quality import judged_levels, kept_cost, quality
+from bench.studies.selection_quality import judged_levels, quality
 from bench.testbed.task import Problem
 from sglang_ets.core.config import SearchConfig
 
@@ -38,8 +38,8 @@ def test_a_level_counts_equal_paths_once_and_knows_the_truth() -> None:
     assert judged.is_right.tolist() == [True, True, False]
     assert judged.level.kv.cost.tolist() == [7.0, 6.0, 6.0]  # all share how they begin, and two the rest
     assert judged.level.nodes.cost.tolist() == [1.0, 1.0, 1.0]
-    assert kept_cost(judged.level.kv, np.array([True, False, False])) == pytest.approx(13 / 19)
-    assert kept_cost(judged.level.nodes, np.array([True, False, True])) == pytest.approx(2 / 3)
+    assert judged.level.kv.share_held(np.array([True, False, False])) == pytest.approx(13 / 19)
+    assert judged.level.nodes.share_held(np.array([True, False, True])) == pytest.approx(2 / 3)
 
 
 def test_coverage_keeps_the_wrong_meaning_too() -> None:

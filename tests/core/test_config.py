@@ -147,15 +147,15 @@ def test_settings_cannot_be_changed() -> None:
     ("width", "weight"), [(2, 1.5), (16, 1.5), (40, 1.5), (41, 1.4), (64, 1.4), (160, 1.4), (161, 1.45), (1024, 1.45)]
 )
 def test_coverage_weight_is_the_published_one_of_the_nearest_width(width: int, weight: float) -> None:
-    config = SearchConfig(width=width, coverage="uniform")
-    assert config.weights == Weights(kv_cost_weight=1.0, diversity_weight=weight)
-    assert SearchConfig(width=width, coverage="uniform", diversity_weight=0.0).weights.diversity_weight == 0.0
+    assert SearchConfig(width=width).weights == Weights(kv_cost_weight=1.5, diversity_weight=weight)
+    assert SearchConfig(width=width, kv_cost_weight=3.0).weights == (3.0, weight)
+    assert SearchConfig(width=width, diversity_weight=0.0).weights.diversity_weight == 0.0
 
 
 def test_coverage_by_reward_weighs_as_much_as_kv() -> None:
-    assert SearchConfig().weights == (4.0, 4.0)
-    assert SearchConfig(kv_cost_weight=2).weights == (2, 2)
-    assert SearchConfig(diversity_weight=0.5).weights == (4.0, 0.5)
+    assert SearchConfig(coverage="reward").weights == (4.0, 4.0)
+    assert SearchConfig(coverage="reward", kv_cost_weight=2).weights == (2, 2)
+    assert SearchConfig(coverage="reward", diversity_weight=0.5).weights == (4.0, 0.5)
     assert SearchConfig(algorithm="ets_kv").weights.kv_cost_weight == 1.0
 
 

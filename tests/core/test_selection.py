@@ -115,7 +115,7 @@ def test_ets_pays_for_new_meanings() -> None:
     embeddings = np.array([[1, 0], [1, 0.01], [0, 1]], dtype=np.float32)
     level = level_of(HAND_SCORES, 4, kv=SHARED, embeddings=embeddings)
     # two clusters, {0, 1} and {2}, each worth .5: all three: 1 - 1 + 1 = 1, {0, 1}: .05 + .5
-    covered = select("ets", level, diversity_weight=1.0, coverage="uniform")
+    covered = select("ets", level, kv_cost_weight=1.0, diversity_weight=1.0, coverage="uniform")
     assert covered.clusters is not None
     assert covered.clusters.tolist() == [0, 0, 1]
     assert covered.allocation.tolist() == [2, 1, 1]
