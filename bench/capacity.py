@@ -30,7 +30,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "dvts": {"algorithm": "dvts"},
     "rebase": {"algorithm": "rebase"},
     "ets_kv b=2": {"algorithm": "ets_kv", "kv_cost_weight": 2.0},
-    "ets b=4": {"algorithm": "ets", "kv_cost_weight": 4.0},
+    "ets b=4": {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": 4.0, "cluster_distance": 0.3},
 }
 AMPLE_TOKENS = 400_000
 ANSWER_LIMIT_S = 1800.0

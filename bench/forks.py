@@ -39,7 +39,7 @@ MODES: dict[str, list[str]] = {  # and the flags of its server
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "rebase": {"algorithm": "rebase"},
-    "ets b=4": {"algorithm": "ets", "kv_cost_weight": 4.0},
+    "ets b=4": {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": 4.0, "cluster_distance": 0.3},
     "best_of_n": {"algorithm": "best_of_n"},
 }
 POOL_TOKENS = 100_000  # nothing is short

@@ -13,7 +13,7 @@ from pathlib import Path
 from bench import attention, capacity, fairness, forks, ilp, real_model, rows, searches, soak, tables
 from bench.client_search import table as throughput
 from bench.gpu import rehearse
-from bench.studies import answers, plan_reads, selection_quality, stopping
+from bench.studies import answers, plan_reads, selection_quality, stopping, survivors
 from bench.testbed import prm_head
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_kit": lambda: rehearse.table(rows_of("gpu_kit_cpu")),
     "stopping": lambda: searches.report("stopping", rows_of("stopping"), seed=0),
     "answers": lambda: answers.table(rows_of("answers")),
+    "survivors": lambda: survivors.table(rows_of("survivors")),
     "stopping_replay": lambda: stopping.table(rows_of("stopping_replay")),
     "coverage": lambda: searches.report("coverage", rows_of("coverage"), seed=0),
 }

@@ -32,6 +32,7 @@ WAYS: dict[str, Way] = {
     "sglang-ets run": "started",  # tests/tools runs them, and the tutorial's on a server
     "sglang-ets evaluate": "started",
     "sglang-ets top": "started",
+    "sglang-ets tune": "started",
     "sglang-ets compare": "started",  # tests/tools/test_compare.py
     "sglang-ets import-yaml": "started",
     "sglang-ets plan": "run",

@@ -87,8 +87,12 @@ def test_it_does_what_its_page_says(command: Command, server: Server, tmp_path: 
 
 def test_the_tutorial_goes_from_problems_to_tables(server: Server, tmp_path: Path) -> None:
     """Its commands in the order of the page, in one folder. What it asks first is tested above."""
-    steps = {one.argv[1]: one for one in commands() if one.page == "tutorial.md" and one.kind == "shell"}
-    assert list(steps) == ["serve", "ask", "view", "run", "top", "evaluate", "compare"]
+    typed_there = [one for one in commands() if one.page == "tutorial.md" and one.kind == "shell"]
+    assert [one.argv[1] for one in typed_there] == [
+        *("serve", "ask", "view", "run", "top", "evaluate", "compare", "run", "tune")
+    ]
+    *first, run_rebase, tune = typed_there
+    steps = {one.argv[1]: one for one in first}
     table = typed(steps["run"], server, tmp_path)
     assert len(re.findall(r"^│ embedded │ +[48] │ (?:rebase|ets) ", table, re.MULTILINE)) == 4
     assert len((tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()) == 8
@@ -96,3 +100,7 @@ def test_the_tutorial_goes_from_problems_to_tables(server: Server, tmp_path: Pat
     chosen = typed(steps["evaluate"], server, tmp_path)
     assert chosen.count("weighted majority") == 16, "four tables with four ways to aggregate"
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    typed(run_rebase, server, tmp_path)
+    said = typed(tune, server, tmp_path)
+    (flags,) = re.findall(r"^suggested: (--search .*?)  \(", said, re.MULTILINE)
+    assert "by chance" in said and "--search-kv-cost-weight" in flags
