@@ -98,12 +98,17 @@ def check_prm(server_args: Any) -> None:
     """At the same moment: the PRM is there, and of the kind that its format reads.
 
     Raises:
-        SystemExit: see `check_checkpoint`.
+        SystemExit: see `check_checkpoint` and `LinearHead.load`.
     """
     from sglang_ets.prm.choose import check_checkpoint
+    from sglang_ets.prm.policy_head import LinearHead
 
     settings: dict[str, Any] = getattr(server_args, "_ets", None) or {}
-    if flags.is_on(settings) and settings["prm_model_path"] and not has_policy_head(settings):
+    if not flags.is_on(settings) or not settings["prm_model_path"]:
+        return
+    if has_policy_head(settings):
+        LinearHead.load(settings["prm_model_path"])
+    else:
         check_checkpoint(settings["prm_model_path"], settings["prm_format"])
 
 

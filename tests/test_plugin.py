@@ -10,9 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sglang_ets import flags, patches, plugin
+from sglang_ets.prm.policy_head import LinearHead
+
+SETTINGS = {"search": "ets", "prm_model_path": "a-head", "prm_format": "judge"}
 
 
 @pytest.fixture
@@ -76,10 +80,34 @@ def test_flags_switch_the_search_on_for_this_process_and_its_children(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(flags.SEARCH_ENV, "before")
-    args = SimpleNamespace(_ets={"search": "ets"})
+    args = SimpleNamespace(_ets=SETTINGS)
     assert plugin.switch_on(args) is args
     assert calls == [("install", True, False), "apply", "check"]
     assert os.environ[flags.SEARCH_ENV] == "ets"
+
+
+@pytest.mark.parametrize(
+    ("prm_format", "given", "expected"),
+    [("judge", None, None), ("policy_head", None, "last"), ("policy_head", "full", "full")],
+)
+def test_states_are_kept_for_a_head_that_reads_them(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, prm_format: str, given: str | None, expected: str | None
+) -> None:
+    monkeypatch.setenv(flags.SEARCH_ENV, "before")
+    args = SimpleNamespace(_ets={**SETTINGS, "prm_format": prm_format}, return_hidden_states_mode=given)
+    assert plugin.switch_on(args).return_hidden_states_mode == expected
+
+
+def test_a_head_is_no_checkpoint_and_is_on_every_rank(tmp_path: Path) -> None:
+    own = {**SETTINGS, "prm_format": "policy_head", "prm_model_path": str(tmp_path), "prm_tp": 3}
+    args = SimpleNamespace(_ets=own, tp_size=2, model_path="none")
+    with pytest.raises(SystemExit, match="reads policy_head.safetensors in the folder of --prm-model-path"):
+        plugin.check_prm(args)
+    LinearHead(np.zeros(3), 0.0).save(tmp_path)
+    plugin.check_prm(args)
+    plugin.check_prm_ranks(args)
+    with pytest.raises(SystemExit, match="in which no config.json is found"):
+        plugin.check_prm(SimpleNamespace(_ets={**SETTINGS, "prm_model_path": str(tmp_path)}))
 
 
 def test_flags_that_leave_it_off_install_nothing(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
