@@ -101,12 +101,12 @@ def test_states_are_kept_for_a_head_that_reads_them(
 def test_a_head_is_no_checkpoint_and_is_on_every_rank(tmp_path: Path) -> None:
     own = {**SETTINGS, "prm_format": "policy_head", "prm_model_path": str(tmp_path), "prm_tp": 3}
     args = SimpleNamespace(_ets=own, tp_size=2, model_path="none")
-    with pytest.raises(SystemExit, match="reads policy_head.safetensors in the folder of --prm-model-path"):
+    with pytest.raises(SystemExit, match=r"reads policy_head\.safetensors in the folder of --prm-model-path"):
         plugin.check_prm(args)
     LinearHead(np.zeros(3), 0.0).save(tmp_path)
     plugin.check_prm(args)
     plugin.check_prm_ranks(args)
-    with pytest.raises(SystemExit, match="in which no config.json is found"):
+    with pytest.raises(SystemExit, match=r"in which no config\.json is found"):
         plugin.check_prm(SimpleNamespace(_ets={**SETTINGS, "prm_model_path": str(tmp_path)}))
 
 

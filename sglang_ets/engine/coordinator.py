@@ -50,7 +50,7 @@ from sglang_ets.engine.locks import SearchLocks
 from sglang_ets.engine.metrics import make_metrics
 from sglang_ets.engine.pressure import GiveUp, PressureValve, Release, Suspend
 from sglang_ets.engine.progress import answerable, progress_report, shared_text
-from sglang_ets.engine.scoring import Outcome, StepScoring
+from sglang_ets.engine.scoring import StepScoring
 from sglang_ets.engine.speculation import Speculation
 from sglang_ets.engine.step_queue import StepQueue, rows_for_children
 from sglang_ets.engine.step_text import StepText, read_step
@@ -60,7 +60,7 @@ from sglang_ets.engine.tree_plan import make_planner
 from sglang_ets.engine.voting import Voting
 from sglang_ets.kv import Hold, RadixLedger
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
-from sglang_ets.prm.steps import PrmError, StepScorer
+from sglang_ets.prm.steps import Outcome, PrmError, StepScorer
 from sglang_ets.wire import ABORTED_STATUS, RESULT_KEY
 
 logger = logging.getLogger(__name__)

@@ -161,7 +161,8 @@ def unit_means(states: Sequence[SampledStates]) -> NDArray[np.float32]:
     """float32[S, H] of unit norm; zero where the mean is zero, and no number where it is none."""
     means = np.stack([one.total / np.float32(one.count) for one in states])
     with np.errstate(invalid="ignore"):
-        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.float32(MIN_NORM))
+        norms = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.float32(MIN_NORM))
+        return np.asarray(means / norms, dtype=np.float32)
 
 
 def _states_of(job: ScoreJob) -> SampledStates:
