@@ -14,9 +14,14 @@ Key = tuple[str, int, str]  # data, width, policy
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
-    """Of a row of `sglang-ets run`; the published setting is a policy of its own."""
+    """Of a row of `sglang-ets run`; ETS as published, and at each weight of KV, is a policy of its own."""
     search = row["search_result"]
-    return row["data"], row["width"], search["algorithm"] + " published" * (search["preset"] == "paper")
+    policy = search["algorithm"]
+    if search["preset"] == "paper":
+        policy += " published"
+    elif policy == "ets":
+        policy += f" b={search['kv_cost_weight']:g}"
+    return row["data"], row["width"], policy
 
 
 def main(

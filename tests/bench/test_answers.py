@@ -25,7 +25,7 @@ def test_right_ones_are_counted_among_the_trajectories_and_not_only_the_chosen_o
 
 def test_a_search_without_right_or_wrong_ones_has_no_auc() -> None:
     grader = Grader(MathProcess())
-    made = answers.figures([row("ets", LEVELS, "5") | {"is_right": False}], grader)["toy", 4, "ets"]
+    made = answers.figures([row("ets", LEVELS, "5") | {"is_right": False}], grader)["toy", 4, "ets b=4"]
     grader.process.stop()
     assert made["auc"] is None and made["auc_problems"] == 0 and made["share_right"] == pytest.approx(0.0)
     *_, line = answers.table([{"data": "toy", "width": 4, "policy": "ets", **made}]).splitlines()

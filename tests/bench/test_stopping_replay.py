@@ -21,7 +21,7 @@ def node(
 
 def row(algorithm: str, nodes: list[dict[str, Any]], expected: str, **search: Any) -> dict[str, Any]:
     asked = json.dumps({"algorithm": algorithm, "answer": "majority", "answer_pattern": "boxed", **search})
-    found = {"algorithm": algorithm, "preset": "default", "tree": {"prompt_tokens": 9, "nodes": nodes}}
+    found = {"algorithm": algorithm, "preset": "default", "kv_cost_weight": 4.0, "tree": {"prompt_tokens": 9, "nodes": nodes}}
     return {"data": "toy", "width": 4, "search": asked, "expected": expected, "search_result": found}
 
 
@@ -60,7 +60,7 @@ def test_levels_make_moments_and_wait_for_their_longest_step() -> None:
 def test_rules_end_where_they_would_and_changes_are_counted() -> None:
     judge = MathProcess()
     made = stopping.figures([row("best_of_n", FREE, "3"), row("ets", LEVELS, "8")], judge)
-    free, levels = made["toy", 4, "best_of_n"], made["toy", 4, "ets"]
+    free, levels = made["toy", 4, "best_of_n"], made["toy", 4, "ets b=4"]
     assert free["rules"]["settled"] == {
         "searches": 1, "tokens": 13, "decode_steps": 4, "changed": 0, "right": 1, "ended_early": 1,
     }  # fmt: skip
