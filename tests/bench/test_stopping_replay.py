@@ -21,7 +21,12 @@ def node(
 
 def row(algorithm: str, nodes: list[dict[str, Any]], expected: str, **search: Any) -> dict[str, Any]:
     asked = json.dumps({"algorithm": algorithm, "answer": "majority", "answer_pattern": "boxed", **search})
-    found = {"algorithm": algorithm, "preset": "default", "kv_cost_weight": 4.0, "tree": {"prompt_tokens": 9, "nodes": nodes}}
+    found = {
+        "algorithm": algorithm,
+        "preset": "default",
+        "kv_cost_weight": 4.0,
+        "tree": {"prompt_tokens": 9, "nodes": nodes},
+    }
     return {"data": "toy", "width": 4, "search": asked, "expected": expected, "search_result": found}
 
 
