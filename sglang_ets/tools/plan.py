@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_ets.prm.choose import read_json
+from sglang_ets.prm.choose import AUTO, is_policy_head, read_json
 from sglang_ets.prm.split import WHOLE, splits_evenly
 
 GB = 1e9
@@ -42,6 +42,10 @@ class ModelSize:
     def kv_on_card(self, tp: int) -> float:
         """Bytes of a token; a head of keys and values is the least that a card holds."""
         return self.kv_bytes_per_token / min(tp, self.num_kv_heads)
+
+
+# Of a PRM that is a head on the policy model: some kilobytes.
+POLICY_HEAD_SIZE = ModelSize(0, 0, num_kv_heads=1, num_heads=1, inner_width=0, context_tokens=0)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ def _weight_bytes(
     return parameters * DTYPE_BYTES[str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")]
 
 
+def prm_size(model_path: str) -> ModelSize:
+    """Of a PRM; raises as `model_size` does."""
+    return POLICY_HEAD_SIZE if is_policy_head(model_path, AUTO) else model_size(model_path)
+
+
 def prm_ranks(prm: ModelSize, cards: int) -> int:
     """Over how many cards the PRM is split: all, or one copy on each where its heads do not divide."""
     is_even = splits_evenly(prm.num_heads, prm.num_kv_heads, prm.inner_width, cards)
@@ -143,11 +152,13 @@ def default_reserve_gb(memory_gb: float) -> float:
 def report(args: argparse.Namespace) -> tuple[str, bool]:
     """The text to print, and whether everything fits."""
     policy = model_size(args.model_path, args.kv_dtype)
-    prm = model_size(args.prm_model_path) if args.prm_model_path else None
+    prm = prm_size(args.prm_model_path) if args.prm_model_path else None
     reserve = default_reserve_gb(args.memory_gb) if args.reserve_gb is None else args.reserve_gb
     pools = plan_pools(policy, prm, args.memory_gb, args.cards, reserve)
     lines = [_model_line("policy model", policy, args.cards)]
-    if prm is not None:
+    if prm is POLICY_HEAD_SIZE:
+        lines.append("PRM: a head on the policy model's own states, without weights or KV of its own")
+    elif prm is not None:
         split = prm_ranks(prm, args.cards)
         where = (
             ""
@@ -161,7 +172,8 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
     if not pools.policy_tokens:
         lines.append("this does not fit: take more cards, smaller models, or quantised weights")
         return "\n".join(lines), False
-    lines.append(f"flags: --max-total-tokens {pools.policy_tokens} --prm-max-total-tokens {pools.prm_tokens}")
+    prm_flag = "" if prm is POLICY_HEAD_SIZE else f" --prm-max-total-tokens {pools.prm_tokens}"
+    lines.append(f"flags: --max-total-tokens {pools.policy_tokens}{prm_flag}")
     lines.append(f"\n{'width':>6}  {'tokens, nothing shared':>22}  {'at once':>8}")
     needs = {width: search_tokens(width, args.prompt_tokens, args.max_tokens) for width in args.width}
     lines += [f"{width:>6}  {need:>22}  {pools.searches(need):>8}" for width, need in needs.items()]

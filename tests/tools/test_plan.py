@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sglang_ets.launch_server import MODELS
+from sglang_ets.prm.policy_head import LinearHead
 from sglang_ets.tools import plan
 
 QWEN_7B = {
@@ -49,6 +51,21 @@ def test_both_pools_fill_what_the_weights_leave(qwen: str) -> None:
     assert 0 <= 70e9 - used < 2 * size.kv_bytes_per_token
     alone = plan.plan_pools(size, None, 80.0, 1, 10.0)
     assert alone.room_bytes - pools.room_bytes == size.weight_bytes
+
+
+def test_a_head_on_the_policy_model_leaves_all_to_one_pool(
+    qwen: str, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = tmp_path_factory.mktemp("head")
+    LinearHead(np.zeros(3584), 0.0).save(head)
+    with pytest.raises(SystemExit) as caught:
+        plan.main(
+            ["--model-path", qwen, "--prm-model-path", str(head), "--memory-gb", "80", "--cards", "2", "--width", "16"]
+        )
+    said, size = capsys.readouterr().out, plan.model_size(qwen)
+    tokens = int((70e9 - size.weight_bytes / 2) / (size.kv_bytes_per_token / 2))
+    assert caught.value.code == 0
+    assert f"flags: --max-total-tokens {tokens}\n" in said and "PRM: a head on the policy model's own states" in said
 
 
 @pytest.mark.parametrize(("cards", "ranks"), [(1, 1), (2, 2), (4, 4), (8, 1)])
