@@ -146,7 +146,7 @@ def test_ets_without_embeddings_is_refused() -> None:
     with pytest.raises(ValueError, match="encoder"):
         choose(level, SearchConfig(algorithm="ets", width=4, coverage="uniform"))
     with pytest.raises(ValueError, match="coverage must be uniform"):
-        choose(level, SearchConfig(algorithm="ets", width=4))
+        choose(level, SearchConfig(algorithm="ets", width=4, coverage="reward"))
 
 
 # ---- a whole search ----
