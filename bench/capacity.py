@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from bench import rows
-from bench.embedded import held_out_problems
+from bench.embedded import TUNED_ETS, held_out_problems
 from bench.server import running_server
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "dvts": {"algorithm": "dvts"},
     "rebase": {"algorithm": "rebase"},
     "ets_kv b=2": {"algorithm": "ets_kv", "kv_cost_weight": 2.0},
-    "ets b=4": {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": 4.0, "cluster_distance": 0.3},
+    "ets b=4": TUNED_ETS,
 }
 AMPLE_TOKENS = 400_000
 ANSWER_LIMIT_S = 1800.0

@@ -13,6 +13,8 @@ from sglang_ets.tools.datasets import EMBEDDED_PROBLEMS
 
 EMBEDDED = "embedded"  # their name in rows
 MODELS = Path(sglang_ets.__file__).parent / "models"
+# ETS as it was tuned on their task, in full, so that it is the same with any model.
+TUNED_ETS: dict[str, Any] = {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": 4.0, "cluster_distance": 0.3}
 
 
 def held_out_problems(count: int | None = None) -> list[dict[str, Any]]:

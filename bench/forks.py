@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from bench import rows
 from bench.client_search.processes import Running, awake, running, search_flags
-from bench.embedded import EMBEDDED, client_of, held_out_problems
+from bench.embedded import EMBEDDED, TUNED_ETS, client_of, held_out_problems
 from bench.trees import grow, growth, num_distinct_prefixes
 from sglang_ets.engine.live import ForkMode
 from sglang_ets.tools.datasets import load
@@ -39,7 +39,7 @@ MODES: dict[str, list[str]] = {  # and the flags of its server
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "rebase": {"algorithm": "rebase"},
-    "ets b=4": {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": 4.0, "cluster_distance": 0.3},
+    "ets b=4": TUNED_ETS,
     "best_of_n": {"algorithm": "best_of_n"},
 }
 POOL_TOKENS = 100_000  # nothing is short

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from bench import rows
 from bench.client_search.processes import Running, awake, running
-from bench.embedded import client_of
+from bench.embedded import TUNED_ETS, client_of
 from bench.figures import accuracy_against_kv
 from bench.redundancy import redundancy
 from bench.searches import FROM_SEARCH, Setting
@@ -64,7 +64,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "ets_kv": {"algorithm": "ets_kv"},
     "ets": {"algorithm": "ets"},
     # The default until width 16 was measured: chosen on the embedded task.
-    "ets b=4": {"algorithm": "ets", "coverage": "reward", "kv_cost_weight": 4.0, "cluster_distance": 0.3},
+    "ets b=4": TUNED_ETS,
     "ets published": {"algorithm": "ets", "preset": "paper"},
 }
 FREE, SAMPLED = "best_of_n", "self_consistency"  # the second is made of the trajectories of the first

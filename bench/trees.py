@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from bench.embedded import client_of
 from bench.server import running_server
+from sglang_ets.testing import path_to
 
 IN_FLIGHT = 2
 GROWTH = ("id", "parent", "token_ids", "state", "allocation", "cluster")
@@ -37,14 +38,6 @@ def rebase_trees(prompts: Sequence[str], width: int, **fields: Any) -> Iterator[
         answers = pool.map(lambda prompt: grow(client, prompt, width, asked, **fields), prompts)
         for answer in tqdm(answers, total=len(prompts), unit="tree"):
             yield answer.search["tree"]["nodes"]
-
-
-def path_to(leaf: Node, by_id: Mapping[int, Node]) -> list[Node]:
-    """The nodes from the first step to this one; the prompt is not among them."""
-    path = [leaf]
-    while path[-1]["parent"] in by_id:
-        path.append(by_id[path[-1]["parent"]])
-    return path[::-1]
 
 
 def growth(nodes: Sequence[Node]) -> list[tuple[Any, ...]]:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from sglang_ets.core.registry import num_pruned_shown
 from sglang_ets.core.selection import Level, Selection, SelectionPolicy, checked
 
 Tree = Mapping[str, Any]
+Node = TypeVar("Node", bound=Mapping[str, Any])  # as it stands in `nodes` of a tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ def levels_of(
         if not width or not leaves:
             continue
         pruned = _revivable(leaves, selected, number, num_pruned if number < max_steps else 0)
-        paths = [_path(leaf, by_id) for leaf in leaves]
+        paths = [path_to(leaf, by_id) for leaf in leaves]
         embeddings = None
         if all(leaf.get("embedding") is not None for leaf in leaves):
             embeddings = np.array([leaf["embedding"] for leaf in leaves], dtype=np.float32)
@@ -163,11 +164,11 @@ def _revivable(
     return [left[at] for at in best_places(np.array([leaf["score"] for leaf in left], dtype=np.float64), most).tolist()]
 
 
-def _path(node: Mapping[str, Any] | None, by_id: Mapping[int, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    path = []
-    while node is not None:
-        path.append(node)
-        node = by_id.get(node["parent"])
+def path_to(leaf: Node, by_id: Mapping[int, Node]) -> list[Node]:
+    """The nodes from the first step to this one; the prompt is not among them."""
+    path = [leaf]
+    while path[-1]["parent"] in by_id:
+        path.append(by_id[path[-1]["parent"]])
     return path[::-1]
 
 

@@ -84,13 +84,5 @@ def table(done: Sequence[Mapping[str, Any]]) -> str:
     return rows.markdown(HEADER, cells)
 
 
-def _figures(made: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
-    grader = Grader()
-    try:
-        return figures(made, grader)
-    finally:
-        grader.process.stop()
-
-
 if __name__ == "__main__":
-    saved.main("answers", __doc__, _figures, table)
+    saved.main("answers", __doc__, saved.graded(figures), table)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import rows
+from sglang_ets.tools.evaluate import Grader
 from sglang_ets.tools.run import rows_in
 
 Key = tuple[str, int, str]  # data, width, policy
@@ -24,11 +25,25 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return row["data"], row["width"], policy
 
 
+Rows = Sequence[Mapping[str, Any]]
+Figures = Mapping[Key, Mapping[str, Any]]
+
+
+def graded(figures: Callable[[Rows, Grader], Figures]) -> Callable[[Rows], Figures]:
+    """The same with a grader of its own, which ends with it."""
+
+    def of(made: Rows) -> Figures:
+        with Grader() as grader:
+            return figures(made, grader)
+
+    return of
+
+
 def main(
     name: str,
     description: str | None,
-    figures: Callable[[Sequence[Mapping[str, Any]]], Mapping[Key, Mapping[str, Any]]],
-    table: Callable[[Sequence[Mapping[str, Any]]], str],
+    figures: Callable[[Rows], Figures],
+    table: Callable[[Rows], str],
 ) -> None:
     """The command of the study `name`: append the figures of the files that it is given, publish the table of all rows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

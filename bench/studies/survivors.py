@@ -55,13 +55,5 @@ def table(done: Sequence[Mapping[str, Any]]) -> str:
     return rows.markdown(HEADER, cells)
 
 
-def _figures(made: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
-    grader = Grader()
-    try:
-        return figures_of(made, grader)
-    finally:
-        grader.process.stop()
-
-
 if __name__ == "__main__":
-    saved.main("survivors", __doc__, _figures, table)
+    saved.main("survivors", __doc__, saved.graded(figures_of), table)

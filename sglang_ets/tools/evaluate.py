@@ -24,7 +24,7 @@ from sglang_ets.core.answer import Trajectory, rank
 from sglang_ets.core.config import Aggregation, AnswerRule, SearchConfig
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
-from sglang_ets.testing import trees_in
+from sglang_ets.testing import path_to, trees_in
 from sglang_ets.tools.ask import EXIT_BAD_INPUT
 from sglang_ets.tools.grading import Grade, grade
 from sglang_ets.tools.run import console_of, rows_in
@@ -48,10 +48,16 @@ class Solved:
 
 @dataclass
 class Grader:
-    """Grades each pair of texts once."""
+    """Grades each pair of texts once; at the end of a `with` block its process ends."""
 
     process: MathProcess = field(default_factory=MathProcess)
     known: dict[tuple[str | None, str], Grade] = field(default_factory=dict)
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.process.stop()
 
     def of(self, answer: str | None, expected: str) -> Grade:
         pair = (answer, expected)
@@ -108,11 +114,9 @@ def _complete(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Trajectory]:
     by_id = {node["id"]: node for node in nodes}
     for node in nodes:
         if node["state"] == "complete":
-            path = [node]
-            while path[-1]["parent"] in by_id:
-                path.append(by_id[path[-1]["parent"]])
-            scores = tuple(step["score"] for step in reversed(path) if step["score"] is not None)
-            yield Trajectory(node["id"], (), "".join(step["text"] for step in reversed(path)), scores, "stop")
+            path = path_to(node, by_id)
+            scores = tuple(step["score"] for step in path if step["score"] is not None)
+            yield Trajectory(node["id"], (), "".join(step["text"] for step in path), scores, "stop")
 
 
 def evaluate(problems: Sequence[Solved], pattern: str, counts: Sequence[int]) -> dict[Key, Cell]:
@@ -121,9 +125,8 @@ def evaluate(problems: Sequence[Solved], pattern: str, counts: Sequence[int]) ->
     Raises:
         ValueError: `pattern` is wrong.
     """
-    grader = Grader()
     grades: dict[Key, list[Grade]] = defaultdict(list)
-    try:
+    with Grader() as grader:
         for problem in problems:
             widths = counts or [2**power for power in range(problem.width.bit_length()) if 2**power <= problem.width]
             for n in widths:
@@ -133,8 +136,6 @@ def evaluate(problems: Sequence[Solved], pattern: str, counts: Sequence[int]) ->
                         ranked = rank(problem.trajectories[:n], config)
                         answer = ranked[0].answer if ranked else None
                         grades[problem.name, n, aggregation, rule].append(grader.of(answer, problem.expected))
-    finally:
-        grader.process.stop()
     return {
         key: Cell(sum(g.is_right for g in own), sum(g.is_right_strict for g in own), len(own))
         for key, own in grades.items()

@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from scipy.stats import hypergeom
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.core.selection import Level
-from sglang_ets.testing import levels_of
+from sglang_ets.testing import levels_of, path_to
 from sglang_ets.tools.ask import EXIT_BAD_INPUT
 from sglang_ets.tools.evaluate import Grader
 from sglang_ets.tools.run import console_of, rows_in
@@ -78,10 +78,8 @@ def _answers_below(nodes: Sequence[Node], pattern: str) -> Mapping[int, set[str 
     by_id = {node["id"]: node for node in nodes}
     below: dict[int, set[str | None]] = defaultdict(set)
     for end in (node for node in nodes if node["state"] == "complete"):
-        path = [end]
-        while path[-1]["parent"] in by_id:
-            path.append(by_id[path[-1]["parent"]])
-        answer = extract_answer("".join(step["text"] for step in reversed(path)), pattern)
+        path = path_to(end, by_id)
+        answer = extract_answer("".join(step["text"] for step in path), pattern)
         for step in path:
             below[step["id"]].add(answer)
     return below
@@ -148,15 +146,12 @@ def levels_in(paths: Sequence[Path], pattern: str) -> tuple[int, list[KnownLevel
     widths = sorted({row["width"] for row in rows})
     if len(widths) != 1:
         raise ValueError(f"searches of {GROWN_BY} must have one width, got {widths or 'none'}; run some of one width")
-    grader = Grader()
-    try:
+    with Grader() as grader:
         levels = [
             level
             for row in rows
             for level in known_levels(row["search_result"]["tree"]["nodes"], row["expected"], pattern, grader)
         ]
-    finally:
-        grader.process.stop()
     if not levels:
         raise ValueError(
             f"levels must have leaves that led to a right answer and others, got none in {len(rows)} searches; run more "
@@ -173,8 +168,7 @@ def table_of(found: Mapping[str, Quality], title: str) -> Table:
     for number, name in enumerate(HEADER):
         table.add_column(name, justify="right" if number else "left")
     for name, own in sorted(found.items(), key=lambda item: item[1].kv_kept):
-        figures = (own.kept, own.kv_kept, own.answers_kept, own.right_width, own.lost, own.lost_by_chance)
-        table.add_row(name, *(f"{value:.3f}" for value in figures))
+        table.add_row(name, *(f"{value:.3f}" for value in astuple(own)))
     return table
 
 

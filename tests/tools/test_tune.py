@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_ets.core.config import SearchConfig
-from sglang_ets.flags import from_namespace
+from sglang_ets.flags import add_flags, from_namespace
 from sglang_ets.math_process import MathProcess
 from sglang_ets.tools import tune
 from sglang_ets.tools.evaluate import Grader
@@ -64,10 +65,6 @@ def test_the_least_kv_within_the_tolerance_is_suggested() -> None:
 
 @pytest.mark.parametrize(("name", "settings"), list(tune.candidates()))
 def test_a_suggestion_is_flags_that_the_server_takes(name: str, settings: dict[str, Any]) -> None:
-    import argparse
-
-    from sglang_ets.flags import add_flags
-
     parser = argparse.ArgumentParser()
     add_flags(parser)
     given = ["--prm-format", "judge", *tune.flags_of(settings).split()]
