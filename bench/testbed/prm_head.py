@@ -4,15 +4,19 @@
     python -m bench.testbed.prm_head --model-path FOLDER --rollouts run.jsonl --out prm-head      # of `sglang-ets run`
     sglang-ets serve --search ets --model-path FOLDER --prm-model-path prm-head
     python -m bench.testbed.prm_head --model-path FOLDER --format token_classification --out prm-head    # as a model of its own
+    python -m bench.testbed.prm_head --model-path FOLDER --reader-path LARGER --rollouts run.jsonl --out prm-head
 
-Rollouts are the trajectories of `best_of_n` on problems that are left for validation; with each step stands what the server's
-PRM (`--prm-format`, without weights of its own) thinks of it. Every step is labelled with the outcome: whether the final answer
-is right. One forward pass a rollout gives the hidden state from which each step's last token was sampled, and the one at that
-token; a logistic regression on half of the problems is the head. The first kind is `policy_head`: the server has these states
-already when a step has ended, so the PRM has no weights, no KV and no pass of its own. The second is a checkpoint of the whole
-model, a `*ForTokenClassification`, for any server. On the other half of the problems both are compared with the server's PRM
-and with the likelihoods of the model itself, by AUC: over last steps, over all steps (what a search selects by), and within a
-problem (right against wrong rollouts of the same problem, which is all that a choice among them can use).
+Rollouts are the trajectories of `best_of_n` on problems that are left for validation. Every step is labelled with the outcome:
+whether the final answer is right. One forward pass a rollout gives the hidden state from which each step's last token was
+sampled, and the one at that token; a logistic regression on half of the problems is the head. The first kind is `policy_head`:
+the server has these states already when a step has ended, so the PRM has no weights, no KV and no pass of its own. The second
+is a checkpoint of the whole model, a `*ForTokenClassification`, for any server; `--reader-path` makes it of another model of
+the same tokenizer. Many problems teach more than many rollouts of each.
+
+On the other half of the problems both are compared with the likelihoods of the model itself, and with a PRM without weights of
+its own if the server had one (`--prm-format judge`: a pass more for every step), by AUC: over last steps, over all steps (what
+a search selects by), and within a problem (right against wrong rollouts of the same problem, which is all that a choice among
+them can use).
 
 The server recognises the format of what is in `--out` by itself.
 """
@@ -22,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +59,18 @@ FORMATS = (POLICY_HEAD, CHECKPOINT)
 POOL_TOKENS = 20_000
 TIMEOUT_S = 3600
 CHUNK_TOKENS = 64  # of which all logits exist at once
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # on the squared weights of standardised features, beside the mean loss
+NO_PRM = "none"
+PENALTIES = (
+    1e-3,
+    3e-3,
+    1e-2,
+    3e-2,
+    1e-1,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+)  # on the squared weights of standardised features, beside the mean loss
 NUM_FOLDS = 4
 NUM_RESAMPLES = 1000
 HEADER = ["verifier", "AUC, last steps", "95 %", "AUC, all steps", "AUC within a problem", "best of n right"]
@@ -70,7 +86,7 @@ class Rollout:
     problem: str
     prompt_ids: tuple[int, ...]
     steps: tuple[tuple[int, ...], ...]  # none is empty
-    scores: tuple[float, ...]  # of the PRM that the server had
+    scores: tuple[float, ...]  # of the PRM that the server had, if any
     is_right: bool
 
 
@@ -88,16 +104,30 @@ class Step:
 
 def sample(args: argparse.Namespace, out: Path) -> None:
     """Ask a server of its own for what the file lacks."""
-    problems = load(args.data, args.problems, "validation")
+    problems = load(args.data, args.skip + args.problems, "validation")[args.skip :]
     search = json.dumps({"algorithm": "best_of_n", "early_stop": "off"})
     asked = runs.Asked(Path(args.data).name, args.width, search, args.temperature, args.seed, args.max_tokens)
-    flags = ["--search", "ets", "--model-path", args.model_path, "--prm-format", args.prm_format, "--dtype", args.dtype,
-             "--max-total-tokens", str(POOL_TOKENS), "--prm-max-total-tokens", str(POOL_TOKENS)]  # fmt: skip
-    with running_server(flags) as url, tqdm(unit="problem") as bar:
+    with (
+        tempfile.TemporaryDirectory() as blank,
+        running_server(flags(args, Path(blank))) as url,
+        tqdm(unit="problem") as bar,
+    ):
         client = client_of(url, TIMEOUT_S)
         for done, total in runs.run(client, [(asked, problem) for problem in problems], out, args.in_flight):
             bar.total, bar.n = total, done
             bar.refresh()
+
+
+def flags(args: argparse.Namespace, blank: Path) -> list[str]:
+    """Of the server; without a PRM it has a head without knowledge, saved in `blank`: all scores are one half."""
+    if args.prm_format == NO_PRM:
+        size = transformers.AutoConfig.from_pretrained(args.model_path).hidden_size
+        LinearHead(np.zeros(size), 0.0).save(blank)
+        prm = ["--prm-model-path", str(blank)]
+    else:
+        prm = ["--prm-format", args.prm_format]
+    return ["--search", "ets", "--model-path", args.model_path, *prm, "--dtype", args.dtype,
+            "--max-total-tokens", str(args.pool_tokens), "--prm-max-total-tokens", str(args.pool_tokens)]  # fmt: skip
 
 
 def rollouts_in(path: Path, tokenizer: Any, pattern: str) -> list[Rollout]:
@@ -160,11 +190,12 @@ def read(model: Any, rollout: Rollout) -> Step:
 
 def scores_of(rollout: Rollout, step: Step, heads: Mapping[str, LinearHead], served: str) -> Read:
     """Every verifier on every step, as the server would score it. The last one knows nothing but the length."""
+    own = {} if served == NO_PRM else {served: np.array(rollout.scores)}
     likelihood = np.exp(step.log_probabilities)
     return {
         "head": heads[CHECKPOINT].scores(step.states[CHECKPOINT]),
         "policy head": heads[POLICY_HEAD].scores(step.states[POLICY_HEAD]),
-        served: np.array(rollout.scores),
+        **own,
         "likelihood": np.array(list(accumulate(likelihood, min))),
         "confidence": np.exp(step.log_probabilities / step.lengths),
         "shortness alone": -np.cumsum(step.lengths),
@@ -192,32 +223,34 @@ def fit(states: Floats, labels: Floats, weights: Floats, penalty: float) -> Line
 
 
 def train(rollouts: Sequence[Rollout], states: Sequence[Floats]) -> tuple[LinearHead, float]:
-    """The head of all of them, and its penalty: that of the highest AUC over last steps in cross-validation by problem.
+    """The head of all of them, and its penalty: that of the least log loss over all steps in cross-validation by problem.
 
-    `states` are those of each rollout's steps, float64[K, H].
+    A ranking alone would not do: policies read how far apart scores are. `states` are those of each rollout's steps,
+    float64[K, H].
     """
-
-    def head_of(kept: Sequence[int], penalty: float) -> LinearHead:
-        counts = [len(states[place]) for place in kept]
-        labels = np.repeat([float(rollouts[place].is_right) for place in kept], counts)
-        weights = np.repeat([1 / count for count in counts], counts)  # a rollout counts once, however many steps it has
-        return fit(np.concatenate([states[place] for place in kept]), labels, weights, penalty)
-
+    counts = [len(own) for own in states]
+    labels = np.repeat([float(rollout.is_right) for rollout in rollouts], counts)
+    weights = np.repeat([1 / count for count in counts], counts)  # a rollout counts once, however many steps it has
     names = sorted({rollout.problem for rollout in rollouts})
     fold_of = {name: number % NUM_FOLDS for number, name in enumerate(names)}
-    places = range(len(rollouts))
+    folds = np.repeat([fold_of[rollout.problem] for rollout in rollouts], counts)
+    every = np.concatenate(states)
 
-    def validated(penalty: float) -> float:
-        scores = np.empty(len(rollouts))
+    def loss(penalty: float) -> float:
+        scores = np.empty(len(every))
         for fold in range(NUM_FOLDS):
-            head = head_of([place for place in places if fold_of[rollouts[place].problem] != fold], penalty)
-            for place in places:
-                if fold_of[rollouts[place].problem] == fold:
-                    scores[place] = head.scores(states[place][-1:])[0]
-        return area_under_curve(list(scores), [rollout.is_right for rollout in rollouts])
+            seen, unseen = folds != fold, folds == fold
+            scores[unseen] = fit(every[seen], labels[seen], weights[seen], penalty).scores(every[unseen])
+        return log_loss(scores, labels, weights)
 
-    best = max(PENALTIES, key=validated)
-    return head_of(places, best), best
+    best = min(PENALTIES, key=loss)
+    return fit(every, labels, weights, best), best
+
+
+def log_loss(scores: Floats, labels: Floats, weights: Floats) -> float:
+    """Weighted mean of -log of the probability that was given to what came, in nats."""
+    given = np.clip(np.where(labels > 0, scores, 1 - scores), np.finfo(np.float64).tiny, None)
+    return float(np.average(-np.log(given), weights=weights))
 
 
 # ---- test ----
@@ -271,8 +304,10 @@ def table(made: Sequence[rows.Row]) -> str:
         for row in made
     ]  # fmt: skip
     first = made[0]
+    reader = f" read by {first['reader']}" if first.get("reader", first["model"]) != first["model"] else ""
     return (
-        f"{first['model']}, {first['data']}: head of {first['train_rollouts']} rollouts of {first['train_problems']} problems, "
+        f"{first['model']}{reader}, {first['data']}: "
+        f"head of {first['train_rollouts']} rollouts of {first['train_problems']} problems, "
         f"tested on {first['test_rollouts']} rollouts ({first['share_right']:.0%} right) of {first['test_problems']} others, "
         f"{first['mixed_problems']} of which have right and wrong ones\n\n{rows.markdown(HEADER, cells)}"
     )
@@ -352,34 +387,43 @@ def learn(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, help="the policy model: a folder or a name on the Hub")
+    parser.add_argument("--reader-path", help="the model whose states are read; default: the policy model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the head")
     parser.add_argument("--format", default=POLICY_HEAD, choices=FORMATS)
     parser.add_argument("--rollouts", type=Path, help="rows of `sglang-ets run`; default: sampled into --out")
     parser.add_argument("--data", default="gsm8k", help="of which the problems left for validation are sampled")
     parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many, to choose settings on")
     parser.add_argument("--width", type=int, default=4, help="rollouts of each problem")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--in-flight", type=int, default=4)
+    parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV of the server that samples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prm-format", default="judge", choices=["judge", "confidence", "likelihood"])
+    parser.add_argument("--prm-format", default=NO_PRM, choices=[NO_PRM, "judge", "confidence", "likelihood"],
+                        help="a PRM without weights of its own, to compare with (default none)")  # fmt: skip
     parser.add_argument("--answer-pattern", default="boxed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=Path, help="append what was measured to this file, and rewrite its tables")
     args = parser.parse_args()
+    reader_path = args.reader_path or args.model_path
+    if args.reader_path and args.format == POLICY_HEAD:
+        parser.error(
+            f"--format must be {CHECKPOINT} with --reader-path: a policy head reads the policy model's own states"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.rollouts or args.out / "rollouts.jsonl"
     if args.rollouts is None:
         sample(args, path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_path)
     rollouts = rollouts_in(path, tokenizer, args.answer_pattern)
-    heads, made = learn(args.model_path, rollouts, getattr(torch, args.dtype), args.prm_format, args.seed)
-    about = {"model": Path(args.model_path).name, "data": Path(args.data).name}
-    made = [about | row for row in made]
+    heads, made = learn(reader_path, rollouts, getattr(torch, args.dtype), args.prm_format, args.seed)
+    names = {"model": args.model_path, "reader": reader_path, "data": args.data}
+    made = [{key: Path(name).name for key, name in names.items()} | row for row in made]
     if args.format == POLICY_HEAD:
         heads[POLICY_HEAD].save(args.out)
     else:
-        save(args.model_path, heads[CHECKPOINT], getattr(torch, args.dtype), args.out)
+        save(reader_path, heads[CHECKPOINT], getattr(torch, args.dtype), args.out)
     print(table(made))
     if args.rows:
         for row in made:

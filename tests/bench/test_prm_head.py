@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassification
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassification
 
 from bench import rows
 from bench.embedded import MODELS
@@ -144,8 +145,38 @@ def test_a_head_is_trained_on_some_problems_and_tested_on_others() -> None:
     by_name = {row["verifier"]: row for row in compare(tested, reads, seed=0)}
     assert by_name["head"]["auc_last"] > 0.9 > 0.5 == by_name["judge"]["auc_last"] == by_name["policy head"]["auc_last"]
     assert by_name["head"]["low"] <= by_name["head"]["auc_last"] <= by_name["head"]["high"]
+    assert "none" not in prm_head.scores_of(made[0], steps[0], heads, "none")
     with pytest.raises(SystemExit, match="right and wrong rollouts must be in both halves"):
         halves([one for one in made if one.is_right])
+
+
+def test_a_penalty_is_chosen_for_the_probabilities_not_only_for_the_order() -> None:
+    """One direction tells all: any penalty orders alike, and only a small one gives right and wrong steps scores far apart."""
+    draw = np.random.default_rng(1)
+    labels = np.repeat([True, False], 60)
+    states = [draw.normal([4 * float(one), 0], 1, size=(2, 2)) for one in labels]
+    made = [Rollout(str(number % 30), (), ((0,),) * 2, (0.5,) * 2, bool(one)) for number, one in enumerate(labels)]
+    head, penalty = train(made, states)
+    scores = head.scores(np.concatenate(states))
+    assert penalty < 0.1 and scores[:120].mean() > 0.9 and scores[120:].mean() < 0.1
+
+
+def test_a_log_loss_is_the_mean_of_what_surprises_and_never_infinite() -> None:
+    weights = np.array([1.0, 3.0])
+    assert prm_head.log_loss(np.array([0.5, 0.25]), np.array([1.0, 0.0]), weights) == pytest.approx(
+        (-np.log(0.5) - 3 * np.log(0.75)) / 4
+    )
+    assert np.isfinite(prm_head.log_loss(np.array([0.0, 1.0]), np.array([1.0, 0.0]), weights))
+
+
+def test_without_a_prm_the_server_that_samples_has_a_head_without_knowledge(tmp_path: Path) -> None:
+    args = argparse.Namespace(model_path=str(MODELS / "policy"), prm_format="none", dtype="bfloat16", pool_tokens=9)
+    made = prm_head.flags(args, tmp_path)
+    head = LinearHead.load(made[made.index("--prm-model-path") + 1])
+    size = AutoConfig.from_pretrained(MODELS / "policy").hidden_size
+    assert head.scores(np.ones((2, size))).tolist() == [0.5, 0.5]
+    args.prm_format = "judge"
+    assert prm_head.flags(args, tmp_path)[4:6] == ["--prm-format", "judge"]
 
 
 def test_the_checkpoint_is_one_that_the_server_recognises(rollouts: list[Rollout], tmp_path: Path) -> None:
