@@ -52,7 +52,7 @@ def chosen_flags(argv: Sequence[str], has_cuda: bool) -> list[str]:
     switches: tuple[str, ...] = ()
     is_embedded = not is_given(argv, "--model-path") and not is_given(argv, "--config")
     if is_embedded:
-        chosen |= EMBEDDED | ({} if is_given(argv, "--search-preset") else EMBEDDED_WEIGHTS)
+        chosen |= EMBEDDED | (EMBEDDED_WEIGHTS if value_of(argv, "--search-preset") in (None, "default") else {})
     if any(item.removeprefix("--prm-format=") in WITHOUT_PRM for item in argv):
         chosen.pop("--prm-model-path", None)
     if not has_cuda:
@@ -68,6 +68,17 @@ def is_given(argv: Sequence[str], flag: str) -> bool:
     """Whether the command line sets the flag, as `--flag value` or `--flag=value`."""
     names = ALIASES.get(flag, (flag,))
     return any(item == name or item.startswith(f"{name}=") for item in argv for name in names)
+
+
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """What the command line sets the flag to, at its last occurrence; None if it does not."""
+    value = None
+    for item, following in zip(argv, [*argv[1:], ""], strict=False):
+        if item == flag:
+            value = following
+        elif item.startswith(f"{flag}="):
+            value = item.removeprefix(f"{flag}=")
+    return value
 
 
 def print_choices(flags: Sequence[str], has_cuda: bool) -> None:

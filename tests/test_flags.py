@@ -129,7 +129,10 @@ def test_launcher_adds_only_what_is_not_given() -> None:
     assert "--dtype" not in chosen_flags(["--dtype=bfloat16"], has_cuda=False)
     assert "--device" not in chosen_flags([], has_cuda=True)
     assert set(EMBEDDED_WEIGHTS) <= set(chosen), "chosen on this task, with its PRM"
-    assert set(EMBEDDED_WEIGHTS).isdisjoint(chosen_flags(["--search-preset", "paper"], has_cuda=False))
+    for paper in (["--search-preset", "paper"], ["--search-preset=default", "--search-preset=paper"]):
+        assert set(EMBEDDED_WEIGHTS).isdisjoint(chosen_flags(paper, has_cuda=False))
+    for ours in (["--search-preset", "default"], ["--search-preset=default"]):
+        assert set(EMBEDDED_WEIGHTS) <= set(chosen_flags(ours, has_cuda=False)), "the default, said aloud"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What had grown below the leaves that a setting keeps: the table of `sglang-ets tune` as rows, with more settings.
+"""What had grown below the leaves that a setting keeps: the table of `sglang-ets tune` as rows.
 
     python -m bench.real_model ... --policies rebase --validation --embeddings --trees trees.jsonl
     python -m bench.studies.survivors trees.jsonl
@@ -9,7 +9,7 @@ A setting is a row of `--out`; what the columns mean stands in `sglang_ets/tools
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -19,17 +19,10 @@ from bench.studies.saved import Key, key_of
 from bench.studies.stopping import config_of
 from sglang_ets.tools import tune
 from sglang_ets.tools.evaluate import Grader
-from sglang_ets.tools.tune import GROWN_BY, KnownLevel, Quality, Settings
+from sglang_ets.tools.tune import GROWN_BY, KnownLevel, Quality
 
 HEADER = ["data", "width", "setting", "levels", *tune.HEADER[1:]]
 FIGURES = tuple(field.name for field in fields(Quality))
-
-
-def settings() -> Iterator[tuple[str, Settings]]:
-    """What `tune` compares, and REBASE over temperatures."""
-    yield from tune.candidates()
-    for temperature in (0.1, 0.05, 0.02):
-        yield f"rebase T={temperature:g}", {"algorithm": "rebase", "rebase_temperature": temperature}
 
 
 def figures_of(made: Sequence[Mapping[str, Any]], grader: Grader) -> dict[Key, dict[str, Any]]:
@@ -43,7 +36,7 @@ def figures_of(made: Sequence[Mapping[str, Any]], grader: Grader) -> dict[Key, d
     return {
         (data, width, name): {"levels": len(levels), **asdict(tune.quality(levels, own, width))}
         for (data, width), levels in known.items()
-        for name, own in settings()
+        for name, own in tune.candidates()
     }
 
 

@@ -82,6 +82,10 @@ class PolicyHead:
         self._head = head
         self._scheduler = scheduler
         self._ranks = ranks
+        no_number = np.full(head.weight.size, np.nan, dtype=np.float32)
+        self._nothing = SampledStates(
+            no_number, no_number, 1
+        )  # in place of what a step lacks: ranks must score as many steps
 
     @classmethod
     def load(cls, folder: str, scheduler: Any, ranks: Ranks) -> PolicyHead:
@@ -116,14 +120,15 @@ class PolicyHead:
         return PrmPath((), Hold(owner, NO_NODE))
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[Outcome]:
-        """Outcomes in the order of the jobs; a step whose score or embedding is no number is a PrmError."""
-        states = [_states_of(job) for job in jobs]
+        """Outcomes in the order of the jobs; a PrmError for a step that has not brought the states of all its tokens, and for
+        one whose score or embedding is no number."""
+        states = [job.states if job.states is not None and _is_whole(job) else self._nothing for job in jobs]
         scores = self._head.scores(np.stack([one.last for one in states]))
         embeddings = unit_means(states)
         own = np.where(np.isfinite(embeddings).all(axis=1), scores, np.nan).tolist()
         own = self._ranks.from_first(own)  # reductions may differ in the last bit per rank
         return [
-            (StepScore(score, embedding), job.parent) if np.isfinite(score) else _not_finite(score)
+            (StepScore(score, embedding), job.parent) if np.isfinite(score) else _unscored(job, score)
             for job, score, embedding in zip(jobs, own, embeddings, strict=True)
         ]
 
@@ -165,13 +170,16 @@ def unit_means(states: Sequence[SampledStates]) -> NDArray[np.float32]:
         return np.asarray(means / norms, dtype=np.float32)
 
 
-def _states_of(job: ScoreJob) -> SampledStates:
-    if job.states is None:
-        raise RuntimeError(f"a step of {len(job.step_ids)} tokens came to the policy head without its hidden states")
-    return job.states
+def _is_whole(job: ScoreJob) -> bool:
+    return job.states is not None and job.states.count == len(job.step_ids)
 
 
-def _not_finite(score: float) -> PrmError:
+def _unscored(job: ScoreJob, score: float) -> PrmError:
+    if not _is_whole(job):
+        count = 0 if job.states is None else job.states.count
+        return PrmError(
+            f"a step of {len(job.step_ids)} tokens must bring a hidden state for each of them, got {count}; report this fault"
+        )
     return PrmError(
         f"the head's score of the step is {score}, no finite number; check its weights and the model's dtype"
     )

@@ -110,6 +110,8 @@ def _of_level(item: KnownLevel, config: SearchConfig) -> tuple[float, ...]:
 def candidates() -> Iterator[tuple[str, Settings]]:
     """A name, and what a request with this setting would carry. REBASE comes first."""
     yield GROWN_BY, {"algorithm": GROWN_BY}
+    for temperature in (0.1, 0.05, 0.02):
+        yield f"rebase T={temperature:g}", {"algorithm": GROWN_BY, "rebase_temperature": temperature}
     yield "ets published", {"algorithm": "ets", "preset": "paper"}
     for weight in (0.5, 1.0, 2.0):
         yield f"ets_kv b={weight:g}", {"algorithm": "ets_kv", "kv_cost_weight": weight}

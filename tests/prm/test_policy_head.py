@@ -70,10 +70,16 @@ def test_all_ranks_have_the_scores_of_the_first() -> None:
     assert scores[0][0].score == scores[1][0].score  # type: ignore[index, union-attr]
 
 
-def test_a_step_without_states_is_a_bug_that_is_named() -> None:
+@pytest.mark.parametrize(("states", "count"), [(None, 0), (SampledStates.first(np.zeros(3, dtype=np.float32)), 1)])
+def test_a_step_that_lacks_states_has_no_score_and_the_others_have_theirs(
+    states: SampledStates | None, count: int
+) -> None:
     scorer = PolicyHead(HEAD, SCHEDULER)
-    with pytest.raises(RuntimeError, match="a step of 2 tokens came to the policy head without its hidden states"):
-        scorer.score([ScoreJob(scorer.open_prompt((1,), "Q", "s"), None, (1, 2), "ab", 1)])
+    path = scorer.open_prompt((1,), "Q", "s")
+    bad, good = scorer.score([ScoreJob(path, None, (1, 2), "ab", 1, states), job(path, [1, 2, 3])])
+    assert isinstance(bad, PrmError)
+    assert f"a step of 2 tokens must bring a hidden state for each of them, got {count}" in str(bad)
+    assert not isinstance(good, PrmError) and good[0].score == pytest.approx(1 / (1 + np.exp(1.5)))
 
 
 def test_a_head_is_saved_and_recognised(tmp_path: Path) -> None:
