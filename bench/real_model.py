@@ -110,7 +110,7 @@ class Case:
 
 def settings(width: int, policies: Sequence[str], *, embeddings: bool = False) -> list[Setting]:
     """A greedy answer, then the searches; all beside those of this width."""
-    returned = {"return_tree": True, "return_embeddings": True} if embeddings else {}
+    returned = {"return_embeddings": True} if embeddings else {}
     searches = [Setting(name, width, {**POLICIES[name], **COMMON, **returned}) for name in policies]
     return [Setting("greedy", width, {}), *searches]
 

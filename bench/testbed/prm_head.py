@@ -13,10 +13,9 @@ the server has these states already when a step has ended, so the PRM has no wei
 is a checkpoint of the whole model, a `*ForTokenClassification`, for any server; `--reader-path` makes it of another model of
 the same tokenizer. Many problems teach more than many rollouts of each.
 
-On the other half of the problems both are compared with the likelihoods of the model itself, and with a PRM without weights of
-its own if the server had one (`--prm-format judge`: a pass more for every step), by AUC: over last steps, over all steps (what
-a search selects by), and within a problem (right against wrong rollouts of the same problem, which is all that a choice among
-them can use).
+On the other half of the problems both are compared with the likelihoods of the model itself, and with its verdict if asked after
+every step whether all is right so far (`--judge`), by AUC: over last steps, over all steps (what a search selects by), and
+within a problem (right against wrong rollouts of the same problem, which is all that a choice among them can use).
 
 The server recognises the format of what is in `--out` by itself.
 """
@@ -26,10 +25,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from bench.trees import path_to
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
 from sglang_ets.prm.choose import CONFIG_FILE, POLICY_HEAD
+from sglang_ets.prm.formats import Judge
 from sglang_ets.prm.policy_head import LinearHead
 from sglang_ets.tools import run as runs
 from sglang_ets.tools.datasets import Problem, load
@@ -59,7 +60,6 @@ FORMATS = (POLICY_HEAD, CHECKPOINT)
 POOL_TOKENS = 20_000
 TIMEOUT_S = 3600
 CHUNK_TOKENS = 64  # of which all logits exist at once
-NO_PRM = "none"
 PENALTIES = (
     1e-3,
     3e-3,
@@ -84,9 +84,10 @@ class Rollout:
     """One complete trajectory in the policy model's own tokens."""
 
     problem: str
+    question: str  # as it was asked
     prompt_ids: tuple[int, ...]
     steps: tuple[tuple[int, ...], ...]  # none is empty
-    scores: tuple[float, ...]  # of the PRM that the server had, if any
+    texts: tuple[str, ...]  # of the steps
     is_right: bool
 
 
@@ -97,6 +98,7 @@ class Step:
     states: Mapping[str, Floats]  # by format, float64[K, H], the last hidden states that its score is read from
     log_probabilities: Floats  # float64[K], sums over their tokens
     lengths: Floats  # float64[K], tokens
+    verdicts: Floats | None = None  # float64[K], of the judge, if it is asked
 
 
 # ---- rollouts ----
@@ -119,15 +121,11 @@ def sample(args: argparse.Namespace, out: Path) -> None:
 
 
 def flags(args: argparse.Namespace, blank: Path) -> list[str]:
-    """Of the server; without a PRM it has a head without knowledge, saved in `blank`: all scores are one half."""
-    if args.prm_format == NO_PRM:
-        size = transformers.AutoConfig.from_pretrained(args.model_path).hidden_size
-        LinearHead(np.zeros(size), 0.0).save(blank)
-        prm = ["--prm-model-path", str(blank)]
-    else:
-        prm = ["--prm-format", args.prm_format]
-    return ["--search", "ets", "--model-path", args.model_path, *prm, "--dtype", args.dtype,
-            "--max-total-tokens", str(args.pool_tokens), "--prm-max-total-tokens", str(args.pool_tokens)]  # fmt: skip
+    """Of the server. Its PRM is a head without knowledge, saved in `blank`, which costs no pass: all scores are one half."""
+    size = transformers.AutoConfig.from_pretrained(args.model_path).hidden_size
+    LinearHead(np.zeros(size), 0.0).save(blank)
+    return ["--search", "ets", "--model-path", args.model_path, "--prm-model-path", str(blank), "--dtype", args.dtype,
+            "--max-total-tokens", str(args.pool_tokens)]  # fmt: skip
 
 
 def rollouts_in(path: Path, tokenizer: Any, pattern: str) -> list[Rollout]:
@@ -143,27 +141,39 @@ def rollouts_in(path: Path, tokenizer: Any, pattern: str) -> list[Rollout]:
             if nodes is None:
                 raise ValueError(f"{path.name} must hold rows of `sglang-ets run`, got fields {', '.join(row)}")
             by_id = {node["id"]: node for node in nodes}
-            prompt_ids = prompt_of(row, tokenizer)
+            question, prompt_ids = prompt_of(row, tokenizer)
             for end in (node for node in nodes if node["state"] == "complete"):
                 steps = [node for node in path_to(end, by_id) if node["token_ids"] and node["score"] is not None]
                 answer = extract_answer("".join(node["text"] for node in path_to(end, by_id)), pattern)
                 token_ids = tuple(tuple(node["token_ids"]) for node in steps)
+                texts = tuple(node["text"] for node in steps)
                 is_right = grade(judge, answer, row["expected"]).is_right
-                scores = tuple(node["score"] for node in steps)
-                made[row["problem"], token_ids] = Rollout(row["problem"], prompt_ids, token_ids, scores, is_right)
+                made[row["problem"], token_ids] = Rollout(
+                    row["problem"], question, prompt_ids, token_ids, texts, is_right
+                )
     finally:
         judge.stop()
     return [rollout for rollout in made.values() if rollout.steps]
 
 
-def prompt_of(row: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that the server had before the first step."""
+def prompt_of(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, tuple[int, ...]]:
+    """What was asked, and the tokens that the server had before the first step."""
     question = row["question"]
     if not row["is_chat"]:
-        return tuple(tokenizer.encode(question if question.endswith("\n") else f"{question}\n"))
-    turn = [{"role": "user", "content": Problem(row["problem"], question, row["expected"]).prompt}]
+        return question, tuple(tokenizer.encode(question if question.endswith("\n") else f"{question}\n"))
+    asked = Problem(row["problem"], question, row["expected"]).prompt
+    turn = [{"role": "user", "content": asked}]
     rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return tuple(tokenizer.encode(rendered, add_special_tokens=False))
+    return asked, tuple(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def some_of(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:
+    """At most so many of each problem, drawn blindly: the first ones would be the shortest."""
+    draw, kept = random.Random(seed), []
+    for name in dict.fromkeys(rollout.problem for rollout in rollouts):
+        own = [rollout for rollout in rollouts if rollout.problem == name]
+        kept += draw.sample(own, min(count, len(own)))
+    return kept
 
 
 # ---- features ----
@@ -188,14 +198,29 @@ def read(model: Any, rollout: Rollout) -> Step:
     return Step(read_from, np.array(sums), np.array(lengths, dtype=np.float64))
 
 
-def scores_of(rollout: Rollout, step: Step, heads: Mapping[str, LinearHead], served: str) -> Read:
+@torch.inference_mode()
+def judged(model: Any, judge: Judge, rollout: Rollout) -> Floats:
+    """float64[K]: the share of Yes against No after each step, as with `--prm-format judge`. The questions are not kept."""
+    verdicts, cache, scores = list(judge.verdicts().token_ids), transformers.DynamicCache(), []
+    new = judge.prompt(rollout.question)
+    for depth, text in enumerate(rollout.texts, 1):
+        step = judge.step(text, depth)
+        token_ids = torch.tensor([[*new, *step.read]])
+        logits = model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1, verdicts]
+        scores.append(float(logits.double().softmax(-1)[0]))
+        cache.crop(cache.get_seq_length() - len(step.query))
+        new = ()
+    return np.array(scores)
+
+
+def scores_of(step: Step, heads: Mapping[str, LinearHead]) -> Read:
     """Every verifier on every step, as the server would score it. The last one knows nothing but the length."""
-    own = {} if served == NO_PRM else {served: np.array(rollout.scores)}
+    verdicts = {} if step.verdicts is None else {"judge": step.verdicts}
     likelihood = np.exp(step.log_probabilities)
     return {
         "head": heads[CHECKPOINT].scores(step.states[CHECKPOINT]),
         "policy head": heads[POLICY_HEAD].scores(step.states[POLICY_HEAD]),
-        **own,
+        **verdicts,
         "likelihood": np.array(list(accumulate(likelihood, min))),
         "confidence": np.exp(step.log_probabilities / step.lengths),
         "shortness alone": -np.cumsum(step.lengths),
@@ -358,12 +383,16 @@ def halves(rollouts: Sequence[Rollout]) -> tuple[list[int], list[int]]:
 
 
 def learn(
-    model_path: str, rollouts: Sequence[Rollout], dtype: torch.dtype, served: str, seed: int
+    model_path: str, rollouts: Sequence[Rollout], dtype: torch.dtype, seed: int, *, asks_judge: bool = False
 ) -> tuple[dict[str, LinearHead], list[rows.Row]]:
     """The heads of one half of the problems, by format, and what they and their rivals are worth on the other."""
     trained, tested = halves(rollouts)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
     steps = [read(model, rollout) for rollout in tqdm(rollouts, unit="rollout")]
+    if asks_judge:
+        judge = Judge(transformers.AutoTokenizer.from_pretrained(model_path))
+        for place in tqdm(tested, unit="rollout judged"):
+            steps[place] = replace(steps[place], verdicts=judged(model, judge, rollouts[place]))
 
     def of(places: Sequence[int], things: Sequence[Any]) -> list[Any]:
         return [things[place] for place in places]
@@ -373,8 +402,7 @@ def learn(
     }
     heads = {name: head for name, (head, _) in learned.items()}
     chosen = of(tested, rollouts)
-    pairs = zip(chosen, of(tested, steps), strict=True)
-    reads = [scores_of(rollout, step, heads, served) for rollout, step in pairs]
+    reads = [scores_of(step, heads) for step in of(tested, steps)]
     about = {
         "train_problems": len({one.problem for one in of(trained, rollouts)}), "train_rollouts": len(trained),
         "test_problems": len({one.problem for one in chosen}), "test_rollouts": len(tested),
@@ -400,8 +428,8 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV of the server that samples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prm-format", default=NO_PRM, choices=[NO_PRM, "judge", "confidence", "likelihood"],
-                        help="a PRM without weights of its own, to compare with (default none)")  # fmt: skip
+    parser.add_argument("--judge", action="store_true", help="ask the model that reads after every step, to compare")
+    parser.add_argument("--of-each", type=int, help="read only so many rollouts of each problem")
     parser.add_argument("--answer-pattern", default="boxed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=Path, help="append what was measured to this file, and rewrite its tables")
@@ -417,7 +445,9 @@ def main() -> None:
         sample(args, path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_path)
     rollouts = rollouts_in(path, tokenizer, args.answer_pattern)
-    heads, made = learn(reader_path, rollouts, getattr(torch, args.dtype), args.prm_format, args.seed)
+    if args.of_each:
+        rollouts = some_of(rollouts, args.of_each, args.seed)
+    heads, made = learn(reader_path, rollouts, getattr(torch, args.dtype), args.seed, asks_judge=args.judge)
     names = {"model": args.model_path, "reader": reader_path, "data": args.data}
     made = [{key: Path(name).name for key, name in names.items()} | row for row in made]
     if args.format == POLICY_HEAD:

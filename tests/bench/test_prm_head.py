@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassification
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 from bench import rows
 from bench.embedded import MODELS
@@ -34,6 +35,7 @@ from bench.testbed.prm_head import (
 from bench.testbed.sampling import sample
 from bench.testbed.task import distinct_problems, split_steps
 from sglang_ets.prm.choose import POLICY_HEAD, check_checkpoint, is_policy_head
+from sglang_ets.prm.formats import Judge
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "policy")
 NUM_PROBLEMS, WIDTH = 6, 6
@@ -83,7 +85,10 @@ def test_rollouts_are_the_distinct_trajectories_with_their_outcomes(rollouts: li
     assert {one.is_right for one in rollouts} == {True, False}
     first = rollouts[0]
     assert first.prompt_ids == tuple(TOKENIZER.encode(first.problem + "\n"))
-    assert len(first.scores) == len(first.steps)
+    assert first.question == first.problem and len(first.texts) == len(first.steps)
+    fewer = prm_head.some_of(rollouts, 2, seed=0)
+    assert {one.problem for one in fewer} == {one.problem for one in rollouts} and set(fewer) <= set(rollouts)
+    assert all(sum(one.problem == name for one in fewer) == 2 for name in {one.problem for one in fewer})
 
 
 def test_a_file_without_trees_is_refused(tmp_path: Path) -> None:
@@ -113,6 +118,34 @@ def test_a_pass_reads_states_at_the_ends_of_steps_and_the_steps_own_probabilitie
     assert made.lengths.tolist() == [len(step) for step in one.steps]
 
 
+class Words:
+    """A tokenizer of characters that has one token for each of the judge's words."""
+
+    chat_template = None
+    unk_token_id, eos_token_id, bos_token_id = 3, 1, 2
+
+    def encode(self, text: str, **_: bool) -> list[int]:
+        return {" Yes": [70], " No": [71]}.get(text, [4 + ord(character) % 60 for character in text])
+
+
+@torch.no_grad()
+def test_the_judge_is_asked_after_every_step_and_its_questions_are_not_kept() -> None:
+    """Each verdict is what a pass over the solution so far and the question gives."""
+    config = LlamaConfig(
+        vocab_size=80, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model, judge = LlamaForCausalLM(config).eval(), Judge(Words())
+    one = Rollout("a", "1+2=", (), ((1,), (1,), (1,)), ("1+2=", "3", " so 3"), True)
+    made = prm_head.judged(model, judge, one)
+    for depth in (1, 2, 3):
+        steps = [judge.step(text, place) for place, text in enumerate(one.texts[:depth], 1)]
+        token_ids = [*judge.prompt(one.question), *(token for step in steps for token in step.path), *steps[-1].query]
+        yes, no = model(torch.tensor([token_ids])).logits[0, -1, [70, 71]].double()
+        assert made[depth - 1] == pytest.approx(float((yes - no).sigmoid()), abs=1e-5)
+    assert len(set(made.round(4))) == 3
+
+
 def test_a_fit_separates_what_can_be_separated_and_is_right_on_average() -> None:
     draw = np.random.default_rng(0)
     states = draw.normal(3, [1, 5, 0.1, 2], size=(300, 4))
@@ -135,17 +168,17 @@ def test_a_head_is_trained_on_some_problems_and_tested_on_others() -> None:
         is_right = chance.random() < 0.5
         states = draw.normal(size=(3, 6))
         states[:, 0] += 3 * is_right
-        made.append(Rollout(str(number // 2), (), ((number,),) * 3, (0.5,) * 3, is_right))
+        made.append(Rollout(str(number // 2), "", (), ((number,),) * 3, ("",) * 3, is_right))
         steps.append(Step({CHECKPOINT: states, POLICY_HEAD: np.zeros((3, 6))}, np.full(3, -1.0), np.ones(3)))
     first, second = halves(made)
     assert not {made[at].problem for at in first} & {made[at].problem for at in second}
     heads = {name: train([made[at] for at in first], [steps[at].states[name] for at in first])[0] for name in FORMATS}
     tested = [made[at] for at in second]
-    reads = [prm_head.scores_of(made[at], steps[at], heads, "judge") for at in second]
+    reads = [prm_head.scores_of(replace(steps[at], verdicts=np.full(3, 0.5)), heads) for at in second]
     by_name = {row["verifier"]: row for row in compare(tested, reads, seed=0)}
     assert by_name["head"]["auc_last"] > 0.9 > 0.5 == by_name["judge"]["auc_last"] == by_name["policy head"]["auc_last"]
     assert by_name["head"]["low"] <= by_name["head"]["auc_last"] <= by_name["head"]["high"]
-    assert "none" not in prm_head.scores_of(made[0], steps[0], heads, "none")
+    assert "judge" not in prm_head.scores_of(steps[0], heads), "it was not asked"
     with pytest.raises(SystemExit, match="right and wrong rollouts must be in both halves"):
         halves([one for one in made if one.is_right])
 
@@ -155,7 +188,7 @@ def test_a_penalty_is_chosen_for_the_probabilities_not_only_for_the_order() -> N
     draw = np.random.default_rng(1)
     labels = np.repeat([True, False], 60)
     states = [draw.normal([4 * float(one), 0], 1, size=(2, 2)) for one in labels]
-    made = [Rollout(str(number % 30), (), ((0,),) * 2, (0.5,) * 2, bool(one)) for number, one in enumerate(labels)]
+    made = [Rollout(str(number % 30), "", (), ((0,),) * 2, ("",) * 2, bool(one)) for number, one in enumerate(labels)]
     head, penalty = train(made, states)
     scores = head.scores(np.concatenate(states))
     assert penalty < 0.1 and scores[:120].mean() > 0.9 and scores[120:].mean() < 0.1
@@ -169,20 +202,18 @@ def test_a_log_loss_is_the_mean_of_what_surprises_and_never_infinite() -> None:
     assert np.isfinite(prm_head.log_loss(np.array([0.0, 1.0]), np.array([1.0, 0.0]), weights))
 
 
-def test_without_a_prm_the_server_that_samples_has_a_head_without_knowledge(tmp_path: Path) -> None:
-    args = argparse.Namespace(model_path=str(MODELS / "policy"), prm_format="none", dtype="bfloat16", pool_tokens=9)
+def test_the_server_that_samples_has_a_head_without_knowledge(tmp_path: Path) -> None:
+    args = argparse.Namespace(model_path=str(MODELS / "policy"), dtype="bfloat16", pool_tokens=9)
     made = prm_head.flags(args, tmp_path)
     head = LinearHead.load(made[made.index("--prm-model-path") + 1])
     size = AutoConfig.from_pretrained(MODELS / "policy").hidden_size
     assert head.scores(np.ones((2, size))).tolist() == [0.5, 0.5]
-    args.prm_format = "judge"
-    assert prm_head.flags(args, tmp_path)[4:6] == ["--prm-format", "judge"]
 
 
 def test_the_checkpoint_is_one_that_the_server_recognises(rollouts: list[Rollout], tmp_path: Path) -> None:
-    heads, made = learn(str(MODELS / "policy"), rollouts, torch.float32, "judge", seed=0)
+    heads, made = learn(str(MODELS / "policy"), rollouts, torch.float32, seed=0)
     head = heads[CHECKPOINT]
-    assert [row["verifier"] for row in made][:3] == ["head", "policy head", "judge"]
+    assert [row["verifier"] for row in made][:3] == ["head", "policy head", "likelihood"]
     assert all(row["train_problems"] == row["test_problems"] == NUM_PROBLEMS // 2 for row in made)
     text = prm_head.table([{"model": "m", "data": "d", **row} for row in made])
     assert f"| head | {made[0]['auc_last']:.3f} | [{made[0]['low']:.3f}, {made[0]['high']:.3f}] |" in text

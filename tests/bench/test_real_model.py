@@ -161,7 +161,7 @@ def test_problems_for_choosing_settings_are_others_under_another_name(data: Path
 
 def test_embeddings_come_only_when_asked_for() -> None:
     plain, whole = (settings(8, ["rebase"], embeddings=wanted)[1].search for wanted in (False, True))
-    assert whole.items() - plain.items() == {("return_tree", True), ("return_embeddings", True)}
+    assert whole.items() - plain.items() == {("return_embeddings", True)}
 
 
 class Server:
