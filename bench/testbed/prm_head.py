@@ -13,9 +13,9 @@ the server has these states already when a step has ended, so the PRM has no wei
 is a checkpoint of the whole model, a `*ForTokenClassification`, for any server; `--reader-path` makes it of another model of
 the same tokenizer. Many problems teach more than many rollouts of each.
 
-On the other half of the problems both are compared with the likelihoods of the model itself, and with its verdict if asked after
-every step whether all is right so far (`--judge`), by AUC: over last steps, over all steps (what a search selects by), and
-within a problem (right against wrong rollouts of the same problem, which is all that a choice among them can use).
+On the other half of the problems both are compared with the likelihoods of the model itself, and with its verdict if asked
+after every step whether all is right so far (`--judge`), by AUC: over last steps, over all steps (what a search selects by),
+and within a problem (right against wrong rollouts of the same problem, which is all that a choice among them can use).
 
 The server recognises the format of what is in `--out` by itself.
 """
