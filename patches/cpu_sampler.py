@@ -20,6 +20,7 @@ from sglang_ets.patches.record import Patch, Use
 
 NO_SEED = -1  # of a row that belongs to no search; the seeds of a search's rows are not negative
 NUM_HEAVY = 1024  # tokens of a row that are sorted for its top-p; few rows need more
+BLOCK = 128  # columns that are added up before single ones are looked at
 # Constants of the splitmix64 generator (Steele, Lea, Flood 2014).
 _STEP, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _MANTISSA_BITS = 53
@@ -105,15 +106,15 @@ def _draw_seeded(
     for rows, is_way_cut in ((is_seeded & ~is_cut, False), (is_seeded & is_cut, True)):
         if not rows.any():
             continue
-        weights, of_rows = probs[rows], (seeds[rows], positions[rows])
+        weights, of_rows = probs if rows.all() else probs[rows], (seeds[rows], positions[rows])
         if info.need_min_p_sampling:
             # sglang refuses min_p and seeds together. It drops the lightest tokens, on which neither top-k nor top-p
             # of the heavier ones depends, so it may come before them.
-            weights[weights < weights.amax(1, keepdim=True) * info.min_ps[rows, None]] = 0.0
+            weights = weights.masked_fill(weights < weights.amax(1, keepdim=True) * info.min_ps[rows, None], 0.0)
         if is_way_cut:
             token_ids[rows] = _draw_cut(weights, info.top_ks[rows], info.top_ps[rows], *of_rows)
         else:
-            token_ids[rows] = _columns(weights.to(torch.float64), *of_rows).to(torch.int32)
+            token_ids[rows] = _columns(weights, *of_rows).to(torch.int32)
 
 
 def _draw_cut(
@@ -153,11 +154,24 @@ def draw_by_seed(
 
 
 def _columns(weights: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """int64[N, K], as `draw_by_seed`, of weights (float64[N, V], overwritten)."""
-    cumulative = weights.cumsum_(dim=1)
-    drawn = torch.from_numpy(uniform(seeds.numpy(), positions.numpy()[:, None])) * cumulative[:, -1:]
-    # The first column whose sum exceeds the draw: never one of weight 0.
-    return torch.searchsorted(cumulative, drawn, right=True).clamp_(max=weights.shape[1] - 1)
+    """int64[N, K], as `draw_by_seed`, of weights (float[N, V]).
+
+    A row is read once, to add up its blocks; columns are added one by one only in the block that a draw falls into. Never one of
+    weight 0, unless all are.
+    """
+    num_columns = weights.shape[1]
+    if num_columns % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -num_columns % BLOCK))
+    blocks = weights.unflatten(1, (-1, BLOCK))  # float[N, B, BLOCK]
+    sums = blocks.sum(2).to(torch.float64).cumsum_(1)
+    drawn = torch.from_numpy(uniform(seeds.numpy(), positions.numpy()[:, None])) * sums[:, -1:]  # float64[N, K]
+    # The first block whose sum exceeds the draw, then in it the first column; rounding must not lead past its last weight.
+    block = torch.searchsorted(sums, drawn, right=True).clamp_(max=sums.shape[1] - 1)
+    rest = drawn - torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    own = blocks[torch.arange(len(blocks))[:, None], block].to(torch.float64)  # float64[N, K, BLOCK]
+    column = torch.searchsorted(own.cumsum(2), rest[..., None], right=True)[..., 0]
+    last = BLOCK - 1 - (own > 0).flip(2).to(torch.uint8).argmax(2)
+    return (block * BLOCK + torch.minimum(column, last)).clamp_(max=num_columns - 1)
 
 
 def uniform(seed: NDArray[np.int64], position: NDArray[np.integer[Any]]) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import chisquare, kstest
 from sglang.srt.layers import sampler
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
+from sglang_ets.patches import cpu_sampler
 from sglang_ets.patches.cpu_sampler import (
     NO_SEED,
     draw_by_seed,
@@ -56,6 +57,21 @@ def test_a_row_is_drawn_alike_alone_and_among_others() -> None:
     together = draw(probabilities, seeds, positions)
     for row in range(64):
         assert draw(probabilities[row : row + 1], seeds[row : row + 1], positions[row : row + 1])[0] == together[row]
+
+
+@pytest.mark.parametrize("vocab", [7, cpu_sampler.BLOCK, 5 * cpu_sampler.BLOCK, 1000])
+def test_sums_of_blocks_draw_what_the_sums_of_all_columns_draw(vocab: int) -> None:
+    """Weights are small whole numbers, so that every sum is exact; most of them, and whole blocks, are zero."""
+    draw = torch.Generator().manual_seed(vocab)
+    weights = torch.randint(0, 5, (30, vocab), generator=draw).float() * (torch.rand(30, vocab, generator=draw) < 0.05)
+    weights[:, 3] = torch.arange(30) % 2
+    weights[:, -1] = 1 - weights[:, 3]  # so that no row is empty, and some end in a weight, some in zeros
+    seeds, positions = torch.arange(30 * 50).view(30, 50), torch.arange(30)
+    sums = weights.double().cumsum(1)
+    drawn = torch.from_numpy(cpu_sampler.uniform(seeds.numpy(), positions.numpy()[:, None])) * sums[:, -1:]
+    expected = torch.searchsorted(sums, drawn, right=True)
+    assert torch.equal(cpu_sampler._columns(weights, seeds, positions), expected)
+    assert (weights.gather(1, expected) > 0).all() and len(expected.unique()) > 1
 
 
 def test_only_children_of_a_search_have_a_seed() -> None:
