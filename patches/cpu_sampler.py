@@ -156,8 +156,8 @@ def draw_by_seed(
 def _columns(weights: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """int64[N, K], as `draw_by_seed`, of weights (float[N, V]).
 
-    A row is read once, to add up its blocks; columns are added one by one only in the block that a draw falls into. Never one of
-    weight 0, unless all are.
+    A row is read once, to add up its blocks; columns are added one by one only in the block that a draw falls into. A column
+    of weight 0 is never drawn, unless all are.
     """
     num_columns = weights.shape[1]
     if num_columns % BLOCK:
