@@ -48,10 +48,12 @@ def main(
     """The command of the study `name`: append the figures of the files that it is given, publish the table of all rows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="of `sglang-ets run`, with `early_stop` off")
+    parser.add_argument("--prm", help="what scored, if data sets of several PRMs stand in one table")
     parser.add_argument("--out", type=Path, help="rows, JSONL; default: the file of this bench under bench/results/")
     parser.set_defaults(smoke=False)  # it needs files that another command has made
     args = parser.parse_args()
     out = rows.out_of(args, name)
     for (data, width, policy), own in figures([row for file in args.files for row in rows_in(file)]).items():
+        data = f"{data}, {args.prm}" if args.prm else data
         rows.append(out, {"data": data, "width": width, "policy": policy, **own})
     rows.publish(out, table(list(rows.read(out))))
