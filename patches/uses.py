@@ -181,7 +181,16 @@ TOKEN_STATES = (
     Use(f"{BATCH}.ScheduleBatch", ("return_hidden_states_mode", "forward_mode")),
     Use(f"{SRT}.managers.utils.GenerationBatchResult", ("logits_output", "extend_input_len_per_req")),
     Use(f"{SRT}.layers.logits_processor.LogitsProcessorOutput", ("hidden_states",)),
-    Use(f"{FIELDS}.exec_.ExecFeatures", ("return_hidden_states_mode",)),
+    Use(
+        f"{FIELDS}.exec_.ExecFeatures",
+        (
+            "return_hidden_states_mode",
+            "enable_return_hidden_states",
+            "enable_return_aux_hidden_states",
+            "return_aux_hidden_state_layer_ids",
+        ),
+    ),
+    Use(f"{SRT}.arg_groups.validation_hook.handle_aux_hidden_state_capture", ("server_args",)),
 )
 
 # engine/coordinator.py and engine/pressure.py: what a tick looks like

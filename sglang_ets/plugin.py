@@ -18,6 +18,13 @@ from sglang_ets.patches import tree_attention
 from sglang_ets.prm.choose import is_policy_head
 from sglang_ets.prm.split import num_prm_ranks
 
+# With these, hidden states mean something else than those of a head's inner layer.
+OTHER_STATES = (
+    "return_hidden_states_mode",
+    "enable_return_hidden_states",
+    "enable_return_aux_hidden_states",
+    "speculative_algorithm",
+)
 _state = {"is_registered": False}
 
 
@@ -67,9 +74,35 @@ def switch_on(server_args: Any) -> Any:
         patches.install(patches.wanted(search_is_on=True), allows_untested())
         HookRegistry.apply_hooks()
         patches.check_installed()
-        if has_policy_head(server_args._ets) and server_args.return_hidden_states_mode is None:
-            server_args.return_hidden_states_mode = "last"  # CUDA graphs are captured with them, or never have them
+        if has_policy_head(server_args._ets):
+            keep_states(server_args)
     return server_args
+
+
+def keep_states(server_args: Any) -> None:
+    """Forward passes hand out the states that a policy head reads: CUDA graphs are captured with them, or never have them.
+
+    States of an inner layer come by sglang's own switch for them, which puts them in place of the last ones.
+
+    Raises:
+        SystemExit: see `LinearHead.load`; or a request could ask for the last ones.
+    """
+    from sglang_ets.prm.policy_head import LinearHead
+
+    path = server_args._ets["prm_model_path"]
+    layer = LinearHead.load(path).layer if path else None
+    if layer is not None:
+        wanted = {name: getattr(server_args, name) for name in OTHER_STATES}
+        if given := [f"--{name.replace('_', '-')}" for name, value in wanted.items() if value not in (None, False)]:
+            raise SystemExit(
+                f"a policy head of an inner layer must be alone in reading hidden states, got {given[0]} beside layer {layer}; "
+                "leave it out, or learn a head of the last states (prm_head --layers)"
+            )
+        server_args.enable_return_aux_hidden_states = True
+        server_args.speculative_algorithm = "EAGLE3"  # names the convention of layers; sglang then resets it
+        server_args.return_aux_hidden_state_layer_ids = [layer - 1]
+    if server_args.return_hidden_states_mode is None and not server_args.enable_return_hidden_states:
+        server_args.return_hidden_states_mode = "last"
 
 
 def check_radix_cache(server_args: Any) -> None:

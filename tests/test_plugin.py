@@ -87,15 +87,62 @@ def test_flags_switch_the_search_on_for_this_process_and_its_children(
 
 
 @pytest.mark.parametrize(
-    ("prm_format", "given", "expected"),
-    [("judge", None, None), ("policy_head", None, "last"), ("policy_head", "full", "full")],
+    ("prm_format", "given", "is_full", "expected"),
+    [
+        ("judge", None, False, None),
+        ("policy_head", None, False, "last"),
+        ("policy_head", "full", False, "full"),
+        ("policy_head", None, True, None),  # sglang makes it full
+    ],
 )
 def test_states_are_kept_for_a_head_that_reads_them(
-    calls: list[Any], monkeypatch: pytest.MonkeyPatch, prm_format: str, given: str | None, expected: str | None
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    prm_format: str,
+    given: str | None,
+    is_full: bool,
+    expected: str | None,
 ) -> None:
     monkeypatch.setenv(flags.SEARCH_ENV, "before")
-    args = SimpleNamespace(_ets={**SETTINGS, "prm_format": prm_format}, return_hidden_states_mode=given)
+    LinearHead(np.zeros(4), 0.0).save(tmp_path)
+    args = states_args(tmp_path, return_hidden_states_mode=given, enable_return_hidden_states=is_full)
+    args._ets["prm_format"] = prm_format
     assert plugin.switch_on(args).return_hidden_states_mode == expected
+    assert args.speculative_algorithm is None and not args.enable_return_aux_hidden_states
+
+
+def states_args(folder: Path, **given: Any) -> SimpleNamespace:
+    """Server arguments as parsed, of which none that has to do with hidden states is set but those given."""
+    settings = {**SETTINGS, "prm_model_path": str(folder), "prm_format": "auto"}
+    return SimpleNamespace(_ets=settings, **{**dict.fromkeys(plugin.OTHER_STATES), **given})
+
+
+def test_states_of_an_inner_layer_come_by_sglangs_own_switch(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(flags.SEARCH_ENV, "before")
+    LinearHead(np.zeros(4), 0.0, layer=3).save(tmp_path)
+    args = plugin.switch_on(states_args(tmp_path))
+    assert (args.enable_return_aux_hidden_states, args.return_aux_hidden_state_layer_ids) == (True, [2])
+    assert (args.speculative_algorithm, args.return_hidden_states_mode) == ("EAGLE3", "last")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("return_hidden_states_mode", "full", "--return-hidden-states-mode beside layer 3"),
+        ("enable_return_hidden_states", True, "--enable-return-hidden-states beside layer 3"),
+        ("speculative_algorithm", "NGRAM", "--speculative-algorithm beside layer 3"),
+    ],
+)
+def test_a_head_of_an_inner_layer_is_alone_in_reading_states(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: object, said: str
+) -> None:
+    monkeypatch.setenv(flags.SEARCH_ENV, "before")
+    LinearHead(np.zeros(4), 0.0, layer=3).save(tmp_path)
+    with pytest.raises(SystemExit, match=f"must be alone in reading hidden states, got {said}"):
+        plugin.switch_on(states_args(tmp_path, **{name: value}))
 
 
 def test_a_head_is_no_checkpoint_and_is_on_every_rank(tmp_path: Path) -> None:

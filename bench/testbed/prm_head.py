@@ -9,9 +9,10 @@
 Rollouts are the trajectories of `best_of_n` on problems that are left for validation. Every step is labelled with the outcome:
 whether the final answer is right. One forward pass a rollout gives the hidden state from which each step's last token was
 sampled, and the one at that token; a logistic regression on half of the problems is the head. The first kind is `policy_head`:
-the server has these states already when a step has ended, so the PRM has no weights, no KV and no pass of its own. The second
-is a checkpoint of the whole model, a `*ForTokenClassification`, for any server; `--reader-path` makes it of another model of
-the same tokenizer. Many problems teach more than many rollouts of each.
+the server has these states already when a step has ended, so the PRM has no weights, no KV and no pass of its own. One is
+learned after each of `--layers` and one of the last states, and that which foretells outcomes best is saved. The second kind is
+a checkpoint of the whole model, a `*ForTokenClassification`, for any server; `--reader-path` makes it of another model of the
+same tokenizer. Many problems teach more than many rollouts of each.
 
 On the other half of the problems both are compared with the likelihoods of the model itself, and with its verdict if asked
 after every step whether all is right so far (`--judge`), by AUC: over last steps, over all steps (what a search selects by),
@@ -57,6 +58,7 @@ from sglang_ets.tools.grading import grade
 
 CHECKPOINT = "token_classification"
 FORMATS = (POLICY_HEAD, CHECKPOINT)
+LABELS = {CHECKPOINT: "head", POLICY_HEAD: "policy head"}  # in tables
 POOL_TOKENS = 20_000
 TIMEOUT_S = 3600
 CHUNK_TOKENS = 64  # of which all logits exist at once
@@ -95,7 +97,7 @@ class Rollout:
 class Step:
     """What one forward pass says about each of the K steps of a rollout."""
 
-    states: Mapping[str, Floats]  # by format, float64[K, H], the last hidden states that its score is read from
+    states: Mapping[str, Floats]  # by format, and by layer of a policy head, float64[K, H]: what its score is read from
     log_probabilities: Floats  # float64[K], sums over their tokens
     lengths: Floats  # float64[K], tokens
     verdicts: Floats | None = None  # float64[K], of the judge, if it is asked
@@ -180,10 +182,11 @@ def some_of(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Rollout]
 
 
 @torch.inference_mode()
-def read(model: Any, rollout: Rollout) -> Step:
-    """One pass over the prompt and all steps. `model`: a causal LM of transformers."""
+def read(model: Any, rollout: Rollout, layers: Sequence[int] = ()) -> Step:
+    """One pass over the prompt and all steps. `model`: a causal LM of transformers; `layers`: see `LinearHead`."""
     token_ids = [*rollout.prompt_ids, *(token for step in rollout.steps for token in step)]
-    hidden = model.get_decoder()(torch.tensor([token_ids]), use_cache=False).last_hidden_state[0]  # float[T, H]
+    seen = model.get_decoder()(torch.tensor([token_ids]), use_cache=False, output_hidden_states=bool(layers))
+    hidden = seen.last_hidden_state[0]  # float[T, H]
     first = len(rollout.prompt_ids)
     head, states = model.get_output_embeddings(), hidden[first - 1 : -1]
     taken = torch.cat([
@@ -193,9 +196,16 @@ def read(model: Any, rollout: Rollout) -> Step:
     lengths = [len(step) for step in rollout.steps]
     ends = np.cumsum(lengths)
     sums = [float(piece.double().sum()) for piece in taken.split(lengths)]
-    places = {POLICY_HEAD: first + ends - 2, CHECKPOINT: first + ends - 1}
-    read_from = {name: hidden[torch.from_numpy(at)].double().numpy() for name, at in places.items()}
+    chosen_at = first + ends - 2  # the state that a step's last token was chosen from
+    places = {CHECKPOINT: (hidden, first + ends - 1), POLICY_HEAD: (hidden, chosen_at)}
+    places |= {name_of(layer): (seen.hidden_states[layer][0], chosen_at) for layer in layers}
+    read_from = {name: states[torch.from_numpy(at)].double().numpy() for name, (states, at) in places.items()}
     return Step(read_from, np.array(sums), np.array(lengths, dtype=np.float64))
+
+
+def name_of(layer: int | None) -> str:
+    """What the states of a policy head are called here."""
+    return POLICY_HEAD if layer is None else f"policy head of layer {layer}"
 
 
 @torch.inference_mode()
@@ -218,8 +228,7 @@ def scores_of(step: Step, heads: Mapping[str, LinearHead]) -> Read:
     verdicts = {} if step.verdicts is None else {"judge": step.verdicts}
     likelihood = np.exp(step.log_probabilities)
     return {
-        "head": heads[CHECKPOINT].scores(step.states[CHECKPOINT]),
-        "policy head": heads[POLICY_HEAD].scores(step.states[POLICY_HEAD]),
+        **{LABELS.get(name, name): head.scores(step.states[name]) for name, head in heads.items()},
         **verdicts,
         "likelihood": np.array(list(accumulate(likelihood, min))),
         "confidence": np.exp(step.log_probabilities / step.lengths),
@@ -247,8 +256,17 @@ def fit(states: Floats, labels: Floats, weights: Floats, penalty: float) -> Line
     return LinearHead(weight, float(both[-1] - weight @ mean))
 
 
-def train(rollouts: Sequence[Rollout], states: Sequence[Floats]) -> tuple[LinearHead, float]:
-    """The head of all of them, and its penalty: that of the least log loss over all steps in cross-validation by problem.
+@dataclass(frozen=True)
+class Learned:
+    """A head, and what its training says of it."""
+
+    head: LinearHead
+    penalty: float
+    loss: float  # log loss in cross-validation, nats a rollout
+
+
+def train(rollouts: Sequence[Rollout], states: Sequence[Floats]) -> Learned:
+    """The head of all of them, with the penalty of the least log loss over all steps in cross-validation by problem.
 
     A ranking alone would not do: policies read how far apart scores are. `states` are those of each rollout's steps,
     float64[K, H].
@@ -268,8 +286,9 @@ def train(rollouts: Sequence[Rollout], states: Sequence[Floats]) -> tuple[Linear
             scores[unseen] = fit(every[seen], labels[seen], weights[seen], penalty).scores(every[unseen])
         return log_loss(scores, labels, weights)
 
-    best = min(PENALTIES, key=loss)
-    return fit(every, labels, weights, best), best
+    losses = {penalty: loss(penalty) for penalty in PENALTIES}
+    best = min(PENALTIES, key=losses.__getitem__)
+    return Learned(fit(every, labels, weights, best), best, losses[best])
 
 
 def log_loss(scores: Floats, labels: Floats, weights: Floats) -> float:
@@ -383,12 +402,19 @@ def halves(rollouts: Sequence[Rollout]) -> tuple[list[int], list[int]]:
 
 
 def learn(
-    model_path: str, rollouts: Sequence[Rollout], dtype: torch.dtype, seed: int, *, asks_judge: bool = False
+    model_path: str,
+    rollouts: Sequence[Rollout],
+    dtype: torch.dtype,
+    seed: int,
+    layers: Sequence[int] | None = None,
+    *,
+    asks_judge: bool = False,
 ) -> tuple[dict[str, LinearHead], list[rows.Row]]:
     """The heads of one half of the problems, by format, and what they and their rivals are worth on the other."""
     trained, tested = halves(rollouts)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
-    steps = [read(model, rollout) for rollout in tqdm(rollouts, unit="rollout")]
+    layers = inner_layers(model.config.num_hidden_layers) if layers is None else layers
+    steps = [read(model, rollout, layers) for rollout in tqdm(rollouts, unit="rollout")]
     if asks_judge:
         judge = Judge(transformers.AutoTokenizer.from_pretrained(model_path))
         for place in tqdm(tested, unit="rollout judged"):
@@ -398,18 +424,29 @@ def learn(
         return [things[place] for place in places]
 
     learned = {
-        name: train(of(trained, rollouts), [step.states[name] for step in of(trained, steps)]) for name in FORMATS
+        name: train(of(trained, rollouts), [step.states[name] for step in of(trained, steps)])
+        for name in (*FORMATS, *map(name_of, layers))
     }
-    heads = {name: head for name, (head, _) in learned.items()}
+    heads = {name: one.head for name, one in learned.items()}
+    layer = min((None, *layers), key=lambda layer: learned[name_of(layer)].loss)
     chosen = of(tested, rollouts)
     reads = [scores_of(step, heads) for step in of(tested, steps)]
     about = {
         "train_problems": len({one.problem for one in of(trained, rollouts)}), "train_rollouts": len(trained),
         "test_problems": len({one.problem for one in chosen}), "test_rollouts": len(tested),
         "share_right": sum(one.is_right for one in chosen) / len(chosen),
-        "penalty": {name: penalty for name, (_, penalty) in learned.items()},
+        "penalty": {name: one.penalty for name, one in learned.items()},
+        "loss": {name: one.loss for name, one in learned.items()}, "layer": layer,
     }  # fmt: skip
-    return heads, [{**about, **row} for row in compare(chosen, reads, seed)]
+    best = replace(heads[name_of(layer)], layer=layer)
+    return {CHECKPOINT: heads[CHECKPOINT], POLICY_HEAD: best}, [
+        {**about, **row} for row in compare(chosen, reads, seed)
+    ]
+
+
+def inner_layers(num_layers: int) -> list[int]:
+    """Half of them and two thirds: what is known of an answer's fate is often clearer there than at the end."""
+    return sorted({num_layers // 2, num_layers * 2 // 3} - {0, num_layers})
 
 
 def main() -> None:
@@ -428,6 +465,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV of the server that samples")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, nargs="*", help="inner layers to try a policy head on (default: two)")
     parser.add_argument("--judge", action="store_true", help="ask the model that reads after every step, to compare")
     parser.add_argument("--of-each", type=int, help="read only so many rollouts of each problem")
     parser.add_argument("--answer-pattern", default="boxed")
@@ -447,13 +485,14 @@ def main() -> None:
     rollouts = rollouts_in(path, tokenizer, args.answer_pattern)
     if args.of_each:
         rollouts = some_of(rollouts, args.of_each, args.seed)
-    heads, made = learn(reader_path, rollouts, getattr(torch, args.dtype), args.seed, asks_judge=args.judge)
+    dtype = getattr(torch, args.dtype)
+    heads, made = learn(reader_path, rollouts, dtype, args.seed, args.layers, asks_judge=args.judge)
     names = {"model": args.model_path, "reader": reader_path, "data": args.data}
     made = [{key: Path(name).name for key, name in names.items()} | row for row in made]
     if args.format == POLICY_HEAD:
         heads[POLICY_HEAD].save(args.out)
     else:
-        save(reader_path, heads[CHECKPOINT], getattr(torch, args.dtype), args.out)
+        save(reader_path, heads[CHECKPOINT], dtype, args.out)
     print(table(made))
     if args.rows:
         for row in made:

@@ -4,8 +4,10 @@ A step's score is read from the state that chose its last token, and its embeddi
 tokens. All of them exist once the step has ended, so there are no second weights, no second KV pool and no second pass. Only a
 search inside the engine sees these states.
 
-The head is a folder with `prm_config.json` and `policy_head.safetensors`: `weight` float32[H] and `bias` float32[1], and
-sigmoid(state @ weight + bias) is the score. `python -m bench.testbed.prm_head` learns one from the model's own rollouts.
+The head is a folder with `policy_head.safetensors`: `weight` float32[H] and `bias` float32[1], and the score is
+sigmoid(state @ weight + bias); and with `prm_config.json`, whose `layer` says after how many layers of the model the states are
+taken. Without it they are those that the next token is chosen from. `python -m bench.testbed.prm_head` learns one from the
+model's own rollouts.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from sglang_ets.core.clusters import MIN_NORM
 from sglang_ets.kv import Hold
-from sglang_ets.prm.choose import CONFIG_FILE, POLICY_HEAD
+from sglang_ets.prm.choose import CONFIG_FILE, POLICY_HEAD, read_json
 from sglang_ets.prm.ranks import ONE_RANK, Ranks
 from sglang_ets.prm.steps import Outcome, PrmError, PrmPath, SampledStates, ScoreJob, StepScore
 
@@ -40,6 +42,9 @@ class LinearHead:
 
     weight: NDArray[np.float64]  # float64[H]
     bias: float
+    layer: int | None = (
+        None  # states after so many layers; None: the last ones, normalised, that tokens are chosen from
+    )
 
     def scores(self, states: NDArray[np.floating]) -> NDArray[np.float64]:
         """float64[K] in 0..1 of float[K, H]."""
@@ -50,7 +55,8 @@ class LinearHead:
         """Write a folder that `--prm-model-path` takes."""
         weight, bias = self.weight.astype(np.float32), np.array([self.bias], dtype=np.float32)
         save_file({"weight": weight, "bias": bias}, folder / HEAD_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps({"format": POLICY_HEAD}) + "\n", encoding="utf-8")
+        about: dict[str, Any] = {"format": POLICY_HEAD, **({} if self.layer is None else {"layer": self.layer})}
+        (folder / CONFIG_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str) -> LinearHead:
@@ -70,7 +76,12 @@ class LinearHead:
         shapes = {name: tensor.shape for name, tensor in sorted(tensors.items())}
         if list(shapes) != ["bias", "weight"] or shapes["bias"] != (1,) or len(shapes["weight"]) != 1:
             raise SystemExit(f"{path} must hold weight [H] and bias [1], got {shapes}; write it with LinearHead.save")
-        return cls(tensors["weight"].astype(np.float64), float(tensors["bias"][0]))
+        layer = read_json(folder, CONFIG_FILE).get("layer")
+        if layer is not None and not (isinstance(layer, int) and layer > 0):
+            raise SystemExit(
+                f"layer in {Path(folder) / CONFIG_FILE} must be a positive number of layers, got {layer!r}"
+            )
+        return cls(tensors["weight"].astype(np.float64), float(tensors["bias"][0]), layer)
 
 
 class PolicyHead:
@@ -92,9 +103,14 @@ class PolicyHead:
         """The head in `folder`, for the policy model of this scheduler.
 
         Raises:
-            SystemExit: there is none, or it was made for a model of another hidden size.
+            SystemExit: there is none, or it was made for a model of another hidden size or with more layers.
         """
         head, size = LinearHead.load(folder), scheduler.model_config.hidden_size
+        if head.layer is not None and head.layer >= (num_layers := scheduler.model_config.num_hidden_layers):
+            raise SystemExit(
+                f"the head in {folder} must read a layer below the policy model's {num_layers}, got {head.layer}; learn one "
+                "for this model"
+            )
         if head.weight.size != size:
             raise SystemExit(
                 f"the head in {folder} must have {size} weights, as many as the policy model has hidden dimensions, got "
@@ -109,7 +125,10 @@ class PolicyHead:
 
     def init_memory_pools(self) -> None:
         """Nothing to allocate."""
-        logger.info("PRM ready: a head on the policy model's own hidden states, without a pass or a KV pool of its own")
+        where = "" if self._head.layer is None else f" after {self._head.layer} layers"
+        logger.info(
+            "PRM ready: a head on the policy model's own states%s, without a pass or a KV pool of its own", where
+        )
 
     def refusal(self, _prompt_ids: Sequence[int], _question: str, _max_tokens: int) -> str | None:
         """None: what the policy model can generate is read already."""

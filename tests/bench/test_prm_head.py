@@ -107,7 +107,8 @@ def test_a_pass_reads_states_at_the_ends_of_steps_and_the_steps_own_probabilitie
     token_ids = [*one.prompt_ids, *(token for step in one.steps for token in step)]
     whole = model(torch.tensor([token_ids]), output_hidden_states=True)
     states, log_p = whole.hidden_states[-1][0].numpy(), whole.logits[0].log_softmax(-1)
-    made = read(model, one)
+    made = read(model, one, layers=[2])
+    inner = whole.hidden_states[2][0].numpy()
     at = len(one.prompt_ids)
     for place, step in enumerate(one.steps):
         expected = sum(float(log_p[at + index - 1, token]) for index, token in enumerate(step))
@@ -115,6 +116,7 @@ def test_a_pass_reads_states_at_the_ends_of_steps_and_the_steps_own_probabilitie
         assert made.log_probabilities[place] == pytest.approx(expected, abs=1e-4)
         np.testing.assert_allclose(made.states[CHECKPOINT][place], states[at - 1], atol=1e-4)
         np.testing.assert_allclose(made.states[POLICY_HEAD][place], states[at - 2], atol=1e-4)
+        np.testing.assert_allclose(made.states[prm_head.name_of(2)][place], inner[at - 2], atol=1e-4)
     assert made.lengths.tolist() == [len(step) for step in one.steps]
 
 
@@ -172,7 +174,7 @@ def test_a_head_is_trained_on_some_problems_and_tested_on_others() -> None:
         steps.append(Step({CHECKPOINT: states, POLICY_HEAD: np.zeros((3, 6))}, np.full(3, -1.0), np.ones(3)))
     first, second = halves(made)
     assert not {made[at].problem for at in first} & {made[at].problem for at in second}
-    heads = {name: train([made[at] for at in first], [steps[at].states[name] for at in first])[0] for name in FORMATS}
+    heads = {name: train([made[at] for at in first], [steps[at].states[name] for at in first]).head for name in FORMATS}
     tested = [made[at] for at in second]
     reads = [prm_head.scores_of(replace(steps[at], verdicts=np.full(3, 0.5)), heads) for at in second]
     by_name = {row["verifier"]: row for row in compare(tested, reads, seed=0)}
@@ -189,9 +191,9 @@ def test_a_penalty_is_chosen_for_the_probabilities_not_only_for_the_order() -> N
     labels = np.repeat([True, False], 60)
     states = [draw.normal([4 * float(one), 0], 1, size=(2, 2)) for one in labels]
     made = [Rollout(str(number % 30), "", (), ((0,),) * 2, ("",) * 2, bool(one)) for number, one in enumerate(labels)]
-    head, penalty = train(made, states)
-    scores = head.scores(np.concatenate(states))
-    assert penalty < 0.1 and scores[:120].mean() > 0.9 and scores[120:].mean() < 0.1
+    learned = train(made, states)
+    scores = learned.head.scores(np.concatenate(states))
+    assert learned.penalty < 0.1 and learned.loss < 0.2 and scores[:120].mean() > 0.9 and scores[120:].mean() < 0.1
 
 
 def test_a_log_loss_is_the_mean_of_what_surprises_and_never_infinite() -> None:
@@ -211,12 +213,17 @@ def test_the_server_that_samples_has_a_head_without_knowledge(tmp_path: Path) ->
 
 
 def test_the_checkpoint_is_one_that_the_server_recognises(rollouts: list[Rollout], tmp_path: Path) -> None:
-    heads, made = learn(str(MODELS / "policy"), rollouts, torch.float32, seed=0)
+    heads, made = learn(str(MODELS / "policy"), rollouts, torch.float32, seed=0, layers=[2])
     head = heads[CHECKPOINT]
-    assert [row["verifier"] for row in made][:3] == ["head", "policy head", "likelihood"]
+    assert [row["verifier"] for row in made][:4] == ["policy head", "head", "policy head of layer 2", "likelihood"]
+    losses = made[0]["loss"]
+    is_inner = losses[prm_head.name_of(2)] < losses[POLICY_HEAD]
+    assert heads[POLICY_HEAD].layer == made[0]["layer"] == (2 if is_inner else None)
+    assert set(losses) == set(made[0]["penalty"]) == {*FORMATS, prm_head.name_of(2)}
+    assert prm_head.inner_layers(24) == [12, 16] and prm_head.inner_layers(2) == [1]
     assert all(row["train_problems"] == row["test_problems"] == NUM_PROBLEMS // 2 for row in made)
     text = prm_head.table([{"model": "m", "data": "d", **row} for row in made])
-    assert f"| head | {made[0]['auc_last']:.3f} | [{made[0]['low']:.3f}, {made[0]['high']:.3f}] |" in text
+    assert f"| policy head | {made[0]['auc_last']:.3f} | [{made[0]['low']:.3f}, {made[0]['high']:.3f}] |" in text
     save(str(MODELS / "policy"), head, torch.float32, tmp_path)
     check_checkpoint(str(tmp_path), "auto")
     model = LlamaForTokenClassification.from_pretrained(tmp_path).eval()

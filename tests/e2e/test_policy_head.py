@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from bench.testbed.prm_head import LinearHead, Rollout, read
+from bench.testbed.prm_head import LinearHead, Rollout, name_of, read
 from sglang_ets.prm.choose import POLICY_HEAD
 from tests.e2e.serving import PROBLEMS, Server, serving
 from tests.e2e.test_modes import PAGED, assert_every_policy_answers
@@ -18,43 +18,53 @@ from tests.e2e.test_prm_parity import MODELS, TOKENIZER, scored_paths
 pytestmark = pytest.mark.server
 TOLERANCE = 1e-4
 PROMPT = PROBLEMS[5]["prompt"]
+INNER = 2
 SEARCHES = {"algorithm": "ets"}, {"algorithm": "best_of_n"}, {"algorithm": "dora", "speculate": True}
 
 
-def head() -> LinearHead:
+def head(layer: int | None) -> LinearHead:
     """With scores that spread over most of 0..1."""
     weight = np.random.default_rng(0).normal(size=_model().config.hidden_size)
-    return LinearHead(weight / np.linalg.norm(weight), 0.1)
+    return LinearHead(weight / np.linalg.norm(weight), 0.1, layer)
 
 
 def _model() -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", params=["alone in a row", "paged, retracted, overlapped"])
+@pytest.fixture(scope="module")
+def layer(headed: Server) -> int | None:
+    """That the head of the server reads."""
+    return LinearHead.load(str(headed.log.parent)).layer
+
+
+@pytest.fixture(scope="module", params=["last states", "inner layer, paged, retracted, overlapped"])
 def headed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder, is_rough = tmp_path_factory.mktemp("head"), request.param.startswith("paged")
-    head().save(folder)
+    folder, is_rough = tmp_path_factory.mktemp("head"), request.param.startswith("inner")
+    head(INNER if is_rough else None).save(folder)
     flags = ["--search", "ets", "--prm-model-path", str(folder), *(PAGED if is_rough else ())]
     env = {"SGLANG_TEST_RETRACT": "1"} if is_rough else None
     with serving(folder / "log.txt", flags, env=env, overlaps=is_rough) as running:
         yield running
 
 
-def test_scores_and_embeddings_are_read_from_the_states_that_chose_the_tokens(headed: Server) -> None:
-    model, known = _model(), head()
+def test_scores_and_embeddings_are_read_from_the_states_that_chose_the_tokens(
+    headed: Server, layer: int | None
+) -> None:
+    model, known = _model(), head(layer)
     prompt_ids = tuple(TOKENIZER.encode(PROMPT))
     scores, worst = set(), 0.0
     for search in SEARCHES:
         wanted = {**search, "return_tree": True, "return_embeddings": True}
         for path in scored_paths(headed.search(PROMPT, 8, seed=3, search=wanted)):
             steps = tuple(tuple(node["token_ids"]) for node in path)
-            seen = read(model, Rollout("1", prompt_ids, steps, (), is_right=True))
-            expected = known.scores(seen.states[POLICY_HEAD])[-1]
+            seen = read(model, Rollout("1", PROMPT, prompt_ids, steps, (), is_right=True), [INNER])
+            expected = known.scores(seen.states[name_of(layer)])[-1]
             ids = torch.tensor([[*prompt_ids, *(token for step in steps for token in step)]])
             with torch.no_grad():
-                states = model.model(ids).last_hidden_state[0, -len(steps[-1]) - 1 : -1].numpy()
-            mean = states.mean(0)
+                whole = model.model(ids, output_hidden_states=True)
+            states = whole.last_hidden_state if layer is None else whole.hidden_states[layer]
+            mean = states[0, -len(steps[-1]) - 1 : -1].numpy().mean(0)
             worst = max(worst, abs(path[-1]["score"] - expected))
             assert path[-1]["embedding"] == pytest.approx(list(mean / np.linalg.norm(mean)), abs=TOLERANCE)
             scores.add(round(expected, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ from sglang_ets.prm.policy_head import HEAD_FILE, LinearHead, PolicyHead
 from sglang_ets.prm.steps import PrmError, PrmPath, SampledStates, ScoreJob
 from tests.engine.test_decisions import First, Second
 
-SCHEDULER = SimpleNamespace(model_config=SimpleNamespace(hidden_size=3, context_len=64), max_total_num_tokens=500)
+SCHEDULER = SimpleNamespace(
+    model_config=SimpleNamespace(hidden_size=3, num_hidden_layers=8, context_len=64), max_total_num_tokens=500
+)
 HEAD = LinearHead(np.array([1.0, 0.0, -1.0]), 0.5)
 
 
@@ -85,7 +88,9 @@ def test_a_step_that_lacks_states_has_no_score_and_the_others_have_theirs(
 def test_a_head_is_saved_and_recognised(tmp_path: Path) -> None:
     HEAD.save(tmp_path)
     loaded = LinearHead.load(str(tmp_path))
-    assert (loaded.weight.tolist(), loaded.bias) == (HEAD.weight.tolist(), HEAD.bias)
+    assert (loaded.weight.tolist(), loaded.bias, loaded.layer) == (HEAD.weight.tolist(), HEAD.bias, None)
+    replace(HEAD, layer=2).save(tmp_path)
+    assert LinearHead.load(str(tmp_path)).layer == 2
     assert is_policy_head(str(tmp_path), "auto") and is_policy_head(str(tmp_path), "policy_head")
     assert not is_policy_head(str(tmp_path), "judge") and not is_policy_head(None, "judge")
     (tmp_path / CONFIG_FILE).unlink()
@@ -104,5 +109,15 @@ def test_a_head_is_saved_and_recognised(tmp_path: Path) -> None:
 def test_a_server_with_another_head_does_not_start(tensors: Any, said: str, tmp_path: Path) -> None:
     if tensors is not None:
         save_file(tensors, tmp_path / HEAD_FILE)
+    with pytest.raises(SystemExit, match=said):
+        PolicyHead.load(str(tmp_path), SCHEDULER, First(SimpleQueue()))
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [(8, "must read a layer below the policy model's 8, got 8"), (0, "number of layers"), ("2", "'2'")],
+)
+def test_a_server_with_a_layer_that_is_none_does_not_start(layer: Any, said: str, tmp_path: Path) -> None:
+    replace(HEAD, layer=layer).save(tmp_path)
     with pytest.raises(SystemExit, match=said):
         PolicyHead.load(str(tmp_path), SCHEDULER, First(SimpleQueue()))

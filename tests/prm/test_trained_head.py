@@ -20,7 +20,7 @@ QUESTION, STEPS = "7*8-2*(3+4)=\n", ("7*8=56: 56-2*(3+4)\n", "3+4=7: 56-2*7\n")
 
 def test_the_server_scores_steps_as_the_head_was_trained(load_engine: Callable[..., Any], tmp_path: Path) -> None:
     steps = tuple(tuple(TOKENIZER.encode(step, add_special_tokens=False)) for step in STEPS)
-    rollout = Rollout("1", tuple(TOKENIZER.encode(QUESTION)), steps, (0.0, 0.0), is_right=True)
+    rollout = Rollout("1", QUESTION, tuple(TOKENIZER.encode(QUESTION)), steps, ("", ""), is_right=True)
     made = read(LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval(), rollout)
     states = made.states[CHECKPOINT]
     weight = np.random.default_rng(0).normal(size=states.shape[1]) / np.abs(states).mean() / 2
