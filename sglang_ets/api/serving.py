@@ -78,8 +78,10 @@ def _convert(serving: Any, request: Any, raw_request: Any) -> Any:
     Raises:
         ValueError: see `search_config`.
     """
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
     manager = serving.tokenizer_manager
-    check_server(manager.server_args)
+    check_server(resolved_view(manager.server_args))  # not what was given: sglang may have decided otherwise
     if serving._resolve_lora_path(request.model, getattr(request, "lora_path", None)):
         rule = "the served model, and no LoRA adapter, together with search_width"
         raise wrong("model", rule, request.model, "leave the adapter or search_width out")

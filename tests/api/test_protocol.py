@@ -370,6 +370,18 @@ def post(outcome: Any, **fields: Any) -> tuple[Any, list[Any]]:
     return asyncio.run(answer_search(stock, serving, completion(**fields), None)), serving.sent
 
 
+@pytest.mark.parametrize(("decided", "is_served"), [(None, True), ("EAGLE3", False)])
+def test_what_sglang_made_of_the_servers_flags_counts_not_what_was_given(decided: str | None, is_served: bool) -> None:
+    serving = Serving(ValueError("it came to the scheduler"))
+    serving.tokenizer_manager.server_args = SimpleNamespace(
+        _ets=SETTINGS, speculative_algorithm="EAGLE3", pp_size=1, disaggregation_mode="null", enable_dp_attention=False,
+        _resolved_overrides=[("a decision of sglang", {"speculative_algorithm": decided})],
+    )  # fmt: skip
+    answer = asyncio.run(answer_search(lambda *_: None, serving, completion(), None))
+    said = b"it came to the scheduler" if is_served else b"search does not work together with speculative decoding"
+    assert said in answer.body and bool(serving.sent) == is_served
+
+
 @pytest.mark.parametrize(
     "fields",
     [
