@@ -28,11 +28,11 @@ FIGURES = tuple(field.name for field in fields(Quality))
 def figures_of(made: Sequence[Mapping[str, Any]], grader: Grader) -> dict[Key, dict[str, Any]]:
     """Of each data set and width under each setting; trees of other policies are passed over."""
     known: dict[tuple[str, int], list[KnownLevel]] = defaultdict(list)
-    for row in made:
+    for number, row in enumerate(made):
         data, width, policy = key_of(row)
         if policy == GROWN_BY:
             nodes, pattern = row["search_result"]["tree"]["nodes"], config_of(row).answer_pattern
-            known[data, width] += tune.known_levels(nodes, row["expected"], pattern, grader)
+            known[data, width] += tune.known_levels(nodes, row["expected"], pattern, grader, number)
     return {
         (data, width, name): {"levels": len(levels), **asdict(tune.quality(levels, own, width))}
         for (data, width), levels in known.items()
@@ -44,7 +44,9 @@ def table(done: Sequence[Mapping[str, Any]]) -> str:
     """A line for each data set, width and setting, from the least KV; of two rows the later."""
     latest = {(row["data"], row["width"], row["policy"]): row for row in done}
     ordered = sorted(latest.items(), key=lambda item: (*item[0][:2], item[1]["kv_kept"]))
-    cells = [[*key, row["levels"], *(f"{row[name]:.3f}" for name in FIGURES)] for key, row in ordered]
+    cells = [
+        [*key, row["levels"], *(f"{row[name]:.3f}" if name in row else "" for name in FIGURES)] for key, row in ordered
+    ]
     return rows.markdown(HEADER, cells)
 
 

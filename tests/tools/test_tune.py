@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def tree(*, embeddings: bool = False) -> list[dict[str, Any]]:
 def known(expected: str) -> list[KnownLevel]:
     grader = Grader(MathProcess())
     try:
-        return list(tune.known_levels(tree(), expected, "boxed", grader))
+        return list(tune.known_levels(tree(), expected, "boxed", grader, search=0))
     finally:
         grader.process.stop()
 
@@ -54,11 +55,20 @@ def test_what_is_lost_is_held_against_chance() -> None:
     assert best_only.lost_by_chance == pytest.approx(2 / 3), "of one right leaf among three, one is drawn"
 
 
+def test_one_lost_level_loses_a_search() -> None:
+    """The last right leaf of the first search is lost at one of its three levels, and the second search loses none."""
+    (lost,), (kept,) = known("8"), known("3")
+    best_only = {"algorithm": "rebase", "rebase_temperature": 0.01}
+    levels = [replace(kept, search=1), replace(kept, search=1), replace(lost, search=1), replace(kept, search=2)]
+    found = tune.quality(levels, best_only, 4)
+    assert (found.lost, found.searches_lost) == (0.25, 0.5)
+
+
 def test_the_least_kv_within_the_tolerance_is_suggested() -> None:
     found = {
-        "rebase": Quality(0.9, 0.9, 1, 1, 0.02, 0),
-        "careful": Quality(0.7, 0.7, 1, 1, 0.06, 0),
-        "bold": Quality(0.3, 0.3, 1, 1, 0.2, 0),
+        "rebase": Quality(0.9, 0.9, 1, 1, 0, 0, 0.02),
+        "careful": Quality(0.7, 0.7, 1, 1, 0, 0, 0.06),
+        "bold": Quality(0.3, 0.3, 1, 1, 0, 0, 0.2),
     }
     assert [tune.suggested(found, tolerance) for tolerance in (0.0, 0.05, 0.5)] == ["rebase", "careful", "bold"]
 
