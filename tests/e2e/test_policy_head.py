@@ -25,7 +25,7 @@ SEARCHES = {"algorithm": "ets"}, {"algorithm": "best_of_n"}, {"algorithm": "dora
 def head(layer: int | None) -> LinearHead:
     """With scores that spread over most of 0..1."""
     weight = np.random.default_rng(0).normal(size=_model().config.hidden_size)
-    scale = np.linalg.norm(weight) * (1 if layer is None else 6)  # states are larger where nothing has normalised them
+    scale = np.linalg.norm(weight) * (1 if layer is None else 60)  # states are larger where nothing has normalised them
     return LinearHead(weight / scale, 0.1, layer)
 
 
