@@ -154,12 +154,16 @@ def draw_by_seed(
 
 
 def _columns(weights: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """int64[N, K], as `draw_by_seed`, of weights (float[N, V]).
+    """int64[N, K], as `draw_by_seed`, of weights (float[N, V]). A column of weight 0 is never drawn, unless all are.
 
-    A row is read once, to add up its blocks; columns are added one by one only in the block that a draw falls into. A column
-    of weight 0 is never drawn, unless all are.
+    Where the blocks that K draws fall into are less than the row, it is read once, to add up all of its blocks, and columns are
+    added one by one only in those.
     """
     num_columns = weights.shape[1]
+    if seeds.shape[1] * BLOCK >= num_columns:
+        sums = weights.to(torch.float64).cumsum(dim=1)
+        drawn = torch.from_numpy(uniform(seeds.numpy(), positions.numpy()[:, None])) * sums[:, -1:]
+        return torch.searchsorted(sums, drawn, right=True).clamp_(max=num_columns - 1)
     if num_columns % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, -num_columns % BLOCK))
     blocks = weights.unflatten(1, (-1, BLOCK))  # float[N, B, BLOCK]

@@ -98,7 +98,8 @@ def quality(levels: Sequence[KnownLevel], settings: Settings, width: int) -> Qua
     config = SearchConfig.from_request(width, settings, {}, n=None, max_tokens=None, seed=None)
     figures = np.array([_of_level(item, config) for item in levels])
     lost = {item.search for item, own in zip(levels, figures, strict=True) if own[LOST]}
-    return Quality(*map(float, figures.mean(axis=0)), len(lost) / len({item.search for item in levels}))
+    share_lost = len(lost) / len({item.search for item in levels})
+    return Quality(*map(float, [*figures.mean(axis=0), share_lost]))
 
 
 def _of_level(item: KnownLevel, config: SearchConfig) -> tuple[float, ...]:

@@ -66,12 +66,14 @@ def test_sums_of_blocks_draw_what_the_sums_of_all_columns_draw(vocab: int) -> No
     weights = torch.randint(0, 5, (30, vocab), generator=draw).float() * (torch.rand(30, vocab, generator=draw) < 0.05)
     weights[:, 3] = torch.arange(30) % 2
     weights[:, -1] = 1 - weights[:, 3]  # so that no row is empty, and some end in a weight, some in zeros
-    seeds, positions = torch.arange(30 * 50).view(30, 50), torch.arange(30)
-    sums = weights.double().cumsum(1)
-    drawn = torch.from_numpy(cpu_sampler.uniform(seeds.numpy(), positions.numpy()[:, None])) * sums[:, -1:]
-    expected = torch.searchsorted(sums, drawn, right=True)
-    assert torch.equal(cpu_sampler._columns(weights, seeds, positions), expected)
-    assert (weights.gather(1, expected) > 0).all() and len(expected.unique()) > 1
+    sums, positions, seen = weights.double().cumsum(1), torch.arange(30), set()
+    for seeds in torch.arange(30 * 50).view(25, 30, 2):
+        drawn = torch.from_numpy(cpu_sampler.uniform(seeds.numpy(), positions.numpy()[:, None])) * sums[:, -1:]
+        expected = torch.searchsorted(sums, drawn, right=True)
+        assert torch.equal(cpu_sampler._columns(weights, seeds, positions), expected)
+        assert (weights.gather(1, expected) > 0).all()
+        seen |= set(expected.unique().tolist())
+    assert len(seen) > 1
 
 
 def test_only_children_of_a_search_have_a_seed() -> None:
