@@ -62,17 +62,8 @@ LABELS = {CHECKPOINT: "head", POLICY_HEAD: "policy head"}  # in tables
 POOL_TOKENS = 20_000
 TIMEOUT_S = 3600
 CHUNK_TOKENS = 64  # of which all logits exist at once
-PENALTIES = (
-    1e-3,
-    3e-3,
-    1e-2,
-    3e-2,
-    1e-1,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-)  # on the squared weights of standardised features, beside the mean loss
+# On the squared weights of standardised features, beside the mean loss.
+PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 NUM_FOLDS = 4
 NUM_RESAMPLES = 1000
 HEADER = ["verifier", "AUC, last steps", "95 %", "AUC, all steps", "AUC within a problem", "best of n right"]
@@ -145,8 +136,9 @@ def rollouts_in(path: Path, tokenizer: Any, pattern: str) -> list[Rollout]:
             by_id = {node["id"]: node for node in nodes}
             question, prompt_ids = prompt_of(row, tokenizer)
             for end in (node for node in nodes if node["state"] == "complete"):
-                steps = [node for node in path_to(end, by_id) if node["token_ids"] and node["score"] is not None]
-                answer = extract_answer("".join(node["text"] for node in path_to(end, by_id)), pattern)
+                path = path_to(end, by_id)
+                steps = [node for node in path if node["token_ids"] and node["score"] is not None]
+                answer = extract_answer("".join(node["text"] for node in path), pattern)
                 token_ids = tuple(tuple(node["token_ids"]) for node in steps)
                 texts = tuple(node["text"] for node in steps)
                 is_right = grade(judge, answer, row["expected"]).is_right

@@ -18,7 +18,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from sglang_ets.tools.run import console_of, rows_in
 
 GROWN_BY = "rebase"
 FEW_LEVELS = 50
-LOST = 4  # among the figures of a level
 HEADER = (
     "setting", "leaves kept", "KV kept", "answers kept", "width on right leaves", "lost", "by chance", "searches lost",
 )  # fmt: skip
@@ -97,7 +96,8 @@ def quality(levels: Sequence[KnownLevel], settings: Settings, width: int) -> Qua
     """What these settings keep of these levels."""
     config = SearchConfig.from_request(width, settings, {}, n=None, max_tokens=None, seed=None)
     figures = np.array([_of_level(item, config) for item in levels])
-    lost = {item.search for item, own in zip(levels, figures, strict=True) if own[LOST]}
+    is_lost = figures[:, [field.name for field in fields(Quality)].index("lost")]
+    lost = {item.search for item, loses in zip(levels, is_lost, strict=True) if loses}
     share_lost = len(lost) / len({item.search for item in levels})
     return Quality(*map(float, [*figures.mean(axis=0), share_lost]))
 
