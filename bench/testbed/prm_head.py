@@ -9,10 +9,11 @@
 Rollouts are the trajectories of `best_of_n` on problems that are left for validation. Every step is labelled with the outcome:
 whether the final answer is right. One forward pass a rollout gives the hidden state from which each step's last token was
 sampled, and the one at that token; a logistic regression on half of the problems is the head. The first kind is `policy_head`:
-the server has these states already when a step has ended, so the PRM has no weights, no KV and no pass of its own. One is
-learned after each of `--layers` and one of the last states, and that which foretells outcomes best is saved. The second kind is
-a checkpoint of the whole model, a `*ForTokenClassification`, for any server; `--reader-path` makes it of another model of the
-same tokenizer. Many problems teach more than many rollouts of each.
+the server has these states already when a step has ended, so the PRM has no weights, no KV and no pass of its own. The second
+kind is a checkpoint of the model, a `*ForTokenClassification`, for any server; `--reader-path` makes it of another model of the
+same tokenizer. One of each kind is learned after each of `--layers` and one of the last states, and that which foretells
+outcomes best is saved; a checkpoint ends at its layer, which saves the rest of its passes. Many problems teach more than many
+rollouts of each.
 
 On the other half of the problems both are compared with the likelihoods of the model itself, and with its verdict if asked
 after every step whether all is right so far (`--judge`), by AUC: over last steps, over all steps (what a search selects by),
@@ -88,7 +89,7 @@ class Rollout:
 class Step:
     """What one forward pass says about each of the K steps of a rollout."""
 
-    states: Mapping[str, Floats]  # by format, and by layer of a policy head, float64[K, H]: what its score is read from
+    states: Mapping[str, Floats]  # by the name of a head, float64[K, H]: what its score is read from
     log_probabilities: Floats  # float64[K], sums over their tokens
     lengths: Floats  # float64[K], tokens
     verdicts: Floats | None = None  # float64[K], of the judge, if it is asked
@@ -177,7 +178,8 @@ def some_of(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Rollout]
 def read(model: Any, rollout: Rollout, layers: Sequence[int] = ()) -> Step:
     """One pass over the prompt and all steps. `model`: a causal LM of transformers; `layers`: see `LinearHead`."""
     token_ids = [*rollout.prompt_ids, *(token for step in rollout.steps for token in step)]
-    seen = model.get_decoder()(torch.tensor([token_ids]), use_cache=False, output_hidden_states=bool(layers))
+    decoder = model.get_decoder()
+    seen = decoder(torch.tensor([token_ids]), use_cache=False, output_hidden_states=bool(layers))
     hidden = seen.last_hidden_state[0]  # float[T, H]
     first = len(rollout.prompt_ids)
     head, states = model.get_output_embeddings(), hidden[first - 1 : -1]
@@ -190,14 +192,18 @@ def read(model: Any, rollout: Rollout, layers: Sequence[int] = ()) -> Step:
     sums = [float(piece.double().sum()) for piece in taken.split(lengths)]
     chosen_at = first + ends - 2  # the state that a step's last token was chosen from
     places = {CHECKPOINT: (hidden, first + ends - 1), POLICY_HEAD: (hidden, chosen_at)}
-    places |= {name_of(layer): (seen.hidden_states[layer][0], chosen_at) for layer in layers}
+    for layer in layers:
+        inner = seen.hidden_states[layer][0]
+        places[name_of(POLICY_HEAD, layer)] = inner, chosen_at
+        if hasattr(decoder, "norm"):  # as a model that ends here gives it; no other kind becomes a checkpoint
+            places[name_of(CHECKPOINT, layer)] = decoder.norm(inner), first + ends - 1
     read_from = {name: states[torch.from_numpy(at)].double().numpy() for name, (states, at) in places.items()}
     return Step(read_from, np.array(sums), np.array(lengths, dtype=np.float64))
 
 
-def name_of(layer: int | None) -> str:
-    """What the states of a policy head are called here."""
-    return POLICY_HEAD if layer is None else f"policy head of layer {layer}"
+def name_of(kind: str, layer: int | None) -> str:
+    """What a head of this format and layer is called here."""
+    return kind if layer is None else f"{LABELS[kind]} of layer {layer}"
 
 
 @torch.inference_mode()
@@ -353,14 +359,19 @@ def table(made: Sequence[rows.Row]) -> str:
 
 
 def save(model_path: str, head: LinearHead, dtype: torch.dtype, out: Path) -> None:
-    """The model with the head as a checkpoint that the server recognises.
+    """The model with the head as a checkpoint that the server recognises. It ends at the head's layer.
 
     Raises:
         SystemExit: the server has no such architecture.
     """
     from sglang_ets.prm.models import CLASSES  # imports sglang
 
-    model = transformers.AutoModelForTokenClassification.from_pretrained(model_path, num_labels=2, dtype=dtype)
+    config = transformers.AutoConfig.from_pretrained(model_path, num_labels=2)
+    if head.layer is not None:
+        config.num_hidden_layers = head.layer
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: head.layer]
+    model = transformers.AutoModelForTokenClassification.from_pretrained(model_path, config=config, dtype=dtype)
     if (name := type(model).__name__) not in CLASSES:
         known = ", ".join(known for known in CLASSES if known.endswith("TokenClassification"))
         raise SystemExit(
@@ -417,10 +428,16 @@ def learn(
 
     learned = {
         name: train(of(trained, rollouts), [step.states[name] for step in of(trained, steps)])
-        for name in (*FORMATS, *map(name_of, layers))
+        for name in steps[0].states
     }
     heads = {name: one.head for name, one in learned.items()}
-    layer = min((None, *layers), key=lambda layer: learned[name_of(layer)].loss)
+
+    def best_of(kind: str) -> LinearHead:
+        known = [layer for layer in (None, *layers) if name_of(kind, layer) in learned]
+        layer = min(known, key=lambda layer: learned[name_of(kind, layer)].loss)
+        return replace(heads[name_of(kind, layer)], layer=layer)
+
+    best = {kind: best_of(kind) for kind in FORMATS}
     chosen = of(tested, rollouts)
     reads = [scores_of(step, heads) for step in of(tested, steps)]
     about = {
@@ -428,12 +445,10 @@ def learn(
         "test_problems": len({one.problem for one in chosen}), "test_rollouts": len(tested),
         "share_right": sum(one.is_right for one in chosen) / len(chosen),
         "penalty": {name: one.penalty for name, one in learned.items()},
-        "loss": {name: one.loss for name, one in learned.items()}, "layer": layer,
+        "loss": {name: one.loss for name, one in learned.items()},
+        "layer": {kind: head.layer for kind, head in best.items()},
     }  # fmt: skip
-    best = replace(heads[name_of(layer)], layer=layer)
-    return {CHECKPOINT: heads[CHECKPOINT], POLICY_HEAD: best}, [
-        {**about, **row} for row in compare(chosen, reads, seed)
-    ]
+    return best, [{**about, **row} for row in compare(chosen, reads, seed)]
 
 
 def inner_layers(num_layers: int) -> list[int]:
@@ -457,7 +472,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="KV of the server that samples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", type=int, nargs="*", help="inner layers to try a policy head on (default: two)")
+    parser.add_argument("--layers", type=int, nargs="*", help="inner layers to learn heads of too (default: two)")
     parser.add_argument("--judge", action="store_true", help="ask the model that reads after every step, to compare")
     parser.add_argument("--of-each", type=int, help="read only so many rollouts of each problem")
     parser.add_argument("--answer-pattern", default="boxed")

@@ -116,7 +116,9 @@ def test_a_pass_reads_states_at_the_ends_of_steps_and_the_steps_own_probabilitie
         assert made.log_probabilities[place] == pytest.approx(expected, abs=1e-4)
         np.testing.assert_allclose(made.states[CHECKPOINT][place], states[at - 1], atol=1e-4)
         np.testing.assert_allclose(made.states[POLICY_HEAD][place], states[at - 2], atol=1e-4)
-        np.testing.assert_allclose(made.states[prm_head.name_of(2)][place], inner[at - 2], atol=1e-4)
+        np.testing.assert_allclose(made.states["policy head of layer 2"][place], inner[at - 2], atol=1e-4)
+        normed = model.model.norm(whole.hidden_states[2][0, at - 1]).numpy()
+        np.testing.assert_allclose(made.states["head of layer 2"][place], normed, atol=1e-4)
     assert made.lengths.tolist() == [len(step) for step in one.steps]
 
 
@@ -214,29 +216,41 @@ def test_the_server_that_samples_has_a_head_without_knowledge(tmp_path: Path) ->
 
 def test_the_checkpoint_is_one_that_the_server_recognises(rollouts: list[Rollout], tmp_path: Path) -> None:
     heads, made = learn(str(MODELS / "policy"), rollouts, torch.float32, seed=0, layers=[2])
-    head = heads[CHECKPOINT]
-    assert [row["verifier"] for row in made][:4] == ["policy head", "head", "policy head of layer 2", "likelihood"]
+    names = ["head", "policy head", "policy head of layer 2", "head of layer 2", "likelihood"]
+    assert [row["verifier"] for row in made][:5] == names
     losses = made[0]["loss"]
-    is_inner = losses[prm_head.name_of(2)] < losses[POLICY_HEAD]
-    assert heads[POLICY_HEAD].layer == made[0]["layer"] == (2 if is_inner else None)
-    assert set(losses) == set(made[0]["penalty"]) == {*FORMATS, prm_head.name_of(2)}
+    for kind in FORMATS:
+        is_inner = losses[prm_head.name_of(kind, 2)] < losses[kind]
+        assert heads[kind].layer == made[0]["layer"][kind] == (2 if is_inner else None)
+    assert set(losses) == set(made[0]["penalty"]) == {*FORMATS, *names[2:4]}
     assert prm_head.inner_layers(24) == [12, 16] and prm_head.inner_layers(2) == [1]
     assert all(row["train_problems"] == row["test_problems"] == NUM_PROBLEMS // 2 for row in made)
     text = prm_head.table([{"model": "m", "data": "d", **row} for row in made])
-    assert f"| policy head | {made[0]['auc_last']:.3f} | [{made[0]['low']:.3f}, {made[0]['high']:.3f}] |" in text
-    save(str(MODELS / "policy"), head, torch.float32, tmp_path)
+    assert f"| head | {made[0]['auc_last']:.3f} | [{made[0]['low']:.3f}, {made[0]['high']:.3f}] |" in text
+    save(str(MODELS / "policy"), heads[CHECKPOINT], torch.float32, tmp_path)
     check_checkpoint(str(tmp_path), "auto")
-    model = LlamaForTokenClassification.from_pretrained(tmp_path).eval()
-    one = rollouts[0]
-    token_ids = [*one.prompt_ids, *(token for step in one.steps for token in step)]
-    with torch.no_grad():
-        last = float(model(torch.tensor([token_ids])).logits[0, -1].softmax(-1)[1])
-    policy = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval()
-    assert last == pytest.approx(head.scores(read(policy, one).states[CHECKPOINT])[-1], abs=1e-4)
     heads[POLICY_HEAD].save(tmp_path)
     loaded = LinearHead.load(str(tmp_path))
     np.testing.assert_allclose(loaded.weight, heads[POLICY_HEAD].weight, rtol=1e-6)
     assert loaded.bias == pytest.approx(heads[POLICY_HEAD].bias) and is_policy_head(str(tmp_path), "auto")
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_a_checkpoint_ends_at_its_layer_and_scores_as_it_was_trained(
+    rollouts: list[Rollout], tmp_path: Path, layer: int | None
+) -> None:
+    policy, one = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval(), rollouts[0]
+    states = read(policy, one, layers=[2]).states[prm_head.name_of(CHECKPOINT, layer)]
+    weight = np.random.default_rng(0).normal(size=states.shape[1]) / np.abs(states).mean() / 2
+    head = LinearHead(weight, float(-states[0] @ weight), layer)
+    save(str(MODELS / "policy"), head, torch.float32, tmp_path)
+    model = LlamaForTokenClassification.from_pretrained(tmp_path).eval()
+    assert len(model.model.layers) == (layer or policy.config.num_hidden_layers)
+    token_ids = [*one.prompt_ids, *(token for step in one.steps for token in step)]
+    with torch.no_grad():
+        last = float(model(torch.tensor([token_ids])).logits[0, -1].softmax(-1)[1])
+    expected = head.scores(states)
+    assert last == pytest.approx(expected[-1], abs=1e-4) and abs(expected[-1] - expected[0]) > 0.01
 
 
 def test_a_model_whose_head_the_server_does_not_know_is_refused(

@@ -60,7 +60,7 @@ def test_scores_and_embeddings_are_read_from_the_states_that_chose_the_tokens(
         for path in scored_paths(headed.search(PROMPT, 8, seed=3, search=wanted)):
             steps = tuple(tuple(node["token_ids"]) for node in path)
             seen = read(model, Rollout("1", PROMPT, prompt_ids, steps, (), is_right=True), [INNER])
-            expected = known.scores(seen.states[name_of(layer)])[-1]
+            expected = known.scores(seen.states[name_of(POLICY_HEAD, layer)])[-1]
             ids = torch.tensor([[*prompt_ids, *(token for step in steps for token in step)]])
             with torch.no_grad():
                 whole = model.model(ids, output_hidden_states=True)

@@ -11,20 +11,24 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from bench.testbed.prm_head import CHECKPOINT, LinearHead, Rollout, read, save
+from bench.testbed.prm_head import CHECKPOINT, LinearHead, Rollout, name_of, read, save
 from sglang_ets.prm.steps import ScoreJob
 from tests.prm.conftest import MODELS, TOKENIZER
 
 QUESTION, STEPS = "7*8-2*(3+4)=\n", ("7*8=56: 56-2*(3+4)\n", "3+4=7: 56-2*7\n")
 
 
-def test_the_server_scores_steps_as_the_head_was_trained(load_engine: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", [None, 2])
+def test_the_server_scores_steps_as_the_head_was_trained(
+    load_engine: Callable[..., Any], tmp_path: Path, layer: int | None
+) -> None:
+    """A head of an inner layer is in a checkpoint that ends there."""
     steps = tuple(tuple(TOKENIZER.encode(step, add_special_tokens=False)) for step in STEPS)
     rollout = Rollout("1", QUESTION, tuple(TOKENIZER.encode(QUESTION)), steps, ("", ""), is_right=True)
-    made = read(LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval(), rollout)
-    states = made.states[CHECKPOINT]
+    policy = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval()
+    states = read(policy, rollout, layers=[2]).states[name_of(CHECKPOINT, layer)]
     weight = np.random.default_rng(0).normal(size=states.shape[1]) / np.abs(states).mean() / 2
-    head = LinearHead(weight, float(-states[0] @ weight))
+    head = LinearHead(weight, float(-states[0] @ weight), layer)
     save(str(MODELS / "policy"), head, torch.float32, tmp_path)
     engine = load_engine(400, tmp_path)
     path, scores = engine.open_prompt(rollout.prompt_ids, QUESTION), []
