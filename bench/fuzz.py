@@ -62,7 +62,7 @@ FAULTS = {
         r"Grammar accept_token failed: Tokens not accepted: \d+\nAccepted tokens: \[[\d, ]*\]\nKey string: .*",
     ),
     "a search without an answer": Fault(
-        500, ("search_width", "custom_params"), r"search failed: no trajectory was completed \(\w+\)"
+        500, ("search_width", "custom_params"), r"search failed: no trajectory was completed \(\w+\)(; raise \w+)?"
     ),
     "a deadline before any text": Fault(
         504,

@@ -66,6 +66,10 @@ from sglang_ets.wire import ABORTED_STATUS, RESULT_KEY
 logger = logging.getLogger(__name__)
 
 STOPPING = "the server is stopping; send the search again when it is back, or to another one"
+LIMITS = {
+    "kv_budget": "kv_budget_tokens",
+    "max_total_tokens": "max_total_tokens",
+}  # by how a search ends that reached it
 ABORTED = "the search was aborted: its client went away, or /abort_request named it"
 
 
@@ -266,21 +270,24 @@ class SearchCoordinator:
         if not running or self._queue.num_waiting or self._queue.num_suspended:
             return
         for live in running:
-            if live.guesses.is_stale and live.awaited is None:
-                with self.guard(live):
-                    self._forecast(live)
+            if live.guesses.is_stale and not live.guesses.has_failed and live.awaited is None:
+                self._forecast(live)
         self._speculation.start(running)
 
     def _forecast(self, live: LiveSearch) -> None:
         live.guesses.is_stale = False
         policy = self._policy_of(live.search.config)
-        choose = live.forecast(policy)
-        if choose is None:
-            return
-        if self._decisions.in_loop(getattr(policy, "is_cheap", False)):
-            live.guesses.expected = choose()
-        else:
-            self._decisions.guess(live, choose)
+        try:
+            choose = live.forecast(policy)
+            if choose is None:
+                return
+            if self._decisions.in_loop(getattr(policy, "is_cheap", False)):
+                live.guesses.expected = choose()
+            else:
+                self._decisions.guess(live, choose)
+        except Exception as error:  # guesses save time and decide nothing: the search can do without
+            logger.exception("search %s goes on without guesses", live.rid)
+            _no_guesses(live, f"{type(error).__name__}: {error}")
 
     def after_plan(self, plan: Any) -> None:
         """Break a standstill as the pressure valve decides."""
@@ -636,7 +643,8 @@ class SearchCoordinator:
             return
         live.awaited = None
         if isinstance(decision.value, Failed):
-            self.fail(live, decision.value.message)
+            without = _no_guesses if decision.kind == "guess" else self.fail
+            without(live, decision.value.message)
         elif decision.kind == "select":
             self._selected(live, decision.value)
         elif decision.kind == "guess":
@@ -705,7 +713,8 @@ class SearchCoordinator:
     def _end_without_text(self, live: LiveSearch) -> None:
         """Too little time is no fault: a client can tell the two by the status."""
         if live.end_reason != "deadline":
-            self.fail(live, f"no trajectory was completed ({live.end_reason})")
+            remedy = f"; raise {setting}" if (setting := LIMITS.get(live.end_reason)) else ""
+            self.fail(live, f"no trajectory was completed ({live.end_reason}){remedy}")
             return
         passed = f"deadline_s of {live.search.config.deadline_s:g} passed"
         message = f"{passed} before the search had any text; raise it, or send fewer requests at once"
@@ -782,6 +791,14 @@ class SearchCoordinator:
             "kv_freed_at_once_tokens": self.ledger.freed_tokens,
             "prm": self.prm.stats(),
         }
+
+
+def _no_guesses(live: LiveSearch, message: str) -> None:
+    """The policy cannot be asked before a level is complete."""
+    live.guesses.has_failed = True
+    live.notes.append(
+        f"no step begins before its level's selection any more: asking for a part of a level failed ({message})"
+    )
 
 
 def _step_text(live: LiveSearch, node_id: int, step_ids: tuple[int, ...], *, is_last: bool) -> StepText:

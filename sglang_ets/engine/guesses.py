@@ -38,6 +38,7 @@ class Guesses:
     is_stale: bool = False  # others have got theirs since
     is_due: bool = False  # something has changed since the last guess
     is_stopped: bool = False  # until the level is complete
+    has_failed: bool = False  # the policy cannot be asked before a level is complete
     num_leaves: int = 0
     num_children: int = 0
     num_used: int = 0  # children that became nodes

@@ -49,7 +49,7 @@ def test_each_rule_of_a_fuzz_can_be_broken(broken: dict[str, object], said: str)
 
 
 GRAMMAR = "Grammar accept_token failed: Tokens not accepted: 0\nAccepted tokens: [29, 34]\nKey string: null"
-UNFINISHED = "search failed: no trajectory was completed (kv_budget)"
+UNFINISHED = "search failed: no trajectory was completed (kv_budget); raise kv_budget_tokens"
 TOO_LATE = "deadline_s of 1e-300 passed before the search had any text; raise it, or send fewer requests at once"
 
 

@@ -98,6 +98,27 @@ def test_a_policy_may_be_asked_on_a_worker_thread(algorithm: str) -> None:
     assert same(world) == same(grown(world_of("shared"), width=16, algorithm=algorithm))
 
 
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_search_goes_on_if_a_part_of_a_level_cannot_be_asked_for(
+    in_loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_asked = 0
+
+    def fail(*_args: Any) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        raise ValueError("too few leaves")
+
+    without = grown(world_of("shared"), width=16, algorithm="ets")
+    monkeypatch.setattr("sglang_ets.engine.live.forecast", fail)
+    world = world_of("shared")
+    world = guessed(asked_in_loop(world) if in_loop else world, width=16, algorithm="ets")
+    assert same(world)[:-1] == same(without)[:-1]
+    (note,) = figures(world)["warnings"]
+    assert note.endswith("asking for a part of a level failed (ValueError: too few leaves)")
+    assert num_asked == 1 and figures(world)["speculation"]["children"] == 0
+
+
 @pytest.mark.parametrize(
     "fields", [{"algorithm": "best_of_n"}, {"algorithm": "subpool"}, {"max_total_tokens": 60}, {"kv_budget_tokens": 50}]
 )
