@@ -49,13 +49,12 @@ from bench.server import running_server
 from bench.testbed.likelihood import area_under_curve
 from bench.trees import path_to
 from sglang_ets.core.patterns import extract_answer
-from sglang_ets.math_process import MathProcess
 from sglang_ets.prm.choose import CONFIG_FILE, POLICY_HEAD
 from sglang_ets.prm.formats import Judge
 from sglang_ets.prm.policy_head import LinearHead
 from sglang_ets.tools import run as runs
 from sglang_ets.tools.datasets import Problem, load
-from sglang_ets.tools.grading import grade
+from sglang_ets.tools.evaluate import Grader
 
 CHECKPOINT = "token_classification"
 FORMATS = (POLICY_HEAD, CHECKPOINT)
@@ -128,8 +127,8 @@ def rollouts_in(path: Path, tokenizer: Any, pattern: str) -> list[Rollout]:
     Raises:
         ValueError: the file cannot be read, or its rows have no trees.
     """
-    judge, made = MathProcess(), {}
-    try:
+    made = {}
+    with Grader() as grader:
         for row in runs.rows_in(path):
             nodes = row.get("search_result", {}).get("tree", {}).get("nodes")
             if nodes is None:
@@ -137,17 +136,15 @@ def rollouts_in(path: Path, tokenizer: Any, pattern: str) -> list[Rollout]:
             by_id = {node["id"]: node for node in nodes}
             question, prompt_ids = prompt_of(row, tokenizer)
             for end in (node for node in nodes if node["state"] == "complete"):
-                path = path_to(end, by_id)
-                steps = [node for node in path if node["token_ids"] and node["score"] is not None]
-                answer = extract_answer("".join(node["text"] for node in path), pattern)
+                trajectory = path_to(end, by_id)
+                steps = [node for node in trajectory if node["token_ids"] and node["score"] is not None]
+                answer = extract_answer("".join(node["text"] for node in trajectory), pattern)
                 token_ids = tuple(tuple(node["token_ids"]) for node in steps)
                 texts = tuple(node["text"] for node in steps)
-                is_right = grade(judge, answer, row["expected"]).is_right
+                is_right = grader.of(answer, row["expected"]).is_right
                 made[row["problem"], token_ids] = Rollout(
                     row["problem"], question, prompt_ids, token_ids, texts, is_right
                 )
-    finally:
-        judge.stop()
     return [rollout for rollout in made.values() if rollout.steps]
 
 
