@@ -47,6 +47,7 @@ from bench.trees import num_distinct_prefixes, trajectory_text
 from sglang_ets.core.patterns import extract_answer
 from sglang_ets.math_process import MathProcess
 from sglang_ets.tools import run as runs
+from sglang_ets.tools import tune
 from sglang_ets.tools.datasets import Problem, load
 from sglang_ets.tools.grading import grade, majority
 
@@ -55,7 +56,7 @@ POOL_TOKENS = 60_000
 TIMEOUT_S = 3600
 PATTERN = "boxed"
 COMMON = {"answer": "weighted_majority", "answer_pattern": PATTERN, "early_stop": "off"}
-POLICIES: dict[str, dict[str, Any]] = {
+NAMED: dict[str, dict[str, Any]] = {
     "best_of_n": {"algorithm": "best_of_n"},
     "dvts": {"algorithm": "dvts"},
     "dora": {"algorithm": "dora"},
@@ -69,6 +70,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "ets b=2": {"algorithm": "ets", "coverage": "uniform", "kv_cost_weight": 2.0, "cluster_distance": 0.3},
     "ets published": {"algorithm": "ets", "preset": "paper"},
 }
+POLICIES = {**dict(tune.candidates()), **NAMED}  # what `sglang-ets tune` suggests has the same name here
 FREE, SAMPLED = "best_of_n", "self_consistency"  # the second is made of the trajectories of the first
 VALIDATION = ", validation"
 COST_HEADER = ["policy", "width", "KV mean", "KV if unshared", "leaves", "distinct texts", "clusters", "tokens a step",
@@ -343,7 +345,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--data", nargs="+", help="gsm8k, math500, or JSONL files (see sglang_ets/tools/datasets.py)")
     parser.add_argument("--validation", action="store_true", help="the problems left for choosing settings on")
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    known = f"of these and of the settings of `sglang-ets tune`: {', '.join(NAMED)} (default: these)"
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(NAMED), metavar="NAME", help=known)
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--problems", type=int, default=100, help="of each data set")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many, as a PRM learned from them")

@@ -28,6 +28,7 @@ from bench.real_model import (
 from bench.smollm2 import MARKER, cache_folder, check_file, is_whole
 from sglang_ets.math_process import MathProcess
 from sglang_ets.tools import run as runs
+from sglang_ets.tools import tune
 from sglang_ets.tools.datasets import Problem, load
 from tests.bench.test_forks import node
 
@@ -52,7 +53,11 @@ def test_every_policy_is_asked_beside_greedy_and_all_choose_by_one_rule() -> Non
     assert not asked[0].search
     rules = [{name: setting.search[name] for name in ("answer", "early_stop")} for setting in asked[1:]]
     assert rules == [{"answer": "weighted_majority", "early_stop": "off"}] * len(POLICIES)
-    assert asked[-1].search["preset"] == "paper"
+    by_name = {setting.key.removesuffix("@8"): setting.search for setting in asked[1:]}
+    assert by_name["ets published"]["preset"] == "paper"
+    assert all(own.items() <= by_name[name].items() for name, own in tune.candidates()), (
+        "as `sglang-ets tune` names them"
+    )
 
 
 def test_without_a_prm_the_model_judges_itself() -> None:
