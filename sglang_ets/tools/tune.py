@@ -9,7 +9,8 @@ less the leaves that REBASE itself gave up, of which nothing is known. A level c
 is the share of levels of which a setting keeps no right leaf; `by chance` is what as many leaves, drawn blindly, would have
 lost: a PRM that knows nothing does no better. A search passes many levels, and one that is lost is enough: `searches lost` is
 the share of searches with such a level. Suggested is the setting that keeps the least KV and loses no more searches than REBASE
-and `--tolerance`. Use problems that you will not report on, and that the PRM has not learned from.
+and `--tolerance`. How far that can be relied on is said too: of how many searches it is, and what share of others it may lose.
+Use problems that you will not report on, and that the PRM has not learned from.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
-from scipy.stats import hypergeom
+from scipy.stats import binomtest, hypergeom
 
 from sglang_ets.core.config import SearchConfig
 from sglang_ets.core.patterns import extract_answer
@@ -36,7 +37,7 @@ from sglang_ets.tools.evaluate import Grader
 from sglang_ets.tools.run import console_of, rows_in
 
 GROWN_BY = "rebase"
-FEW_LEVELS = 50
+FEW_SEARCHES = 50
 HEADER = (
     "setting", "leaves kept", "KV kept", "answers kept", "width on right leaves", "lost", "by chance", "searches lost",
 )  # fmt: skip
@@ -94,12 +95,22 @@ def _answers_below(nodes: Sequence[Node], pattern: str) -> Mapping[int, set[str 
 
 def quality(levels: Sequence[KnownLevel], settings: Settings, width: int) -> Quality:
     """What these settings keep of these levels."""
+    return replay(levels, settings, width)[0]
+
+
+def replay(levels: Sequence[KnownLevel], settings: Settings, width: int) -> tuple[Quality, frozenset[int]]:
+    """What these settings keep of these levels, and the searches that they lose."""
     config = SearchConfig.from_request(width, settings, {}, n=None, max_tokens=None, seed=None)
     figures = np.array([_of_level(item, config) for item in levels])
     is_lost = figures[:, [field.name for field in fields(Quality)].index("lost")]
-    lost = {item.search for item, loses in zip(levels, is_lost, strict=True) if loses}
-    share_lost = len(lost) / len({item.search for item in levels})
-    return Quality(*map(float, [*figures.mean(axis=0), share_lost]))
+    lost = frozenset(item.search for item, loses in zip(levels, is_lost, strict=True) if loses)
+    share_lost = len(lost) / num_searches(levels)
+    return Quality(*map(float, [*figures.mean(axis=0), share_lost])), lost
+
+
+def num_searches(levels: Sequence[KnownLevel]) -> int:
+    """Searches that have such a level."""
+    return len({item.search for item in levels})
 
 
 def _of_level(item: KnownLevel, config: SearchConfig) -> tuple[float, ...]:
@@ -136,6 +147,14 @@ def suggested(found: Mapping[str, Quality], tolerance: float) -> str:
     """The candidate that keeps the least KV among those that lose no more searches than REBASE and this share of all."""
     most = found[GROWN_BY].searches_lost + tolerance
     return min((name for name in found if found[name].searches_lost <= most), key=lambda name: found[name].kv_kept)
+
+
+def reliance(lost: frozenset[int], lost_by_base: frozenset[int], count: int) -> str:
+    """What is known of the searches that a setting loses and REBASE does not, `count` having been looked at."""
+    more = len(lost - lost_by_base)
+    low, high = binomtest(more, count).proportion_ci()
+    few = f"; {count} searches are few, so this is a hint, run {FEW_SEARCHES} or more" if count < FEW_SEARCHES else ""
+    return f"it loses {more} of {count} searches that {GROWN_BY} does not lose (95 %: {low:.0%} to {high:.0%} of others){few}"
 
 
 def flags_of(settings: Settings) -> str:
@@ -201,11 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"sglang-ets tune: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from error
     settings = dict(candidates())
-    found = {name: quality(levels, own, width) for name, own in settings.items()}
-    console_of().print(table_of(found, f"width {width}, {len(levels)} levels"))
+    replays = {name: replay(levels, own, width) for name, own in settings.items()}
+    found = {name: quality for name, (quality, _) in replays.items()}
+    count = num_searches(levels)
+    console_of().print(table_of(found, f"width {width}, {len(levels)} levels of {count} searches"))
     best = suggested(found, args.tolerance)
     print(
         f"suggested: {flags_of(settings[best])}  ({best}; at most {args.tolerance:g} more searches lost than {GROWN_BY})"
     )
-    if len(levels) < FEW_LEVELS:
-        print(f"{len(levels)} levels are few, so this is a hint; with {FEW_LEVELS} or more the table says something")
+    print(reliance(replays[best][1], replays[GROWN_BY][1], count))

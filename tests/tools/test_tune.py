@@ -93,8 +93,16 @@ def file_of(tmp_path: Path, *rows: dict[str, Any]) -> str:
 def test_the_command_shows_a_table_and_a_suggestion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tune.main([file_of(tmp_path, row("rebase", tree(embeddings=True), "8"), row("ets", tree(), "8"))])
     said = capsys.readouterr().out
-    assert "width 4, 1 levels" in said and "ets published" in said
-    assert "suggested: --search " in said and "1 levels are few, so this is a hint" in said
+    assert "width 4, 1 levels of 1 searches" in said and "ets published" in said
+    assert "suggested: --search " in said and "1 searches are few, so this is a hint" in said
+
+
+def test_how_far_a_suggestion_can_be_relied_on_is_said() -> None:
+    """Clopper and Pearson's interval, as tables have it: 0 of 60, and 3 of 30."""
+    none = tune.reliance(frozenset({1}), frozenset({1, 2}), 60)
+    assert none == "it loses 0 of 60 searches that rebase does not lose (95 %: 0% to 6% of others)"
+    some = tune.reliance(frozenset({1, 2, 3, 4}), frozenset({1}), 30)
+    assert "loses 3 of 30" in some and "(95 %: 2% to 27% of others)" in some and some.endswith("a hint, run 50 or more")
 
 
 @pytest.mark.parametrize(
