@@ -56,7 +56,7 @@ e2e: install
 	$(RUN) -m pytest -q -m server $(OTHERS:%=--ignore=%)
 
 # What needs other servers than that one, so that both parts can run at once.
-OTHERS := $(patsubst %,tests/e2e/test_%.py,faults metrics other_servers prm_formats prm_pool refused_starts trace)
+OTHERS := $(patsubst %,tests/e2e/test_%.py,faults metrics other_servers policy_head prm_formats prm_pool refused_starts trace)
 e2e-others: install
 	$(RUN) -m pytest -q -m server $(OTHERS)
 

@@ -14,7 +14,7 @@ from bench import attention, capacity, fairness, forks, ilp, real_model, rows, s
 from bench.client_search import table as throughput
 from bench.gpu import rehearse
 from bench.studies import answers, plan_reads, selection_quality, stopping, survivors
-from bench.testbed import prm_head
+from bench.testbed import verifiers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = tuple(ROOT / page for page in rows.PAGES)
@@ -133,7 +133,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fairness": lambda: fairness.table(rows_of("fairness")),
     "soak": lambda: soak.table(rows_of("soak")),
     "real_model": real_model_tables,
-    "prm_head": lambda: prm_head.tables(rows_of("prm_head")),
+    "prm_head": lambda: verifiers.tables(rows_of("prm_head")),
     "gpu_kit": lambda: rehearse.table(rows_of("gpu_kit_cpu")),
     "stopping": lambda: searches.report("stopping", rows_of("stopping"), seed=0),
     "answers": lambda: answers.table(rows_of("answers")),

@@ -16,26 +16,15 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 from bench import rows
 from bench.embedded import MODELS
-from bench.testbed import prm_head
-from bench.testbed.prm_head import (
-    CHECKPOINT,
-    FORMATS,
-    LinearHead,
-    Rollout,
-    Step,
-    compare,
-    fit,
-    halves,
-    learn,
-    read,
-    rollouts_in,
-    save,
-    train,
-)
+from bench.testbed import prm_head, verifiers
+from bench.testbed.prm_head import FORMATS, fit, learn, save, train
+from bench.testbed.rollouts import Rollout, halves, rollouts_in, some_of
 from bench.testbed.sampling import sample
 from bench.testbed.task import distinct_problems, split_steps
+from bench.testbed.verifiers import CHECKPOINT, Step, compare, read
 from sglang_ets.prm.choose import POLICY_HEAD, check_checkpoint, is_policy_head
 from sglang_ets.prm.formats import Judge
+from sglang_ets.prm.policy_head import LinearHead
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "policy")
 NUM_PROBLEMS, WIDTH = 6, 6
@@ -43,7 +32,7 @@ NUM_PROBLEMS, WIDTH = 6, 6
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prm_head, "NUM_RESAMPLES", 40)
+    monkeypatch.setattr(verifiers, "NUM_RESAMPLES", 40)
 
 
 def path_of(text: str, first: int) -> list[dict[str, Any]]:
@@ -86,7 +75,7 @@ def test_rollouts_are_the_distinct_trajectories_with_their_outcomes(rollouts: li
     first = rollouts[0]
     assert first.prompt_ids == tuple(TOKENIZER.encode(first.problem + "\n"))
     assert first.question == first.problem and len(first.texts) == len(first.steps)
-    fewer = prm_head.some_of(rollouts, 2, seed=0)
+    fewer = some_of(rollouts, 2, seed=0)
     assert {one.problem for one in fewer} == {one.problem for one in rollouts} and set(fewer) <= set(rollouts)
     assert all(sum(one.problem == name for one in fewer) == 2 for name in {one.problem for one in fewer})
 
@@ -102,7 +91,7 @@ def test_a_file_without_trees_is_refused(tmp_path: Path) -> None:
 def test_a_pass_reads_states_at_the_ends_of_steps_and_the_steps_own_probabilities(
     rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prm_head, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(verifiers, "CHUNK_TOKENS", 7)
     model, one = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval(), rollouts[0]
     token_ids = [*one.prompt_ids, *(token for step in one.steps for token in step)]
     whole = model(torch.tensor([token_ids]), output_hidden_states=True)
@@ -141,7 +130,7 @@ def test_the_judge_is_asked_after_every_step_and_its_questions_are_not_kept() ->
     torch.manual_seed(0)
     model, judge = LlamaForCausalLM(config).eval(), Judge(Words())
     one = Rollout("a", "1+2=", (), ((1,), (1,), (1,)), ("1+2=", "3", " so 3"), True)
-    made = prm_head.judged(model, judge, one)
+    made = verifiers.judged(model, judge, one)
     for depth in (1, 2, 3):
         steps = [judge.step(text, place) for place, text in enumerate(one.texts[:depth], 1)]
         token_ids = [*judge.prompt(one.question), *(token for step in steps for token in step.path), *steps[-1].query]
@@ -178,11 +167,11 @@ def test_a_head_is_trained_on_some_problems_and_tested_on_others() -> None:
     assert not {made[at].problem for at in first} & {made[at].problem for at in second}
     heads = {name: train([made[at] for at in first], [steps[at].states[name] for at in first]).head for name in FORMATS}
     tested = [made[at] for at in second]
-    reads = [prm_head.scores_of(replace(steps[at], verdicts=np.full(3, 0.5)), heads) for at in second]
+    reads = [verifiers.scores_of(replace(steps[at], verdicts=np.full(3, 0.5)), heads) for at in second]
     by_name = {row["verifier"]: row for row in compare(tested, reads, seed=0)}
     assert by_name["head"]["auc_last"] > 0.9 > 0.5 == by_name["judge"]["auc_last"] == by_name["policy head"]["auc_last"]
     assert by_name["head"]["low"] <= by_name["head"]["auc_last"] <= by_name["head"]["high"]
-    assert "judge" not in prm_head.scores_of(steps[0], heads), "it was not asked"
+    assert "judge" not in verifiers.scores_of(steps[0], heads), "it was not asked"
     with pytest.raises(SystemExit, match="right and wrong rollouts must be in both halves"):
         halves([one for one in made if one.is_right])
 
@@ -220,12 +209,12 @@ def test_the_checkpoint_is_one_that_the_server_recognises(rollouts: list[Rollout
     assert [row["verifier"] for row in made][:5] == names
     losses = made[0]["loss"]
     for kind in FORMATS:
-        is_inner = losses[prm_head.name_of(kind, 2)] < losses[kind]
+        is_inner = losses[verifiers.name_of(kind, 2)] < losses[kind]
         assert heads[kind].layer == made[0]["layer"][kind] == (2 if is_inner else None)
     assert set(losses) == set(made[0]["penalty"]) == {*FORMATS, *names[2:4]}
     assert prm_head.inner_layers(24) == [12, 16] and prm_head.inner_layers(2) == [1]
     assert all(row["train_problems"] == row["test_problems"] == NUM_PROBLEMS // 2 for row in made)
-    text = prm_head.table([{"model": "m", "data": "d", **row} for row in made])
+    text = verifiers.table([{"model": "m", "data": "d", **row} for row in made])
     assert f"| head | {made[0]['auc_last']:.3f} | [{made[0]['low']:.3f}, {made[0]['high']:.3f}] |" in text
     save(str(MODELS / "policy"), heads[CHECKPOINT], torch.float32, tmp_path)
     check_checkpoint(str(tmp_path), "auto")
@@ -240,7 +229,7 @@ def test_a_checkpoint_ends_at_its_layer_and_scores_as_it_was_trained(
     rollouts: list[Rollout], tmp_path: Path, layer: int | None
 ) -> None:
     policy, one = LlamaForCausalLM.from_pretrained(MODELS / "policy", dtype=torch.float32).eval(), rollouts[0]
-    states = read(policy, one, layers=[2]).states[prm_head.name_of(CHECKPOINT, layer)]
+    states = read(policy, one, layers=[2]).states[verifiers.name_of(CHECKPOINT, layer)]
     weight = np.random.default_rng(0).normal(size=states.shape[1]) / np.abs(states).mean() / 2
     head = LinearHead(weight, float(-states[0] @ weight), layer)
     save(str(MODELS / "policy"), head, torch.float32, tmp_path)
@@ -266,4 +255,4 @@ def test_the_rows_of_this_repository_make_their_tables() -> None:
     path = rows.RESULTS / "prm_head.jsonl"
     made = list(rows.read(path))
     assert made and not [row for row in made if "/" in row["data"]]
-    assert path.with_suffix(".md").read_text(encoding="utf-8") == prm_head.tables(made) + "\n"
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == verifiers.tables(made) + "\n"

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from bench.testbed.prm_head import LinearHead, Rollout, name_of, read
+from bench.testbed.rollouts import Rollout
+from bench.testbed.verifiers import name_of, read
 from sglang_ets.prm.choose import POLICY_HEAD
+from sglang_ets.prm.policy_head import LinearHead
 from tests.e2e.serving import PROBLEMS, Server, serving
 from tests.e2e.test_modes import PAGED, assert_every_policy_answers
 from tests.e2e.test_prm_parity import MODELS, TOKENIZER, scored_paths

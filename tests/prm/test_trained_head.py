@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from bench.testbed.prm_head import CHECKPOINT, LinearHead, Rollout, name_of, read, save
+from bench.testbed.prm_head import save
+from bench.testbed.rollouts import Rollout
+from bench.testbed.verifiers import CHECKPOINT, name_of, read
+from sglang_ets.prm.policy_head import LinearHead
 from sglang_ets.prm.steps import ScoreJob
 from tests.prm.conftest import MODELS, TOKENIZER
 
