@@ -18,7 +18,7 @@ TITLE_LETTERS = 70  # of a line over a panel
 COLOURS = {
     "best_of_n": "#7f7f7f", "beam": "#b8860b", "dvts": "#2a9d4e", "dora": "#e377c2", "particles": "#17becf",
     "subpool": "#8c564b",
-    "rebase": "#000000", "ets_kv": "#1f77b4", "ets": "#d62728", "ets reward": "#d62728",
+    "rebase": "#000000", "ets_kv": "#1f77b4", "ets": "#d62728", "ets reward": "#ff7f0e",
     "ets uniform": "#9467bd", "ets published": "#9467bd",
 }  # fmt: skip
 MARKERS = {"0.5": "v", "1": "o", "2": "s", "4": "D"}  # by kv_cost_weight

@@ -12,7 +12,6 @@ from typing import Any, cast
 import pytest
 
 from bench import real_model, rows
-from bench.figures import COLOURS, colour
 from bench.real_model import (
     POLICIES,
     Case,
@@ -268,8 +267,3 @@ def test_the_rows_of_this_repository_make_their_tables() -> None:
     assert done and not [one for one in done if "/" in one["data"] or "/" in one["model"]]
     text, _ = summary(done, seed=0)
     assert (rows.RESULTS / "real_model.md").read_text(encoding="utf-8") == text + "\n"
-
-
-def test_whatever_can_be_asked_for_by_name_can_be_drawn() -> None:
-    for name in real_model.POLICIES:
-        assert colour(name) in COLOURS.values(), name

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from bench import figures, rows, searches
+from bench import figures, real_model, rows, searches
 from bench.searches import GRIDS, MODELS, Setting, grid_of, parsed
 
 REWARD = {"algorithm": "ets", "coverage": "reward"}
@@ -133,7 +133,7 @@ def test_a_picture_has_a_panel_for_each_width_with_points_enough(
 
 
 def test_a_colour_is_of_a_policy_whatever_its_weights() -> None:
-    every = {s.name for grid in GRIDS.values() for s in grid.settings(grid) if s.search}
+    every = {s.name for grid in GRIDS.values() for s in grid.settings(grid) if s.search} | set(real_model.POLICIES)
     assert {figures.colour(name) for name in every} == set(figures.COLOURS.values())
     assert figures.colour("ets b=4 d=0") == figures.colour("ets_kv b=1") == figures.COLOURS["ets_kv"]
     assert figures.colour("ets b=4") == figures.colour("ets b=1 d=1.5 cut=0.1") == figures.COLOURS["ets"]
