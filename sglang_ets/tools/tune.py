@@ -38,6 +38,7 @@ from sglang_ets.tools.run import console_of, rows_in
 
 GROWN_BY = "rebase"
 FEW_SEARCHES = 50
+ONE_SELECTION = f"shares are of one selection on trees of {GROWN_BY}; run the setting itself before you rely on them"
 HEADER = (
     "setting", "leaves kept", "KV kept", "answers kept", "width on right leaves", "lost", "by chance", "searches lost",
 )  # fmt: skip
@@ -229,3 +230,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"suggested: {flags_of(settings[best])}  ({best}; at most {args.tolerance:g} more searches lost than {GROWN_BY})"
     )
     print(reliance(replays[best][1], replays[GROWN_BY][1], count))
+    print(ONE_SELECTION)

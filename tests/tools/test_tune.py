@@ -95,6 +95,7 @@ def test_the_command_shows_a_table_and_a_suggestion(tmp_path: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "width 4, 1 levels of 1 searches" in said and "ets published" in said
     assert "suggested: --search " in said and "1 searches are few, so this is a hint" in said
+    assert said.splitlines()[-1] == tune.ONE_SELECTION
 
 
 def test_how_far_a_suggestion_can_be_relied_on_is_said() -> None:
